@@ -1,0 +1,224 @@
+# The arena as the core sees it: words, tables, counters.
+#
+# docs/data-plane.md is the protocol's text; `@step` marks the line that takes the step of that name. Every function here
+# and in the other .pxi files runs without the GIL and never touches a Python object.
+#
+# Who may write what: nursery pages, the client that was granted them, until published. Area pages as cache, the broker alone. Area
+# pages as buffer, the buffer's holders alone. Slot words, anyone, by CAS. A slot's place in the file, who holds its writer.
+
+# --- slot word: version:28 · state:3 · DIRTY:1 · payload:32
+cdef enum:
+    VERSION_SHIFT = 36
+    STATE_SHIFT = 33
+    EMPTY = 0
+    CACHED = 1
+    SPILLED = 2
+    ZERO = 3
+    CLOSED = 4
+
+cdef uint64_t DIRTY = 1ull << 32
+cdef uint64_t PAYLOAD = 0xffffffffull
+cdef uint64_t CRC = 0xffffffffull
+
+# --- life word: state:2 · owner:16 · sequence:46
+cdef enum:
+    LIFE_SHIFT = 62
+    OWNER_SHIFT = 46
+    FREE = 0
+    GRANTED = 1
+    PUBLISHED = 2
+    BUFFER = 3
+
+cdef uint64_t SEQUENCE = (1ull << 46) - 1
+
+# --- key: type:16 · slot:48
+cdef enum:
+    KEY_SHIFT = 48
+
+cdef uint64_t SLOT = (1ull << 48) - 1
+
+# What an operation came to; negative: the spill file's errno.
+cdef enum:
+    OK = 0
+    MISS = 1
+    ENDED = 2       # the type's life is over
+    FULL = 3        # no nursery page within the bound
+    BUSY = 4        # another is writing this slot's place in the file
+    CORRUPT = 5     # the file's page does not fit its checksum
+    DAMAGED = 6     # the tables contradict themselves
+
+cdef enum:
+    TRIES_MAX = 1 << 20     # of a load or swing that keeps losing; each loss is somebody else's progress
+    BATCH_MAX = 64          # pages that one call cleans or sweeps at once
+    RUN_MAX = 16            # neighbours in one write: longer runs lay the file in folios that make overwrites dearer
+    GRANT_TRIES = 8         # tickets that a refault may draw: it must never cost more than the read that it saves
+    SEEK_MAX = 1024         # pages of an area that one promotion passes on its way to a FREE one
+    SCRUB_MAX = 16          # pages of a full area that a cold page looks at in search of an orphan
+    LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
+    HIGH_WATER = 4          # ... and sweeps until 1/4 is
+
+# Counters of one client, in its record; `COUNTERS` names them in this order.
+cdef enum:
+    C_STORES
+    C_STORES_ZERO
+    C_OVERWRITES_SAVED
+    C_HITS_NURSERY
+    C_HITS_AREA
+    C_HITS_ZERO
+    C_HITS_SPILL
+    C_MISSES
+    C_INVALIDATIONS
+    C_CLEANED
+    C_REFAULTS
+    C_PROMOTIONS
+    C_EVICTIONS
+    C_DISCARDS
+    C_ORPHANS
+    C_HEALS
+    C_RETRIES
+    C_DIRECT_RECLAIMS
+    C_REFUSED_CLOSED
+    C_REFUSED_NURSERY_FULL
+    C_REFUSED_SLOT_BUSY
+    C_REFUSED_SPILL_ERROR
+    C_REFUSED_SPILL_CORRUPT
+    C_REFUSED_DAMAGED
+    COUNTERS_COUNT
+
+COUNTERS = (
+    "stores", "stores_zero", "overwrites_saved", "hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses",
+    "invalidations", "cleaned", "refaults", "promotions", "evictions", "discards", "orphans_freed", "heals", "retries",
+    "direct_reclaims", "refused_closed", "refused_nursery_full", "refused_slot_busy", "refused_spill_error",
+    "refused_spill_corrupt", "refused_damaged",
+)  # fmt: skip
+assert len(COUNTERS) == COUNTERS_COUNT
+
+cdef struct TypeEntry:  # in the arena, one cache line
+    uint64_t life
+    uint64_t base
+    uint64_t slots
+    uint64_t flags
+    uint64_t share
+    uint64_t spare[3]
+
+cdef struct AreaEntry:  # in the arena
+    uint8_t name[48]
+    uint64_t first
+    uint64_t pages
+    uint64_t policy
+    uint64_t share
+    uint64_t alignment
+    uint64_t state
+    uint64_t clock      # steps of the clock hand
+    uint64_t lent       # pages that hold cache, also orphans
+    uint64_t held       # pages that buffers hold
+    uint64_t spare
+
+cdef struct ClientRecord:  # in the arena
+    uint64_t state
+    uint64_t pid
+    uint64_t start
+    uint64_t tag        # counts this client's claims of a place in the file
+    uint64_t parent
+    uint64_t pidns
+    uint64_t request
+    uint64_t spare
+    uint64_t counters[56]
+
+cdef struct Slot:
+    uint64_t word
+    uint64_t side
+
+cdef struct SpillFile:  # of this process
+    uint64_t life
+    int fd
+    int32_t users
+
+cdef struct Arena:  # of this process: addresses of the tables, and what it holds
+    uint8_t *base
+    uint64_t *head
+    uint64_t *hand
+    uint64_t *clock
+    uint64_t *filling
+    uint64_t *taking
+    uint32_t *wake
+    AreaEntry *areas
+    TypeEntry *types
+    ClientRecord *clients
+    Slot *slots
+    uint64_t *life
+    uint64_t *key
+    uint8_t *visited
+    uint8_t *data
+    ClientRecord *me
+    uint64_t number         # this client's
+    uint64_t page_size
+    uint64_t pages
+    uint64_t nursery
+    uint64_t slots_count
+    uint64_t areas_count
+    uint64_t next_area      # broker: whose turn it is to take a promoted page
+    int32_t grants_max
+    int32_t grants          # nursery pages that this process holds just now
+    uint32_t spill_lock
+    int spill_dir           # directory descriptor
+    SpillFile spill[256]
+    crc32c_t crc
+
+cdef struct Handle:  # one life of one type
+    uint64_t type
+    uint64_t life
+    uint64_t base
+    uint64_t slots
+
+
+cdef inline void count(Arena *a, int counter) noexcept nogil:
+    fetch_add(&a.me.counters[counter], 1)
+
+
+cdef inline uint64_t state_of(uint64_t word) noexcept nogil:
+    return (word >> STATE_SHIFT) & 7
+
+
+cdef inline uint64_t next_word(uint64_t word, uint64_t state, uint64_t rest) noexcept nogil:
+    """The successor of `word`: next version, `state`, and `rest` (DIRTY and payload). The version wraps by overflow."""
+    return (((word >> VERSION_SHIFT) + 1) << VERSION_SHIFT) | (state << STATE_SHIFT) | rest
+
+
+cdef inline bint names(uint64_t word, uint64_t page) noexcept nogil:
+    return state_of(word) == CACHED and (word & PAYLOAD) == page
+
+
+cdef inline uint64_t life_state(uint64_t life) noexcept nogil:
+    return life >> LIFE_SHIFT
+
+
+cdef inline uint64_t life_owner(uint64_t life) noexcept nogil:
+    return (life >> OWNER_SHIFT) & 0xffff
+
+
+cdef inline uint64_t next_life(uint64_t life, uint64_t state, uint64_t owner) noexcept nogil:
+    """`state` under `owner`, sequence + 1: the page changes hands."""
+    return (state << LIFE_SHIFT) | (owner << OWNER_SHIFT) | ((life + 1) & SEQUENCE)
+
+
+cdef inline uint64_t published(uint64_t life) noexcept nogil:
+    """The same page in the same hands' sequence, now for all to read."""
+    return (<uint64_t>PUBLISHED << LIFE_SHIFT) | (life & SEQUENCE)
+
+
+cdef inline uint8_t *page_bytes(Arena *a, uint64_t page) noexcept nogil:
+    return a.data + page * a.page_size
+
+
+cdef inline uint64_t shadow_now(Arena *a) noexcept nogil:
+    """Advances the eviction clock; its low half is what a SPILLED word remembers of the eviction."""
+    return fetch_add(a.clock, 1) & PAYLOAD
+
+
+cdef inline bint recently_evicted(Arena *a, uint64_t word) noexcept nogil:
+    """Policy: whether a page that is read from the file belongs back in memory.
+
+    Refault distance, as in the kernel's mm/workingset.c: the evictions since this one are the memory that would have kept it.
+    """
+    return ((load_relaxed(a.clock) - (word & PAYLOAD)) & PAYLOAD) < a.pages

@@ -1,0 +1,93 @@
+/* Atomic operations on words in shared memory, and the few system calls that have no wrapper in libc.
+ *
+ * GCC's and Clang's __atomic builtins are C11's atomics for memory that was not declared _Atomic, which memory that several
+ * processes map cannot be. All are lock-free on 64-bit machines; the assertion below refuses to build where they are not,
+ * because a lock inside libatomic would be private to one process.
+ */
+#ifndef GCMA_ATOMICS_H
+#define GCMA_ATOMICS_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <sched.h>
+#include <stdint.h>
+#include <time.h>
+#include <unistd.h>
+#include <linux/futex.h>
+#include <sys/syscall.h>
+
+_Static_assert(__atomic_always_lock_free(8, 0), "gcma-shm needs lock-free 64-bit atomics");
+
+/* A build with -DGCMA_FAULT_NO_RECHECK leaves out the second look at a page's life. The tests make one to prove that they
+ * would see a torn page. */
+#ifdef GCMA_FAULT_NO_RECHECK
+enum { RECHECK = 0 };
+#else
+enum { RECHECK = 1 };
+#endif
+
+static inline uint64_t load_relaxed(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline uint64_t load_acquire(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void store_relaxed(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void store_release(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
+static inline uint64_t fetch_add(uint64_t *p, uint64_t v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
+
+/* True when *p was `expected` and is `desired` now. Sequentially consistent: on x86 every locked operation is a full fence
+ * anyway, and on ARM the protocol's swings are both a release of the page behind them and an acquire of the one before. */
+static inline int cas(uint64_t *p, uint64_t expected, uint64_t desired)
+{
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED);
+}
+
+static inline uint8_t load_byte(const uint8_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline void store_byte(uint8_t *p, uint8_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline uint32_t load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_SEQ_CST); }
+static inline uint32_t exchange32(uint32_t *p, uint32_t v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
+static inline int32_t add32(int32_t *p, int32_t v) { return __atomic_add_fetch(p, v, __ATOMIC_SEQ_CST); }
+
+static inline void fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE); }
+static inline void fence_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
+static inline void fence_full(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+
+static inline void cpu_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("isb" ::: "memory");
+#endif
+}
+
+static inline uint64_t now_ns(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* One step of a bounded wait: first spin, then yield, then sleep a little longer each time, up to a millisecond. */
+static inline void back_off(unsigned step)
+{
+    if (step < 64) {
+        cpu_relax();
+    } else if (step < 80) {
+        sched_yield();
+    } else {
+        unsigned doublings = step - 80 < 5 ? step - 80 : 5;
+        struct timespec t = {0, 31250L << doublings};
+        nanosleep(&t, 0);
+    }
+}
+
+/* Futexes shared between processes (not FUTEX_PRIVATE). */
+static inline void futex_wait(uint32_t *word, uint32_t expected, uint64_t timeout_ns)
+{
+    struct timespec t = {(time_t)(timeout_ns / 1000000000u), (long)(timeout_ns % 1000000000u)};
+    syscall(SYS_futex, word, FUTEX_WAIT, expected, &t, 0, 0);
+}
+static inline void futex_wake(uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE, 1, 0, 0, 0); }
+
+#endif

@@ -1,0 +1,124 @@
+# Cleaning: writing dirty pages to their places in the spill file.
+#
+# Two writes of one place must not overlap or overtake each other, or the older could land last; hence `writer` in the side word. While
+# it is held with a write under way, the slot cannot become SPILLED: only cleaning takes DIRTY off, and cleaning needs the writer. So
+# whoever reads the file reads a finished write.
+
+cdef struct Clean:      # one slot to be cleaned
+    uint64_t key
+    uint64_t life       # of the type
+    uint64_t word       # that was found dirty
+    uint64_t side       # our claim, with the checksum that it carries
+    int status          # OK: clean, or superseded; BUSY: try again later; ENDED; -errno
+
+cdef enum:
+    CLAIMED = 100       # between claim and release, inside clean_batch only
+
+
+cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
+    cdef uint64_t type_ = c.key >> KEY_SHIFT
+    cdef Slot *slot = &a.slots[c.key & SLOT]
+    cdef uint64_t side, tag, mine
+    if not (load_acquire(&slot.word) & DIRTY):
+        c.status = OK
+        return
+    side = load_acquire(&slot.side)
+    if side >> 32:
+        c.status = BUSY
+        return
+    # The tag tells two claims of one client apart: a thread that slept through the end of the type's life, in which the side
+    # words were reset, cannot give back a claim that another thread of its process holds in the next one.
+    tag = fetch_add(&a.me.tag, 1) & 0xfffff
+    mine = (((a.number << 20) | tag) << 32) | (side & CRC)
+    if not cas(&slot.side, side, mine):                                  # @clean.claim
+        c.status = BUSY
+        return
+    c.side = mine
+    # The life on both sides of the word: the word belongs to this life, and so does the file that we are going to open.
+    c.life = load_acquire(&a.types[type_].life)
+    c.word = load_acquire(&slot.word)                                    # @clean.read
+    c.status = CLAIMED
+    if not (c.life & 1) or load_acquire(&a.types[type_].life) != c.life:
+        c.status = ENDED
+    elif state_of(c.word) != CACHED or not (c.word & DIRTY):
+        c.status = OK
+    elif (c.word & PAYLOAD) >= a.nursery:
+        c.status = DAMAGED
+    if c.status != CLAIMED:
+        cas(&slot.side, mine, mine & CRC)                                # @clean.release
+
+
+cdef void clean_finish(Arena *a, Clean *c, uint32_t crc, int written) noexcept nogil:
+    cdef Slot *slot = &a.slots[c.key & SLOT]
+    cdef uint64_t summed = (c.side & ~CRC) | crc
+    c.status = written
+    if written == OK:
+        # The checksum first: from the CAS below on the slot may be evicted and read from the file by anybody, also when we die here.
+        if not cas(&slot.side, c.side, summed):                          # @clean.crc
+            c.status = ENDED
+            return
+        c.side = summed
+        # Lost to a newer value: that one is DIRTY still, will be written after our claim, and the file's content does not matter.
+        # 28 bits of version could only repeat if this slot changed 2^28 times during one write, and hit this very page.
+        if cas(&slot.word, c.word, next_word(c.word, CACHED, c.word & PAYLOAD)):  # @clean.dirty_off
+            count(a, C_CLEANED)
+    cas(&slot.side, c.side, c.side & CRC)                                # @clean.release
+
+
+cdef void clean_batch(Arena *a, Clean *batch, int n) noexcept nogil:
+    """Cleans up to BATCH_MAX slots, in order of their keys; neighbours go in one write. Never waits for a claim."""
+    cdef iovec parts[RUN_MAX]
+    cdef uint32_t crcs[RUN_MAX]
+    cdef uint64_t type_, offset
+    cdef int i, k, first, run, fd, written
+    for i in range(n):
+        clean_claim(a, &batch[i])
+    first = 0
+    while first < n:
+        if batch[first].status != CLAIMED:
+            first += 1
+            continue
+        run = 1
+        while (
+            run < RUN_MAX
+            and first + run < n
+            and batch[first + run].status == CLAIMED
+            and batch[first + run].key == batch[first].key + run
+            and batch[first + run].life == batch[first].life
+        ):
+            run += 1
+        type_ = batch[first].key >> KEY_SHIFT
+        offset = (batch[first].key & SLOT) - load_acquire(&a.types[type_].base)
+        fd = spill_open(a, type_, batch[first].life)
+        # The base is this life's as long as the life is; when both have moved on, the file of the old life has gone with them.
+        if load_acquire(&a.types[type_].life) != batch[first].life:
+            written = ENDED
+        else:
+            written = fd if fd < 0 else OK
+        if written == OK:
+            for k in range(run):
+                parts[k].iov_base = page_bytes(a, batch[first + k].word & PAYLOAD)
+                parts[k].iov_len = a.page_size
+                crcs[k] = crc32c_page(&a.crc, <uint8_t *>parts[k].iov_base)
+            written = spill_write(fd, parts, run, offset * a.page_size)  # @clean.write
+        if fd >= 0:
+            spill_done(a, type_)
+        for k in range(run):
+            clean_finish(a, &batch[first + k], crcs[k], written)
+        first += run
+
+
+cdef int clean_wait(Arena *a, uint64_t key, uint64_t word, uint64_t deadline) noexcept nogil:
+    """Until `word` of that slot is clean or superseded: OK, BUSY at the deadline, ENDED, or -errno. Holds nothing while it waits."""
+    cdef Clean one
+    cdef unsigned step = 0
+    one.key = key
+    while load_acquire(&a.slots[key & SLOT].word) == word:
+        clean_batch(a, &one, 1)
+        if one.status != BUSY:
+            return one.status
+        if now_ns() >= deadline:
+            return BUSY
+        back_off(step)
+        step += 1
+    return OK

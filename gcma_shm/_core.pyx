@@ -1,0 +1,282 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=False
+"""The data plane: slots, pages and spill files of one mapped arena, all outside the GIL.
+
+`Plane` is one process's view of an arena; `Slots` one life of one swap type on it; `Span` a contiguous buffer's memory.
+The protocol is in docs/data-plane.md, its steps in the .pxi files included here.
+"""
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.number cimport PyNumber_AsSsize_t
+from libc.errno cimport EINTR, ENOENT, ENOSPC, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdio cimport snprintf
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcmp, memcpy, memset
+
+from gcma_shm._atomics cimport *
+
+import os
+
+from gcma_shm import layout
+from gcma_shm.errors import ArenaError, Closed, NurseryFull, SlotBusy, SpillCorrupt, SpillError
+
+cdef extern from "fcntl.h" nogil:
+    int O_RDWR, O_CLOEXEC, O_NOFOLLOW
+    int openat(int, const char *, int, ...)
+
+cdef extern from "unistd.h" nogil:
+    int close(int)
+    ssize_t pread(int, void *, size_t, int64_t)
+
+cdef extern from "sys/uio.h" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t pwritev(int, const iovec *, int, int64_t)
+
+include "_arena.pxi"
+include "_spill.pxi"
+include "_clean.pxi"
+include "_nursery.pxi"
+include "_slots.pxi"
+include "_sweep.pxi"
+
+# The tables have a size in layout.py and a shape here.
+assert sizeof(TypeEntry) == layout.TYPE_BYTES
+assert sizeof(AreaEntry) == layout.AREA_BYTES
+assert sizeof(ClientRecord) == layout.CLIENT_BYTES
+assert sizeof(Slot) == layout.SLOT_BYTES
+assert layout.TYPES_MAX == 256 and layout.CLIENTS_MAX < 1 << 12
+
+cdef uint64_t deadline_after(timeout) except? 0:
+    """CLOCK_MONOTONIC nanoseconds `timeout` seconds from now; None: never."""
+    if timeout is None:
+        return <uint64_t>-1
+    return now_ns() + <uint64_t>(max(float(timeout), 0.0) * 1e9)
+
+
+cdef class Plane:
+    """One process's view of a mapped arena.
+
+    Safe to use from several threads. After a fork the child calls `become` before anything else.
+    """
+
+    cdef Arena *a
+    cdef Py_buffer memory
+    cdef readonly object geometry
+    cdef readonly Py_ssize_t page_size
+    cdef object __weakref__
+
+    def __cinit__(self, memory, geometry, int number, spill_dir, *, bint crc_hardware=True):
+        """`memory`: the whole arena, writable. `number`: this client's record. `spill_dir`: where the spill files are."""
+        cdef uint8_t *base
+        cdef Arena *a = <Arena *>calloc(1, sizeof(Arena))
+        if a == NULL:
+            raise MemoryError
+        self.a = a
+        a.spill_dir = -1
+        PyObject_GetBuffer(memory, &self.memory, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        if self.memory.len != geometry.size:
+            raise ArenaError(f"mapped {self.memory.len} bytes of an arena of {geometry.size}")
+        base = <uint8_t *>self.memory.buf
+        self.geometry = geometry
+        self.page_size = geometry.page_size
+        a.base = base
+        a.head = <uint64_t *>(base + <size_t>layout.HEAD_AT)
+        a.hand = <uint64_t *>(base + <size_t>layout.HAND_AT)
+        a.clock = <uint64_t *>(base + <size_t>layout.CLOCK_AT)
+        a.filling = <uint64_t *>(base + <size_t>layout.FILLING_AT)
+        a.taking = <uint64_t *>(base + <size_t>layout.TAKING_AT)
+        a.wake = <uint32_t *>(base + <size_t>layout.WAKE_AT)
+        a.areas = <AreaEntry *>(base + <size_t>geometry.areas_at)
+        a.types = <TypeEntry *>(base + <size_t>geometry.types_at)
+        a.clients = <ClientRecord *>(base + <size_t>geometry.clients_at)
+        a.slots = <Slot *>(base + <size_t>geometry.slots_at)
+        a.life = <uint64_t *>(base + <size_t>geometry.life_at)
+        a.key = <uint64_t *>(base + <size_t>geometry.key_at)
+        a.visited = base + <size_t>geometry.visited_at
+        a.data = base + <size_t>geometry.pages_at
+        a.page_size = geometry.page_size
+        a.pages = geometry.pages
+        a.nursery = geometry.nursery_pages
+        a.slots_count = geometry.slots
+        a.areas_count = geometry.areas_count
+        a.grants_max = geometry.grants_max
+        for i in range(layout.TYPES_MAX):
+            a.spill[i].fd = -1
+        crc32c_init(&a.crc, a.page_size, crc_hardware)
+        self.become(number)
+        a.spill_dir = os.open(spill_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def __dealloc__(self):
+        if self.a == NULL:
+            return
+        for i in range(256):
+            if self.a.spill[i].fd >= 0:
+                close(self.a.spill[i].fd)
+        if self.a.spill_dir >= 0:
+            close(self.a.spill_dir)
+        if self.memory.buf != NULL:
+            PyBuffer_Release(&self.memory)
+        free(self.a)
+
+    def become(self, int number):
+        """Acts as client `number` from now on. In a forked child: the parent's other threads, with their locks and grants, are not here."""
+        if not 1 <= number <= self.geometry.clients_max:
+            raise ValueError(f"client number {number}: expected 1 to {self.geometry.clients_max}")
+        self.a.number = number
+        self.a.me = &self.a.clients[number]
+        self.a.grants = 0
+        self.a.spill_lock = 0
+        for i in range(256):
+            self.a.spill[i].users = 0
+
+    @property
+    def number(self):
+        """This client's number."""
+        return self.a.number
+
+    # --- single words of the tables, for Python code that decides
+
+    cdef uint64_t *word_at(self, Py_ssize_t at) except NULL:
+        if at & 7 or not 0 <= at <= self.memory.len - 8:
+            raise IndexError(f"no word at byte {at} of the arena")
+        return <uint64_t *>(self.a.base + at)
+
+    def read(self, Py_ssize_t at):
+        """The word at byte `at` of the arena, with acquire order."""
+        return load_acquire(self.word_at(at))
+
+    def write(self, Py_ssize_t at, uint64_t value):
+        """Writes the word at byte `at`, with release order: what was written before is seen by whoever reads this value."""
+        store_release(self.word_at(at), value)
+
+    def swap_word(self, Py_ssize_t at, uint64_t expected, uint64_t desired):
+        """Compare-and-swap of the word at byte `at`; whether it took place."""
+        return cas(self.word_at(at), expected, desired)
+
+    def add(self, Py_ssize_t at, uint64_t value):
+        """Adds to the word at byte `at`, modulo 2^64; returns what it was."""
+        return fetch_add(self.word_at(at), value)
+
+    def checksum(self, page):
+        """CRC32C of `page`, exactly one page of bytes."""
+        cdef Py_buffer source
+        PyObject_GetBuffer(page, &source, PyBUF_SIMPLE)
+        try:
+            if source.len != self.page_size:
+                raise ValueError(f"page of {source.len} bytes: expected exactly {self.page_size}")
+            return crc32c_page(&self.a.crc, <uint8_t *>source.buf)
+        finally:
+            PyBuffer_Release(&source)
+
+    # --- the broker's part
+
+    cdef AreaEntry *area(self, int index) except NULL:
+        if not 0 <= index < <int>self.a.areas_count:
+            raise IndexError(f"no area {index}")
+        return &self.a.areas[index]
+
+    def take(self, int area, uint64_t first, uint64_t pages):
+        """Makes the range a buffer; returns how many of its pages held cache. Waits for one page's copy at the most."""
+        cdef AreaEntry *entry = self.area(area)
+        cdef uint64_t discards
+        if not (entry.first <= first and pages >= 1 and first + pages <= entry.first + entry.pages):
+            raise IndexError(f"pages {first} to {first + pages} are not in area {area}")
+        with nogil:
+            discards = take_range(self.a, entry, first, pages)
+        return discards
+
+    def give(self, int area, uint64_t first, uint64_t pages):
+        """Ends a buffer: its pages are FREE, to be lent to the cache."""
+        cdef AreaEntry *entry = self.area(area)
+        if not (entry.first <= first and pages >= 1 and first + pages <= entry.first + entry.pages):
+            raise IndexError(f"pages {first} to {first + pages} are not in area {area}")
+        with nogil:
+            give_range(self.a, entry, first, pages)
+
+    def sweep(self, double timeout):
+        """One round of the reclaim thread: sweeps the nursery as far as it needs, then sleeps `timeout` seconds or until woken.
+
+        Returns the nursery's head, to be given to `clean_until` once it is old enough.
+        """
+        cdef uint64_t timeout_ns = <uint64_t>(timeout * 1e9)
+        with nogil:
+            sweep_nursery(self.a)
+            sweeper_sleep(self.a, timeout_ns)
+        return load_relaxed(self.a.head)
+
+    def clean_until(self, uint64_t ticket, uint64_t until):
+        """Cleans the dirty pages granted from `ticket` until before `until`: the writer's part for write-behind types."""
+        cdef int n
+        with nogil:
+            if ticket + self.a.nursery < until:  # granted again since
+                ticket = until - self.a.nursery
+            while ticket < until:
+                n = <int>min(<uint64_t>BATCH_MAX, until - ticket)
+                clean_tickets(self.a, ticket, n)
+                ticket += n
+        return until
+
+    def bury(self, uint64_t number):
+        """Takes back the nursery grants and the writer's claims of a client that is dead or has said goodbye."""
+        with nogil:
+            bury(self.a, number)
+
+    def begin_type(self, uint64_t type_):
+        """A new life of a declared type (its base and slots are in its entry, its file exists); returns the life."""
+        if type_ >= <uint64_t>layout.TYPES_MAX:
+            raise IndexError(f"no type {type_}")
+        with nogil:
+            begin_type(self.a, &self.a.types[type_])
+        return self.a.types[type_].life
+
+    def end_type(self, uint64_t type_):
+        """Ends a type's life: its handles are refused from now on, its words closed."""
+        if type_ >= <uint64_t>layout.TYPES_MAX:
+            raise IndexError(f"no type {type_}")
+        with nogil:
+            end_type(self.a, &self.a.types[type_])
+
+    def slots(self, uint64_t type_, uint64_t life, timeout):
+        """A handle on one life of a type; `timeout` bounds a store's waiting, in seconds."""
+        return Slots(self, type_, life, timeout)
+
+    def span(self, uint64_t first, uint64_t nbytes):
+        """The memory of a buffer that begins at page `first`."""
+        if first >= self.a.pages or nbytes > (self.a.pages - first) * self.a.page_size:
+            raise IndexError(f"{nbytes} bytes from page {first} are not in the arena")
+        return Span(self, first, nbytes)
+
+
+@cython.final
+cdef class Span:
+    """A contiguous buffer's memory, exported by the buffer protocol; knows how many views of it are alive."""
+
+    cdef Plane plane
+    cdef uint8_t *start
+    cdef readonly Py_ssize_t nbytes
+    cdef readonly Py_ssize_t exports
+    cdef object __weakref__
+
+    def __cinit__(self, Plane plane, uint64_t first, uint64_t nbytes):
+        self.plane = plane
+        self.start = page_bytes(plane.a, first)
+        self.nbytes = nbytes
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, self.start, self.nbytes, 0, flags)
+        self.exports += 1
+
+    def __releasebuffer__(self, Py_buffer *view):
+        self.exports -= 1
+
+    def zero(self):
+        """Clears the memory."""
+        with nogil:
+            memset(self.start, 0, self.nbytes)
+
+
+include "_handle.pxi"

@@ -1,0 +1,277 @@
+# The Python face of one life of one swap type.
+
+
+cdef int refuse(Plane plane, Handle *t, int status, offset, stored) except -1:
+    """Raises what `status` means, and counts it."""
+    if status < 0:
+        raise SpillError(
+            -status,
+            f"{os.strerror(-status)}: the spill file of type {t.type} could not be {'written' if stored else 'read'} at slot {offset}; "
+            + ("the page is stored, readable, and pinned in memory until the file takes it" if stored else "nothing was changed"),
+            bool(stored),
+        )
+    if status == ENDED:
+        count(plane.a, C_REFUSED_CLOSED)
+        raise Closed(f"the life of type {t.type} that this handle opened has ended; declare it again with client.swap()")
+    if status == FULL:
+        count(plane.a, C_REFUSED_NURSERY_FULL)
+        raise NurseryFull(
+            f"no page to store into became free in time: all {plane.a.nursery} nursery pages are in use or wait for the spill file; "
+            f"slot {offset} of type {t.type} is unchanged"
+        )
+    if status == BUSY:
+        count(plane.a, C_REFUSED_SLOT_BUSY)
+        raise SlotBusy(
+            f"slot {offset} of type {t.type} is stored and visible, but another process has been writing it to the spill file for longer "
+            "than the bound"
+        )
+    if status == CORRUPT:
+        count(plane.a, C_REFUSED_SPILL_CORRUPT)
+        raise SpillCorrupt(0, f"slot {offset} of type {t.type}: the page in the spill file is not the page that was written", False)
+    count(plane.a, C_REFUSED_DAMAGED)
+    raise ArenaError(f"slot {offset} of type {t.type}: the arena's tables contradict themselves")
+
+
+cdef class Slots:
+    """Store, load and invalidate on one life of one swap type, in shared memory. Safe across threads; see `Plane` about fork."""
+
+    cdef Plane plane
+    cdef Handle t
+    cdef readonly bint write_through
+    cdef object timeout
+    cdef bint closed
+
+    def __init__(self, Plane plane, uint64_t type_, uint64_t life, timeout):
+        if type_ >= <uint64_t>layout.TYPES_MAX:
+            raise IndexError(f"type {type_}: expected 0 to {layout.TYPES_MAX - 1}")
+        self.plane = plane
+        self.timeout = timeout
+        self.t.type = type_
+        self.t.life = life
+        self.t.base = plane.a.types[type_].base
+        self.t.slots = plane.a.types[type_].slots
+        self.write_through = not plane.a.types[type_].flags & 1
+        if not living(plane.a, &self.t) or self.t.base + self.t.slots > plane.a.slots_count:
+            refuse(plane, &self.t, ENDED, None, False)
+
+    @property
+    def type(self):
+        """The type's number."""
+        return self.t.type
+
+    @property
+    def slots(self):
+        """How many slots the type has; offsets run from 0 to one less."""
+        return self.t.slots
+
+    @property
+    def page_size(self):
+        """Bytes of a page."""
+        return self.plane.page_size
+
+    def close(self):
+        """Every later operation on this handle raises Closed. The type and its pages live on."""
+        self.closed = True
+
+    cdef int64_t offset_of(self, offset) except -1:
+        cdef Py_ssize_t n = PyNumber_AsSsize_t(offset, IndexError)
+        if self.closed:
+            raise Closed(f"this handle on type {self.t.type} is closed")
+        if n < 0 or <uint64_t>n >= self.t.slots:
+            raise IndexError(f"offset {n}: type {self.t.type} has slots 0 to {self.t.slots - 1}")
+        return n
+
+    cdef int open_buffer(self, object_, Py_buffer *buffer, bint writable, Py_ssize_t pages) except -1:
+        PyObject_GetBuffer(object_, buffer, PyBUF_SIMPLE | (PyBUF_WRITABLE if writable else 0))
+        if buffer.len != pages * self.plane.page_size:
+            wrong = buffer.len
+            PyBuffer_Release(buffer)
+            if pages == 1:
+                raise ValueError(f"{wrong} bytes: expected one page, exactly {self.plane.page_size} bytes")
+            raise ValueError(f"{wrong} bytes: expected {pages} pages of {self.plane.page_size} bytes in one buffer")
+        return 0
+
+    def load(self, offset):
+        """The page stored at `offset` as new bytes, or None when nothing is stored there.
+
+        Raises IndexError, TypeError, Closed, SpillError or SpillCorrupt.
+        """
+        cdef uint64_t n = self.offset_of(offset)
+        cdef bytes out = PyBytes_FromStringAndSize(NULL, self.plane.page_size)
+        cdef uint8_t *to = <uint8_t *>PyBytes_AS_STRING(out)
+        cdef int status
+        with nogil:
+            status = load_page(self.plane.a, &self.t, n, to)
+        if status == OK:
+            return out
+        if status != MISS:
+            refuse(self.plane, &self.t, status, offset, False)
+        return None
+
+    def load_into(self, offset, buffer):
+        """Copies the page stored at `offset` into `buffer`, writable and one page long; False when nothing is stored there.
+
+        After False or an error the content of `buffer` is undefined. Raises as `load`, ValueError for another length.
+        """
+        cdef uint64_t n = self.offset_of(offset)
+        cdef Py_buffer out
+        cdef int status
+        self.open_buffer(buffer, &out, True, 1)
+        with nogil:
+            status = load_page(self.plane.a, &self.t, n, <uint8_t *>out.buf)
+        PyBuffer_Release(&out)
+        if status > MISS or status < 0:
+            refuse(self.plane, &self.t, status, offset, False)
+        return status == OK
+
+    def store(self, offset, page):
+        """Stores `page`, bytes-like and exactly one page long, at `offset`, in place of what was there.
+
+        A write-through type returns when the page is also in the spill file, a write-behind type as soon as every process can load
+        it. Raises ValueError, IndexError, TypeError, Closed or NurseryFull (nothing has changed); SpillError or SlotBusy (stored and
+        visible, but not yet in the file).
+        """
+        cdef uint64_t n = self.offset_of(offset)
+        cdef uint64_t deadline = deadline_after(self.timeout)
+        cdef uint64_t word = 0
+        cdef Py_buffer source
+        cdef int status
+        cdef bint stored = False
+        self.open_buffer(page, &source, False, 1)
+        with nogil:
+            status = store_page(self.plane.a, &self.t, n, <uint8_t *>source.buf, deadline, &word)
+            if status == OK and self.write_through and word & DIRTY:
+                stored = True
+                status = clean_wait(self.plane.a, key_of(&self.t, n), word, deadline)
+        PyBuffer_Release(&source)
+        if status != OK:
+            refuse(self.plane, &self.t, status, offset, stored)
+
+    def invalidate_page(self, offset):
+        """Forgets what is stored at `offset`; loads miss until the next store. Nothing stored there: no error."""
+        cdef uint64_t n = self.offset_of(offset)
+        cdef int status
+        with nogil:
+            status = invalidate(self.plane.a, &self.t, n)
+        if status != OK:
+            refuse(self.plane, &self.t, status, offset, False)
+
+    def sync(self, timeout=None):
+        """Returns when all that was stored before is in the spill file.
+
+        `timeout`: seconds, None: no bound. Raises SlotBusy when another process wrote one slot for longer than that; SpillError when
+        the file took a page not, after all others were tried; Closed.
+        """
+        cdef uint64_t deadline = deadline_after(timeout)
+        cdef int status
+        self.offset_of(0)
+        with nogil:
+            status = sync_slots(self.plane.a, &self.t, deadline)
+        if status != OK:
+            refuse(self.plane, &self.t, status, "(any)", True)
+
+    def __len__(self):
+        """How many slots hold a page: counted exactly, in one pass."""
+        cdef int64_t held
+        self.offset_of(0)
+        with nogil:
+            held = count_pages(self.plane.a, &self.t)
+            if not living(self.plane.a, &self.t):
+                held = -1
+        if held < 0:
+            refuse(self.plane, &self.t, ENDED, None, False)
+        return held
+
+    def __contains__(self, offset):
+        """Whether a page is stored at `offset`; False for offsets that the type does not have."""
+        cdef bint held
+        self.offset_of(0)
+        try:
+            n = self.offset_of(offset)
+        except IndexError:
+            return False
+        held = holds_page(self.plane.a, &self.t, n)
+        if not living(self.plane.a, &self.t):
+            refuse(self.plane, &self.t, ENDED, None, False)
+        return held
+
+    def __bool__(self):
+        """A handle is true, also when nothing is stored; `len` counts."""
+        return True
+
+    cdef list offsets_of(self, offsets):
+        return [self.offset_of(offset) for offset in offsets]
+
+    def load_many(self, offsets, out):
+        """Loads page after page into `out`, one contiguous writable buffer of `len(offsets)` pages.
+
+        Returns the mask of hits, a list of bool; the pages of misses are undefined. Each page is atomic by itself. An error tells in
+        `.done` how many pages were loaded before it.
+        """
+        cdef list wanted = self.offsets_of(offsets)
+        cdef Py_ssize_t i, n = len(wanted)
+        cdef uint64_t offset
+        cdef Py_buffer target
+        cdef int status
+        cdef list hits = [False] * n
+        self.open_buffer(out, &target, True, n)
+        try:
+            for i in range(n):
+                offset = wanted[i]
+                with nogil:
+                    status = load_page(self.plane.a, &self.t, offset, <uint8_t *>target.buf + i * self.plane.page_size)
+                if status > MISS or status < 0:
+                    with done(i):
+                        refuse(self.plane, &self.t, status, wanted[i], False)
+                hits[i] = status == OK
+        finally:
+            PyBuffer_Release(&target)
+        return hits
+
+    def store_many(self, offsets, pages):
+        """Stores page after page from `pages`, one contiguous buffer of `len(offsets)` pages; of equal offsets the last wins.
+
+        Each page is atomic by itself. Neighbours go to the spill file in one write. An error tells in `.done` how many pages, from the
+        first on, were stored as the type's way of writing demands.
+        """
+        cdef list wanted = self.offsets_of(offsets)
+        cdef Py_ssize_t i, first, n = len(wanted)
+        cdef uint64_t deadline = deadline_after(self.timeout)
+        cdef uint64_t targets[BATCH_MAX]
+        cdef Py_buffer source
+        cdef int status, k, size, failed
+        cdef bint stored = False
+        self.open_buffer(pages, &source, False, n)
+        try:
+            for first in range(0, n, self.batch_max()):
+                size = <int>min(self.batch_max(), n - first)
+                for k in range(size):
+                    targets[k] = wanted[first + k]
+                with nogil:
+                    status = store_batch(
+                        self.plane.a, &self.t, targets, size, <uint8_t *>source.buf + first * self.plane.page_size,
+                        self.write_through, deadline, &failed, &stored,
+                    )  # fmt: skip
+                if status != OK:
+                    with done(first + failed):
+                        refuse(self.plane, &self.t, status, wanted[first + failed], stored)
+        finally:
+            PyBuffer_Release(&source)
+
+    cdef Py_ssize_t batch_max(self):
+        # A batch must not fill the nursery with pages that only its own end would clean.
+        return max(1, min(<uint64_t>BATCH_MAX, self.plane.a.nursery // 4))
+
+
+class done:
+    """Notes in an error how much of a batch was served before it."""
+
+    def __init__(self, pages):
+        self.pages = pages
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            error.done = self.pages

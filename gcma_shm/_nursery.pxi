@@ -1,0 +1,117 @@
+# Nursery pages: taking one, giving one back, and making one where none is free.
+#
+# The nursery is a ring. `head` counts tickets given out, ticket t standing for page t mod N; `hand` counts those that the sweep
+# has passed, which makes pages FREE in the order in which they were granted: first in, first out. `hand + N - head` is how much is left.
+
+
+cdef inline void release_grant(Arena *a) noexcept nogil:
+    add32(&a.grants, -1)
+
+
+cdef void abandon(Arena *a, uint64_t page) noexcept nogil:
+    """Gives a granted page back unpublished. Only we change its life while it is granted to us, so a plain store does."""
+    store_release(&a.life[page], next_life(load_relaxed(&a.life[page]), FREE, 0))  # @store.abandon
+    release_grant(a)
+
+
+cdef void publish(Arena *a, uint64_t page) noexcept nogil:
+    """After the swing, never before: a sweep frees a PUBLISHED page whose slot word points elsewhere."""
+    store_release(&a.life[page], published(load_relaxed(&a.life[page])))  # @store.publish
+    release_grant(a)
+
+
+cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
+    """Frees a page that no word names. Once PUBLISHED, a word that left a page never comes back to it under this sequence."""
+    if not cas(&a.life[page], life, next_life(life, FREE, 0)):            # @orphan.free
+        return False
+    count(a, C_ORPHANS)
+    return True
+
+
+cdef bint evict(Arena *a, uint64_t page, uint64_t life, Slot *slot, uint64_t word) noexcept nogil:
+    """Drops a clean page. The word leaves the page before the page becomes FREE, or a load could be sent to somebody else's bytes."""
+    if not cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @evict.word
+        return False
+    count(a, C_EVICTIONS)
+    return cas(&a.life[page], life, next_life(life, FREE, 0))             # @evict.free
+
+
+cdef bint look_up(Arena *a, uint64_t page, uint64_t *life, uint64_t *key, uint64_t *word) noexcept nogil:
+    """Whether `page` is PUBLISHED; then its life, key, and that slot's word, all of one sequence."""
+    life[0] = load_acquire(&a.life[page])
+    if life_state(life[0]) != PUBLISHED:
+        return False
+    key[0] = load_relaxed(&a.key[page])
+    if (key[0] & SLOT) >= a.slots_count or (key[0] >> KEY_SHIFT) >= 256:
+        return False
+    word[0] = load_acquire(&a.slots[key[0] & SLOT].word)
+    fence_acquire()
+    return load_relaxed(&a.life[page]) == life[0]
+
+
+cdef bint reclaim(Arena *a, uint64_t page) noexcept nogil:
+    """Makes a PUBLISHED nursery page FREE, cleaning it if need be. Waits for nobody: False when another has its hands on it."""
+    cdef uint64_t life, key, word
+    cdef Clean one
+    if not look_up(a, page, &life, &key, &word):
+        return False
+    if names(word, page) and word & DIRTY:
+        one.key = key
+        clean_batch(a, &one, 1)
+        if one.status != OK or not look_up(a, page, &life, &key, &word):
+            return False
+    if not names(word, page):
+        return free_orphan(a, page, life)
+    if word & DIRTY:
+        return False
+    return evict(a, page, life, &a.slots[key & SLOT], word)
+
+
+cdef inline void wake_sweeper(Arena *a) noexcept nogil:
+    """The broker's reclaim thread sets the word to 1 before it sleeps, then looks at the nursery once more; see sweeper_sleep."""
+    if load32(a.wake) and exchange32(a.wake, 0):
+        futex_wake(a.wake)
+
+
+cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
+    """A nursery page of ours, or -1: none within the bound (`insist`), or none at hand.
+
+    This process holds no more than `grants_max` at once, and all clients together no more than half of the nursery, so none
+    starves the others by stopping. Who waits here for its own threads waits for stores to end, which takes no one else.
+    """
+    cdef uint64_t ticket, page, life
+    cdef int64_t room
+    cdef uint64_t tries = 0
+    cdef unsigned step = 0
+    while add32(&a.grants, 1) > a.grants_max:
+        release_grant(a)
+        if not insist or now_ns() >= deadline:
+            return -1
+        back_off(step)
+        step += 1
+    step = 0
+    while True:
+        ticket = fetch_add(a.head, 1)
+        page = ticket % a.nursery
+        room = <int64_t>(load_relaxed(a.hand) + a.nursery - ticket)
+        if room < <int64_t>(a.nursery // LOW_WATER):
+            wake_sweeper(a)
+        life = load_relaxed(&a.life[page])
+        if insist and room <= 0 and life_state(life) == PUBLISHED and reclaim(a, page):
+            count(a, C_DIRECT_RECLAIMS)
+            life = load_relaxed(&a.life[page])
+        if life_state(life) == FREE and cas(&a.life[page], life, next_life(life, GRANTED, a.number)):  # @store.grant
+            # The new sequence is seen before the first byte that we write (a seqlock's entry).
+            fence_release()
+            return page
+        tries += 1
+        if not insist:
+            if tries >= GRANT_TRIES:
+                break
+        elif tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, or being cleaned by somebody
+            if now_ns() >= deadline:
+                break
+            back_off(64 + step)
+            step += 1
+    release_grant(a)
+    return -1

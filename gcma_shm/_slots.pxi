@@ -1,0 +1,256 @@
+# What clients do to slots: store, load, invalidate, sync, counting.
+
+
+cdef inline Slot *slot_of(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
+    return &a.slots[t.base + offset]
+
+
+cdef inline uint64_t key_of(Handle *t, uint64_t offset) noexcept nogil:
+    return (t.type << KEY_SHIFT) | (t.base + offset)
+
+
+cdef inline bint living(Arena *a, Handle *t) noexcept nogil:
+    """To be asked after the slot word was read: the life advances before the words of an ended type are touched, so a word that
+    was read while the handle's life lasted belongs to it, and the CAS from exactly that word fails once it does not."""
+    return load_acquire(&a.types[t.type].life) == t.life                  # @load.type
+
+
+cdef int swing(Arena *a, Handle *t, Slot *slot, uint64_t state, uint64_t rest, uint64_t *before, uint64_t *after) noexcept nogil:
+    """Points the slot to a new value, whatever it held: OK, or ENDED. A lost CAS is somebody else's progress."""
+    while True:
+        before[0] = load_acquire(&slot.word)
+        if not living(a, t) or state_of(before[0]) == CLOSED:
+            return ENDED
+        after[0] = next_word(before[0], state, rest)
+        if cas(&slot.word, before[0], after[0]):
+            return OK
+        count(a, C_RETRIES)
+
+
+cdef bint all_zero(const uint8_t *page, size_t size) noexcept nogil:
+    """Compares the page with itself, shifted: memcmp stops at the first byte that differs, at once for most pages."""
+    return page[0] == 0 and memcmp(page, page + 1, size - 1) == 0
+
+
+cdef int store_page(Arena *a, Handle *t, uint64_t offset, const uint8_t *data, uint64_t deadline, uint64_t *stored) noexcept nogil:
+    """Makes `data` the slot's value, visible to all: OK, and in `stored` the word that names it; FULL or ENDED: nothing changed."""
+    cdef Slot *slot = slot_of(a, t, offset)
+    cdef uint64_t before
+    cdef int64_t page
+    if all_zero(data, a.page_size):
+        if swing(a, t, slot, ZERO, 0, &before, stored) != OK:             # @store.zero
+            return ENDED
+        count(a, C_STORES_ZERO)
+    else:
+        page = grant(a, True, deadline)
+        if page < 0:
+            return FULL if living(a, t) else ENDED
+        a.key[page] = key_of(t, offset)                                   # @store.fill
+        store_byte(&a.visited[page], 0)
+        memcpy(page_bytes(a, page), data, a.page_size)
+        # The CAS releases key and bytes to whoever acquires the word.
+        if swing(a, t, slot, CACHED, DIRTY | <uint64_t>page, &before, stored) != OK:  # @store.swing
+            abandon(a, page)
+            return ENDED
+        publish(a, page)
+    count(a, C_STORES)
+    if before & DIRTY:
+        count(a, C_OVERWRITES_SAVED)
+    return OK
+
+
+cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t *out) noexcept nogil:
+    """OK; or BUSY: start over."""
+    cdef uint64_t page = word & PAYLOAD
+    cdef uint64_t life, state
+    if page >= a.pages:
+        return DAMAGED
+    life = load_acquire(&a.life[page])                                    # @load.life
+    # The word once more: it named the page when `life` was read, so this sequence of the page holds the slot's value, and the
+    # value was current at this moment. Whatever happens to the word from here on does not matter.
+    if load_acquire(&slot.word) != word:                                  # @load.again
+        return BUSY
+    state = life_state(life)
+    if load_relaxed(&a.key[page]) != key or not (state == PUBLISHED or (state == GRANTED and page < a.nursery)):
+        # In an area: the page was taken for a buffer, which touches no slot word. The value is in the file, since no page enters an
+        # area before it is. In the nursery the word must have moved since: a page is never freed while a word names it.
+        if page >= a.nursery and cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @load.heal
+            count(a, C_HEALS)
+        return BUSY
+    memcpy(out, page_bytes(a, page), a.page_size)                         # @load.copy
+    # A seqlock's exit. The copy races with a writer by design; its bytes count only if the sequence has not moved. On x86 loads are
+    # not reordered with loads, and the fence binds the compiler; on ARM it is a load barrier, and the writer's half is the release
+    # fence between the new life and its first byte (`grant`, `promote`), or the full one before a buffer is handed over. Publishing
+    # in between changes the state and not the sequence, so a busy writer cannot make us start over for ever.
+    fence_acquire()
+    if RECHECK and (load_relaxed(&a.life[page]) ^ life) & SEQUENCE:       # @load.recheck
+        return BUSY
+    if not load_byte(&a.visited[page]):  # most hits write nothing, so the line stays shared between the caches
+        store_byte(&a.visited[page], 1)
+    count(a, C_HITS_NURSERY if page < a.nursery else C_HITS_AREA)
+    return OK
+
+
+cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, const uint8_t *data) noexcept nogil:
+    """Puts a page that was evicted a short while ago back into memory, clean, if a nursery page is at hand."""
+    cdef int64_t page = grant(a, False, 0)                                # @load.refault
+    if page < 0:
+        return
+    a.key[page] = key
+    store_byte(&a.visited[page], 1)  # it came back from the ghosts: to be promoted, not evicted, by the sweep
+    memcpy(page_bytes(a, page), data, a.page_size)
+    if cas(&slot.word, word, next_word(word, CACHED, page)):
+        publish(a, page)
+        count(a, C_REFAULTS)
+    else:
+        abandon(a, page)
+
+
+cdef int load_spilled(Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out) noexcept nogil:
+    """OK; BUSY: start over; CORRUPT; or -errno."""
+    cdef uint64_t side = load_acquire(&slot.side)                         # @load.file
+    cdef int64_t got
+    cdef int fd = spill_open(a, t.type, t.life)
+    got = fd
+    if fd >= 0:
+        got = spill_read(fd, out, a.page_size, offset * a.page_size)
+        spill_done(a, t.type)
+    fence_acquire()
+    # While the word says SPILLED nobody writes this place: a write under way holds the writer since before the word became clean.
+    # So with the word unchanged, file and checksum belong together.
+    if load_acquire(&slot.word) != word:                                  # @load.file_again
+        return BUSY
+    if got < 0:
+        return <int>got
+    if got < <int64_t>a.page_size or crc32c_page(&a.crc, out) != <uint32_t>(side & CRC):
+        return CORRUPT
+    count(a, C_HITS_SPILL)
+    if recently_evicted(a, word):
+        refault(a, key_of(t, offset), slot, word, out)
+    return OK
+
+
+cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out) noexcept nogil:
+    """Copies the slot's value to `out`: OK, MISS, ENDED, CORRUPT, DAMAGED or -errno. After anything but OK, `out` is undefined."""
+    cdef Slot *slot = slot_of(a, t, offset)
+    cdef uint64_t word, state
+    cdef int status, tries
+    for tries in range(TRIES_MAX):
+        word = load_acquire(&slot.word)                                   # @load.word
+        state = state_of(word)
+        if state == CLOSED or not living(a, t):
+            return ENDED
+        if state == EMPTY:
+            count(a, C_MISSES)
+            return MISS
+        if state == ZERO:
+            memset(out, 0, a.page_size)
+            count(a, C_HITS_ZERO)
+            return OK
+        if state == CACHED:
+            status = load_cached(a, key_of(t, offset), slot, word, out)
+        elif state == SPILLED:
+            status = load_spilled(a, t, offset, slot, word, out)
+            if status < 0 and not living(a, t):
+                return ENDED
+        else:
+            return DAMAGED
+        if status != BUSY:
+            return status
+        count(a, C_RETRIES)
+    return DAMAGED
+
+
+cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
+    """Nothing stored there from now on. The page is an orphan; freeing it here, before a sweep has looked, was a bug of the kernel patch."""
+    cdef Slot *slot = slot_of(a, t, offset)
+    cdef uint64_t before, after
+    if state_of(load_acquire(&slot.word)) == EMPTY and living(a, t):
+        return OK
+    if swing(a, t, slot, EMPTY, 0, &before, &after) != OK:                # @invalidate.swing
+        return ENDED
+    count(a, C_INVALIDATIONS)
+    return OK
+
+
+cdef int64_t holds_page(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
+    cdef uint64_t state = state_of(load_acquire(&slot_of(a, t, offset).word))
+    return state == CACHED or state == SPILLED or state == ZERO
+
+
+cdef int64_t count_pages(Arena *a, Handle *t) noexcept nogil:
+    """Slots that hold a page; one pass."""
+    cdef int64_t held = 0
+    cdef uint64_t offset
+    for offset in range(t.slots):
+        held += holds_page(a, t, offset)
+    return held
+
+
+cdef int sync_slots(Arena *a, Handle *t, uint64_t deadline) noexcept nogil:
+    """Cleans what was dirty at the start: OK, ENDED, BUSY, or the first -errno, after everything else was tried."""
+    cdef Clean batch[BATCH_MAX]
+    cdef uint64_t words[BATCH_MAX]
+    cdef uint64_t offset = 0, word
+    cdef int n, i, status, result = OK
+    while offset < t.slots:
+        n = 0
+        while offset < t.slots and n < BATCH_MAX:
+            word = load_acquire(&slot_of(a, t, offset).word)
+            if word & DIRTY:
+                batch[n].key = key_of(t, offset)
+                words[n] = word
+                n += 1
+            offset += 1
+        if not living(a, t):
+            return ENDED
+        clean_batch(a, batch, n)
+        for i in range(n):
+            status = batch[i].status
+            if status == BUSY:  # we hold no claim here, so waiting for this one slot keeps nobody from anything
+                status = clean_wait(a, batch[i].key, words[i], deadline)
+            if status == ENDED:
+                return ENDED
+            if status != OK and result >= OK:
+                result = status
+    return result
+
+
+cdef int store_batch(
+    Arena *a, Handle *t, const uint64_t *offsets, int n, const uint8_t *data, bint through, uint64_t deadline, int *failed, bint *stored
+) noexcept nogil:
+    """Stores n pages (at most BATCH_MAX) in order, then cleans them together: OK, or the first failure and the page that it hit."""
+    cdef Clean batch[BATCH_MAX]
+    cdef uint64_t words[BATCH_MAX]
+    cdef int order[BATCH_MAX]
+    cdef int i, k, status = OK, done = 0, dirty = 0
+    stored[0] = False
+    while done < n:
+        status = store_page(a, t, offsets[done], data + done * a.page_size, deadline, &words[done])
+        if status != OK:
+            break
+        done += 1
+    failed[0] = done
+    if not through:
+        return status
+    for i in range(done):
+        if not (words[i] & DIRTY):
+            continue
+        k = dirty  # of equal offsets the second claim fails, and finds its word superseded or clean when it is tried again
+        while k and batch[k - 1].key > key_of(t, offsets[i]):
+            batch[k].key = batch[k - 1].key
+            order[k] = order[k - 1]
+            k -= 1
+        batch[k].key = key_of(t, offsets[i])
+        order[k] = i
+        dirty += 1
+    clean_batch(a, batch, dirty)
+    for k in range(dirty):
+        i = order[k]
+        if batch[k].status == BUSY:
+            batch[k].status = clean_wait(a, batch[k].key, words[i], deadline)
+        if batch[k].status != OK and i < failed[0]:
+            failed[0] = i
+            status = batch[k].status
+            stored[0] = True
+    return status

@@ -1,0 +1,78 @@
+# Spill files: one per life of a type, slot n at byte n × page size.
+#
+# Each process opens the file of a type when it first needs it, also of types that it never declared: direct reclaim cleans
+# whatever it finds. Files are opened by (type, life), so that a client that slept through the end of a life writes into a file
+# that nobody reads. A descriptor is replaced only while no thread of this process uses it.
+
+
+cdef int spill_open(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
+    """A descriptor for that life's file, to be given back with spill_done; negative: errno."""
+    cdef SpillFile *f = &a.spill[type_]
+    cdef char name[32]
+    cdef int fd = -1
+    cdef unsigned step = 0
+    while True:
+        while exchange32(&a.spill_lock, 1):  # held for one open() at the most, by threads of this process only
+            back_off(step)
+            step += 1
+        if f.fd >= 0 and f.life == life:
+            fd = f.fd
+        elif f.users == 0:
+            if f.fd >= 0:
+                close(f.fd)
+            snprintf(name, sizeof(name), b"%03llu.%llu", <unsigned long long>type_, <unsigned long long>life)
+            fd = f.fd = openat(a.spill_dir, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW)
+            f.life = life
+            if fd < 0:
+                fd = -errno
+        else:  # another thread is inside a write to an older life's file
+            store32(&a.spill_lock, 0)
+            back_off(step)
+            step += 1
+            continue
+        if fd >= 0:
+            f.users += 1
+        store32(&a.spill_lock, 0)
+        return fd
+
+
+cdef void spill_done(Arena *a, uint64_t type_) noexcept nogil:
+    add32(&a.spill[type_].users, -1)
+
+
+cdef int spill_write(int fd, iovec *parts, int count_, int64_t at) noexcept nogil:
+    """Writes all parts from byte `at` on; OK or -errno. The parts are consumed."""
+    cdef ssize_t written
+    while count_:
+        written = pwritev(fd, parts, count_, at)
+        if written < 0:
+            if errno == EINTR:
+                continue
+            return -errno
+        if written == 0:
+            return -ENOSPC
+        at += written
+        while count_ and <size_t>written >= parts.iov_len:
+            written -= parts.iov_len
+            parts += 1
+            count_ -= 1
+        if count_:
+            parts.iov_base = <char *>parts.iov_base + written
+            parts.iov_len -= written
+    return OK
+
+
+cdef int64_t spill_read(int fd, uint8_t *out, size_t size, int64_t at) noexcept nogil:
+    """Bytes read, fewer than `size` only where the file ends; negative: errno."""
+    cdef size_t got = 0
+    cdef ssize_t n
+    while got < size:
+        n = pread(fd, out + got, size - got, at + got)
+        if n < 0:
+            if errno == EINTR:
+                continue
+            return -errno
+        if n == 0:
+            break
+        got += n
+    return got

@@ -1,0 +1,183 @@
+"""The shared-memory object: creating it with every page committed, finding it, mapping it, and the lock of its one broker.
+
+The lock is flock(2) on the object itself: it ends with the broker's process however that ends, and needs no file beside the arena.
+A broker never forks, so no child of it keeps the lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+import posix_ipc
+
+from gcma_shm import layout
+from gcma_shm.errors import ArenaError
+from gcma_shm.layout import Area, Geometry
+from gcma_shm.sizes import format_size
+
+SHM_DIR = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory, see shm_overview(7)
+MADV_POPULATE_WRITE = 23  # since Linux 5.14; mmap has no name for it
+MODE = 0o600
+
+
+@dataclass
+class Arena:
+    """A mapped arena. `lock_fd` holds the broker's lock; clients have none."""
+
+    name: str
+    memory: mmap.mmap
+    geometry: Geometry
+    areas: list[Area]
+    arena_id: bytes
+    lock_fd: int = -1
+
+    def prefault(self) -> bool:
+        """Fills this process's page table for the whole arena, so that no page costs a fault later; False where the kernel cannot."""
+        try:
+            self.memory.madvise(MADV_POPULATE_WRITE)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return False
+        return True
+
+    def destroy(self) -> None:
+        """Unlinks the object and lets go of the lock. What processes have mapped stays mapped."""
+        posix_ipc.unlink_shared_memory(self.name)
+        os.close(self.lock_fd)
+
+
+def create(name: str, geometry: Geometry, areas: list[Area]) -> Arena:
+    """A new arena, all memory committed, locked by this process. Leaves nothing behind when it fails.
+
+    Raises ArenaError when another broker has the name, or there is too little shared memory.
+    """
+    fd = _lock_new(name)
+    try:
+        _commit(fd, geometry.size)
+        memory = mmap.mmap(fd, geometry.size, flags=mmap.MAP_SHARED)
+        arena_id = secrets.token_bytes(16)
+        with memoryview(memory) as view:
+            layout.write_header(view, geometry, areas, arena_id)
+    except BaseException:
+        posix_ipc.unlink_shared_memory(name)
+        os.close(fd)
+        raise
+    return Arena(name, memory, geometry, areas, arena_id, fd)
+
+
+def open_arena(name: str, arena_id: bytes | None = None) -> Arena:
+    """Maps an arena that a broker serves. Raises ArenaError when it is missing, not readable for us, damaged, or not `arena_id`."""
+    try:
+        found = posix_ipc.SharedMemory(name)
+    except posix_ipc.ExistentialError:
+        raise ArenaError(errno.ENOENT, f"there is no arena {name} in this machine's or container's {SHM_DIR}") from None
+    except posix_ipc.PermissionsError:
+        raise ArenaError(errno.EACCES, f"the arena {name} belongs to another user") from None
+    try:
+        arena = _map(name, found.fd)
+    finally:
+        found.close_fd()
+    if arena_id is not None and arena.arena_id != arena_id:
+        raise ArenaError(f"{name} is not the arena that the broker serves: another container's {SHM_DIR}, or another arena since")
+    return arena
+
+
+def _map(name: str, fd: int) -> Arena:
+    size = os.fstat(fd).st_size
+    if size < layout.HEADER_BYTES:
+        raise ArenaError(f"{name} is not an arena: it has {size} bytes")
+    memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+    with memoryview(memory) as view:
+        geometry, areas, found_id = layout.read_header(view, size)
+    return Arena(name, memory, geometry, areas, found_id)
+
+
+def _lock_new(name: str) -> int:
+    """A new, empty object under `name`, locked; the rest of an earlier broker that is dead is removed first."""
+    for _ in range(8):  # each round lost means that another broker came or went just now
+        try:
+            made = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=MODE)
+        except posix_ipc.ExistentialError:
+            _remove_dead(name)
+            continue
+        if _try_lock(made.fd) and _is_named(made.fd, name):
+            os.set_inheritable(made.fd, False)
+            return made.fd
+        made.close_fd()
+    raise ArenaError(errno.EBUSY, f"other brokers are starting and stopping on the arena {name}; try again")
+
+
+def _remove_dead(name: str) -> None:
+    """Unlinks the arena `name` if no broker holds its lock; ends the lives of its types first, so that no client goes on alone in it."""
+    try:
+        old = posix_ipc.SharedMemory(name)
+    except posix_ipc.ExistentialError:
+        return
+    try:
+        if not _try_lock(old.fd):
+            raise ArenaError(errno.EBUSY, f"another broker serves the arena {name}; stop it first, or use another endpoint")
+        if _is_named(old.fd, name):
+            _end_lives(name, old.fd)
+            posix_ipc.unlink_shared_memory(name)
+    finally:
+        old.close_fd()
+
+
+def _end_lives(name: str, fd: int) -> None:
+    try:
+        arena = _map(name, fd)
+    except ArenaError:
+        return  # whatever it was, no client runs on it
+    words = memoryview(arena.memory).cast("Q")
+    for type_ in range(arena.geometry.types_max):
+        at = (arena.geometry.type_at(type_) + layout.TYPE_LIFE_AT) // 8
+        words[at] += words[at] & 1
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_named(fd: int, name: str) -> bool:
+    """Whether `name` still leads to this object: it may have been unlinked between opening and locking it."""
+    try:
+        return os.path.samestat(os.fstat(fd), (SHM_DIR / name.removeprefix("/")).stat())
+    except FileNotFoundError:
+        return False
+
+
+def _commit(fd: int, size: int) -> None:
+    """Gives the object its size and all of its memory, now, or fails now: nobody gets a SIGBUS later."""
+    free = os.statvfs(SHM_DIR)
+    room = min(free.f_bavail * free.f_frsize, _memory_available())
+    try:
+        if size > room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+            raise
+        raise ArenaError(
+            errno.ENOSPC,
+            f"too little shared memory: the arena needs {format_size(size)}, and {SHM_DIR} has {format_size(max(room, 0))} to give. Make "
+            f"the arena smaller, or the place larger: as root `mount -o remount,size={(size >> 20) + 64}M {SHM_DIR}`; in a container "
+            "`docker run --shm-size=…`; in Kubernetes mount an emptyDir with `medium: Memory` there",
+        ) from None
+
+
+def _memory_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ArenaError("/proc/meminfo does not tell MemAvailable")

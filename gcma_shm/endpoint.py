@@ -1,0 +1,67 @@
+"""Names that follow from an endpoint: the socket's path, the arena, the spill directory.
+
+A broker started again on the same endpoint finds by them what an earlier one left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from gcma_shm.errors import ArenaError
+
+IPC = "ipc://"
+IPC_PATH_MAX = 107  # sockaddr_un.sun_path less the final zero
+
+
+def default_endpoint() -> str:
+    """`$GCMA_ENDPOINT`, else `default` in this user's runtime directory."""
+    return os.environ.get("GCMA_ENDPOINT") or f"{IPC}{runtime_dir() / 'default'}"
+
+
+def runtime_dir() -> Path:
+    """Where sockets are: `$XDG_RUNTIME_DIR/gcma`, else `gcma-<uid>` in the temporary directory."""
+    xdg = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(xdg) / "gcma" if xdg else Path(tempfile.gettempdir()) / f"gcma-{os.getuid()}"
+
+
+def socket_path(endpoint: str) -> Path:
+    """The path of an `ipc://` endpoint. Raises ValueError for any other, or one that is too long for a socket."""
+    if not isinstance(endpoint, str):
+        raise TypeError(f"endpoint of type {type(endpoint).__name__}: expected text such as 'ipc:///run/user/1000/gcma/default'")
+    path = endpoint.removeprefix(IPC)
+    if path == endpoint or not path.startswith("/"):
+        raise ValueError(f"endpoint {endpoint!r}: expected 'ipc://' and an absolute path")
+    if len(os.fsencode(path)) > IPC_PATH_MAX:
+        raise ValueError(f"endpoint {endpoint!r}: a socket's path has at most {IPC_PATH_MAX} bytes, this one {len(os.fsencode(path))}")
+    return Path(path)
+
+
+def arena_name(endpoint: str) -> str:
+    """The POSIX shared-memory name of the arena behind `endpoint`."""
+    return f"/gcma-{os.getuid()}-{hashlib.sha256(endpoint.encode()).hexdigest()[:16]}"
+
+
+def default_spill_dir(endpoint: str) -> Path:
+    """A directory of the arena's own under the user's cache directory.
+
+    Not the runtime directory: that is memory on most systems, and pages that leave memory should not come to rest in memory.
+    """
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "gcma" / arena_name(endpoint).removeprefix("/")
+
+
+def private_dir(path: Path) -> Path:
+    """Makes `path` (with parents) and sees to it that it is this user's alone. Raises ArenaError when it is not."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat(follow_symlinks=False)
+    if not stat.S_ISDIR(found.st_mode):
+        raise ArenaError(f"{path} is not a directory")
+    if found.st_uid != os.getuid():
+        raise ArenaError(f"{path} belongs to user {found.st_uid}, not to you ({os.getuid()}); choose another place")
+    if found.st_mode & 0o077:
+        raise ArenaError(f"{path} can be entered by others (mode {found.st_mode & 0o777:o}); chmod 700 it or choose another place")
+    return path

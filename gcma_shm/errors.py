@@ -1,0 +1,110 @@
+"""The errors that gcma-shm raises.
+
+`GcmaError` is the root. Each error also derives from the built-in that fits, so that ordinary handlers (`except OSError`,
+`except MemoryError`, `except TimeoutError`) work without knowing this package.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArenaError",
+    "ArenaExhausted",
+    "BrokerUnavailable",
+    "Closed",
+    "GcmaError",
+    "NoSuchArea",
+    "NoSuchBuffer",
+    "NoSuchType",
+    "NurseryFull",
+    "ProtocolError",
+    "QuotaExceeded",
+    "SlotBusy",
+    "SpillCorrupt",
+    "SpillError",
+    "StaleHandle",
+]
+
+
+class GcmaError(Exception):
+    """Root of all errors of this package.
+
+    `done` counts the pages of a batch (`store_many`, `load_many`) that were served before the error; 0 for single operations.
+    """
+
+    done: int = 0
+
+
+class ArenaError(GcmaError, OSError):
+    """The arena cannot be created, found or trusted."""
+
+
+class ArenaExhausted(GcmaError, MemoryError):
+    """Buffers (never cache) leave no range this large.
+
+    `requested` and `largest_free` are bytes; `holders` maps the number of each client that holds buffers where the request
+    looked to the bytes that it holds.
+    """
+
+    def __init__(
+        self, message: str, requested: int = 0, largest_free: int = 0, holders: dict[int, int] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.requested = requested
+        self.largest_free = largest_free
+        self.holders = holders or {}
+
+
+class QuotaExceeded(GcmaError, MemoryError):
+    """This client may not hold that much."""
+
+
+class NurseryFull(GcmaError, TimeoutError):
+    """No page to store into became free within the bound; nothing has changed."""
+
+
+class Closed(GcmaError, ValueError):
+    """The client, type or broker of this object has ended."""
+
+
+class NoSuchType(GcmaError, LookupError):
+    """No type of this number is declared."""
+
+
+class NoSuchArea(GcmaError, LookupError):
+    """The arena has no area of this name."""
+
+
+class NoSuchBuffer(GcmaError, LookupError):
+    """No buffer of this identity is held by this client."""
+
+
+class StaleHandle(GcmaError, ReferenceError):
+    """A handle whose buffer is gone."""
+
+
+class SlotBusy(GcmaError, TimeoutError):
+    """The value is stored and visible, but another process has been writing this slot to the spill file for longer than the bound."""
+
+
+class BrokerUnavailable(GcmaError, ConnectionError):
+    """A request that needs the broker got no answer in time."""
+
+
+class SpillError(GcmaError, OSError):
+    """The spill file could not be written or read.
+
+    `errno` is the system's. `stored` says whether the value is safe: True after a store whose page stays readable in the
+    arena, pinned until the file takes it; False when nothing could be read.
+    """
+
+    def __init__(self, errno: int = 0, message: str = "", stored: bool = False) -> None:
+        super().__init__(errno, message)
+        self.stored = stored
+
+
+class SpillCorrupt(SpillError):
+    """The page read back is not the page that was written."""
+
+
+class ProtocolError(GcmaError, ValueError):
+    """A malformed or unsupported message."""

@@ -1,0 +1,302 @@
+"""Where everything lies in an arena.
+
+Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back, trusting nothing. The layout
+(version 1), from the arena's first byte:
+
+    header         4 KiB: identity and geometry with a checksum, then words that change, each hot one on a cache line of its own
+    areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges
+    types          256 entries of 64 bytes: life, slots, ways of writing
+    clients        `clients_max` records of 512 bytes: state, process, then counters that the client alone counts up
+    allocations    `allocations_max` entries of 128 bytes: buffers and reservations, with the request that asked for each
+    holders        one bit per allocation and client
+    slots          16 bytes each: slot word, side word
+    life, key      8 bytes a page each;  visited: one byte a page
+    pages          the nursery, then the areas, in order
+
+Page numbers count through nursery and areas, from the nursery's first page, 0.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass, fields
+
+from gcma_shm.errors import ArenaError
+from gcma_shm.sizes import format_size
+
+MAGIC = b"GCMA-SHM"
+LAYOUT_VERSION = 1
+
+PAGE_SIZE_MIN = 4 << 10
+PAGE_SIZE_MAX = 2 << 20
+AREAS_MAX = 64
+TYPES_MAX = 256
+CLIENTS_MAX = 4095  # a slot's writer has 12 bits for a client number, and 0 means nobody
+GRANTS_MAX = 32
+NURSERY_PAGES_MIN = 16
+NURSERY_SHARE = 10  # one page in ten: the size of the small queue in the S3-FIFO paper (Yang et al., SOSP 2023)
+SLOTS_PER_PAGE = 4
+
+HEADER_BYTES = 4096
+AREA_BYTES = 128
+TYPE_BYTES = 64
+CLIENT_BYTES = 512
+ALLOCATION_BYTES = 128
+SLOT_BYTES = 16
+DESCRIPTOR_BYTES = 8 + 8 + 1
+CACHE_LINE = 64
+NAME_BYTES = 48
+
+# Words of the header that change, as offsets from the arena's start.
+EPOCH_AT = 0x200
+BROKER_PID_AT = 0x208
+BROKER_START_AT = 0x210
+STOPPED_AT = 0x218
+HEAD_AT = 0x240
+HAND_AT = 0x280
+CLOCK_AT = 0x2C0
+FILLING_AT = 0x300
+TAKING_AT = 0x308
+WAKE_AT = 0x340
+
+# An area's entry.
+AREA_ENTRY = struct.Struct(f"<{NAME_BYTES}sQQQQQQ")  # name, first page, pages, policy, share, alignment, state
+AREA_CLOCK_AT = 0x60
+AREA_LENT_AT = 0x68
+AREA_HELD_AT = 0x70
+assert AREA_ENTRY.size <= AREA_CLOCK_AT  # noqa: S101 - the relation between two constants
+
+# A type's entry.
+TYPE_LIFE_AT = 0x00
+TYPE_BASE_AT = 0x08
+TYPE_SLOTS_AT = 0x10
+TYPE_FLAGS_AT = 0x18
+TYPE_SHARE_AT = 0x20
+WRITE_BEHIND = 1
+
+# A client's record. Number 0 is nobody (its counters are those of the departed); number 1 is the broker itself.
+CLIENT_STATE_AT = 0x00
+CLIENT_PID_AT = 0x08
+CLIENT_START_AT = 0x10
+CLIENT_TAG_AT = 0x18
+CLIENT_PARENT_AT = 0x20
+CLIENT_PIDNS_AT = 0x28
+CLIENT_REQUEST_AT = 0x30
+CLIENT_COUNTERS_AT = 0x40
+NOBODY = 0
+BROKER = 1
+
+# An allocation's entry: a buffer or a reservation.
+ALLOCATION_STATE_AT = 0x00  # kind:8 (0: none, 1: buffer, 2: reservation) · generation:56; written last
+ALLOCATION_FIRST_AT = 0x08
+ALLOCATION_PAGES_AT = 0x10
+ALLOCATION_AREA_AT = 0x18
+ALLOCATION_CLIENT_AT = 0x20
+ALLOCATION_REQUEST_AT = 0x28
+ALLOCATION_CLAIM_AT = 0x30
+ALLOCATION_DEADLINE_AT = 0x38  # of a hand-over, in CLOCK_MONOTONIC nanoseconds; 0: none
+ALLOCATION_NAME_AT = 0x40
+
+
+@dataclass(frozen=True)
+class Area:
+    """A named part of the arena, from which contiguous buffers come."""
+
+    name: str
+    first: int  # page number
+    pages: int
+    policy: int = 0
+    share: int = 0
+    alignment: int = 0
+    state: int = 0
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes in bytes, counts, and the offset (`…_at`) of each table from the arena's start."""
+
+    size: int
+    page_size: int
+    pages: int
+    nursery_pages: int
+    slots: int
+    areas_count: int
+    types_max: int
+    clients_max: int
+    grants_max: int
+    allocations_max: int
+    areas_at: int
+    types_at: int
+    clients_at: int
+    allocations_at: int
+    holders_at: int
+    slots_at: int
+    life_at: int
+    key_at: int
+    visited_at: int
+    pages_at: int
+
+    @property
+    def holder_bytes(self) -> int:
+        """Bytes of one allocation's bits, one bit per client."""
+        return -(-(self.clients_max + 1) // 64) * 8
+
+    def client_at(self, number: int) -> int:
+        """Offset of a client's record."""
+        return self.clients_at + number * CLIENT_BYTES
+
+    def type_at(self, type_: int) -> int:
+        """Offset of a type's entry."""
+        return self.types_at + type_ * TYPE_BYTES
+
+    def area_at(self, index: int) -> int:
+        """Offset of an area's entry."""
+        return self.areas_at + index * AREA_BYTES
+
+    def allocation_at(self, index: int) -> int:
+        """Offset of an allocation's entry."""
+        return self.allocations_at + index * ALLOCATION_BYTES
+
+    def page_at(self, page: int) -> int:
+        """Offset of a page's first byte."""
+        return self.pages_at + page * self.page_size
+
+
+_IDENTITY = struct.Struct("<8sII16s")
+_GEOMETRY = struct.Struct(f"<{len(fields(Geometry))}Q")
+_CHECKSUM = struct.Struct("<I")
+_CHECKED_BYTES = _IDENTITY.size + _GEOMETRY.size
+assert _CHECKED_BYTES + _CHECKSUM.size <= EPOCH_AT  # noqa: S101 - the relation between two constants
+
+
+def _aligned(offset: int, to: int) -> int:
+    return -(-offset // to) * to
+
+
+def _place(size: int, page_size: int, slots: int, clients_max: int) -> dict[str, int]:
+    """The tables' offsets, and how many pages the rest holds."""
+    upper_pages = size // page_size
+    allocations_max = min(max(upper_pages // 16, 64), 65536)
+    at = {"areas_at": HEADER_BYTES}
+    at["types_at"] = at["areas_at"] + AREAS_MAX * AREA_BYTES
+    at["clients_at"] = at["types_at"] + TYPES_MAX * TYPE_BYTES
+    at["allocations_at"] = at["clients_at"] + (clients_max + 1) * CLIENT_BYTES
+    at["holders_at"] = at["allocations_at"] + allocations_max * ALLOCATION_BYTES
+    at["slots_at"] = _aligned(at["holders_at"] + allocations_max * -(-(clients_max + 1) // 64) * 8, CACHE_LINE)
+    at["life_at"] = _aligned(at["slots_at"] + slots * SLOT_BYTES, CACHE_LINE)
+    pages = (size - at["life_at"] - 2 * CACHE_LINE - page_size) // (page_size + DESCRIPTOR_BYTES)
+    pages = max(pages, 0)
+    at["key_at"] = _aligned(at["life_at"] + pages * 8, CACHE_LINE)
+    at["visited_at"] = _aligned(at["key_at"] + pages * 8, CACHE_LINE)
+    at["pages_at"] = _aligned(at["visited_at"] + pages, page_size)
+    return at | {"pages": pages, "allocations_max": allocations_max}
+
+
+def _refuse_areas(areas: dict[str, int]) -> None:
+    if len(areas) > AREAS_MAX:
+        raise ValueError(f"{len(areas)} areas: an arena has at most {AREAS_MAX}")
+    for name, size in areas.items():
+        if not name or len(name.encode()) > NAME_BYTES or not name.isprintable():
+            raise ValueError(f"area name {name!r}: expected 1 to {NAME_BYTES} bytes of printable text")
+        if size <= 0:
+            raise ValueError(f"area {name!r} of {size} bytes: expected more than zero")
+
+
+def plan(
+    size: int,
+    page_size: int = PAGE_SIZE_MIN,
+    areas: dict[str, int] | None = None,
+    slots: int | None = None,
+    clients_max: int | None = None,
+) -> tuple[Geometry, list[Area]]:
+    """The geometry of an arena of `size` bytes in all, tables included, and its areas (sizes in bytes, rounded up to pages).
+
+    No areas: one called `default` that takes all but the nursery. Raises ValueError for what is no geometry, ArenaError for
+    one that does not fit, saying what would.
+    """
+    if page_size & (page_size - 1) or not PAGE_SIZE_MIN <= page_size <= PAGE_SIZE_MAX:
+        raise ValueError(f"page size {page_size}: expected a power of two from {PAGE_SIZE_MIN} to {PAGE_SIZE_MAX}")
+    if slots is None:
+        slots = max(size // page_size * SLOTS_PER_PAGE, 1)
+    if not 1 <= slots < 1 << 40:
+        raise ValueError(f"{slots} slots: expected 1 to {1 << 40}")
+    wanted_clients = min(max(size // page_size // 64, 8), 256) if clients_max is None else clients_max
+    if not 2 <= wanted_clients <= CLIENTS_MAX:
+        raise ValueError(f"{wanted_clients} clients: expected 2 to {CLIENTS_MAX}")
+    areas = dict(areas or {})
+    _refuse_areas(areas)
+
+    at = _place(size, page_size, slots, wanted_clients)
+    pages = at["pages"]
+    if pages >= 1 << 32:
+        raise ValueError(f"{pages} pages: an arena has fewer than 2^32; choose larger pages")
+    # Half of the nursery must do for the grants of all clients, so that no one starves the others by stopping (promise 5).
+    nursery_min = max(NURSERY_PAGES_MIN, 2 * wanted_clients)
+    area_pages = {name: _aligned(area_size, page_size) // page_size for name, area_size in areas.items()}
+    if not area_pages:
+        area_pages = {"default": pages - max(pages // NURSERY_SHARE, nursery_min)}
+    nursery_pages = pages - sum(area_pages.values())
+    if nursery_pages < nursery_min or min(area_pages.values()) < 1:
+        tables = size - pages * page_size
+        needed = tables + (sum(max(n, 1) for n in area_pages.values()) + nursery_min) * (page_size + DESCRIPTOR_BYTES)
+        raise ArenaError(
+            f"an arena of {format_size(size)} is too small: its tables take {format_size(tables)} ({slots} slots, "
+            f"{wanted_clients} clients), the nursery needs {format_size(nursery_min * page_size)}, and the areas were to have "
+            f"{format_size(sum(area_pages.values()) * page_size) if areas else 'at least one page'}; "
+            f"make it about {format_size(_aligned(needed, 1 << 16))}, or the areas smaller, or ask for fewer slots or clients"
+        )
+    geometry = Geometry(
+        size=size,
+        page_size=page_size,
+        nursery_pages=nursery_pages,
+        slots=slots,
+        areas_count=len(area_pages),
+        types_max=TYPES_MAX,
+        clients_max=wanted_clients,
+        grants_max=min(nursery_pages // 2 // wanted_clients, GRANTS_MAX),
+        **at,
+    )
+    placed, first = [], nursery_pages
+    for name, count in area_pages.items():
+        placed.append(Area(name, first, count))
+        first += count
+    return geometry, placed
+
+
+def write_header(memory: memoryview, geometry: Geometry, areas: list[Area], arena_id: bytes) -> None:
+    """Writes identity, geometry and areas into zeroed memory; the magic last."""
+    for index, area in enumerate(areas):
+        AREA_ENTRY.pack_into(
+            memory, geometry.area_at(index), area.name.encode(), area.first, area.pages, area.policy, area.share,
+            area.alignment, area.state,
+        )  # fmt: skip
+    values = [getattr(geometry, field.name) for field in fields(Geometry)]
+    checked = _IDENTITY.pack(MAGIC, LAYOUT_VERSION, HEADER_BYTES, arena_id) + _GEOMETRY.pack(*values)
+    memory[8 : _CHECKED_BYTES + _CHECKSUM.size] = checked[8:] + _CHECKSUM.pack(zlib.crc32(checked))
+    memory[:8] = MAGIC
+
+
+def read_header(memory: memoryview, mapped_bytes: int) -> tuple[Geometry, list[Area], bytes]:
+    """Geometry, areas and identity of the arena in `memory`.
+
+    Raises ArenaError when it is no arena, one of another layout version, truncated or damaged.
+    """
+    if mapped_bytes < HEADER_BYTES:
+        raise ArenaError(f"not an arena: {mapped_bytes} bytes are less than its header's {HEADER_BYTES}")
+    magic, version, _, arena_id = _IDENTITY.unpack_from(memory, 0)
+    if magic != MAGIC:
+        raise ArenaError(f"not an arena: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
+    if version != LAYOUT_VERSION:
+        raise ArenaError(f"arena of layout version {version}: this gcma-shm knows version {LAYOUT_VERSION}; use the same release")
+    (checksum,) = _CHECKSUM.unpack_from(memory, _CHECKED_BYTES)
+    if checksum != zlib.crc32(memory[:_CHECKED_BYTES]):
+        raise ArenaError("the arena's header is damaged: its checksum does not fit")
+    geometry = Geometry(*_GEOMETRY.unpack_from(memory, _IDENTITY.size))
+    if geometry.size != mapped_bytes:
+        raise ArenaError(f"the arena was truncated: {mapped_bytes} bytes, its header says {geometry.size}")
+    areas = []
+    for index in range(geometry.areas_count):
+        name, *numbers = AREA_ENTRY.unpack_from(memory, geometry.area_at(index))
+        areas.append(Area(name.rstrip(b"\0").decode(errors="replace"), *numbers))
+    return geometry, areas, arena_id
