@@ -1,0 +1,66 @@
+"""gcma-shm: contiguous shared memory for worker pools, guaranteed, and lent out as a page cache until it is needed.
+
+>>> import gcma_shm
+>>> with gcma_shm.embedded("64M") as client:
+...     swap = client.swap(0, slots=1000)
+...     swap.store(7, b"x" * client.page_size)
+...     with client.alloc_contig(32 << 20) as frame:
+...         frame.view[:5] = b"hello"
+...     swap.load(7) == b"x" * client.page_size
+True
+"""
+
+try:
+    from gcma_shm import _core as _core
+except ImportError as error:
+    raise ImportError(
+        f"gcma_shm's extension module cannot be loaded ({error}). In a checkout run `make`, which builds it in place; "
+        "elsewhere `pip install gcma-shm`, with a C compiler and Python's headers where there is no wheel"
+    ) from error
+
+from gcma_shm.clients.buffer import Buffer
+from gcma_shm.clients.client import AreaInfo, Client, connect
+from gcma_shm.clients.embedded import embedded
+from gcma_shm.clients.swap import Swap
+from gcma_shm.errors import (
+    ArenaError,
+    ArenaExhausted,
+    BrokerUnavailable,
+    Closed,
+    GcmaError,
+    NoSuchArea,
+    NoSuchBuffer,
+    NoSuchType,
+    NurseryFull,
+    ProtocolError,
+    QuotaExceeded,
+    SlotBusy,
+    SpillCorrupt,
+    SpillError,
+    StaleHandle,
+)
+
+__version__ = "0.1.0"
+__all__ = [
+    "AreaInfo",
+    "ArenaError",
+    "ArenaExhausted",
+    "BrokerUnavailable",
+    "Buffer",
+    "Client",
+    "Closed",
+    "GcmaError",
+    "NoSuchArea",
+    "NoSuchBuffer",
+    "NoSuchType",
+    "NurseryFull",
+    "ProtocolError",
+    "QuotaExceeded",
+    "SlotBusy",
+    "SpillCorrupt",
+    "SpillError",
+    "StaleHandle",
+    "Swap",
+    "connect",
+    "embedded",
+]

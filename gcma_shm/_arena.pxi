@@ -119,10 +119,9 @@ cdef struct ClientRecord:  # in the arena
     uint64_t pid
     uint64_t start
     uint64_t tag        # counts this client's claims of a place in the file
-    uint64_t parent
     uint64_t pidns
     uint64_t request
-    uint64_t spare
+    uint64_t spare[2]
     uint64_t counters[56]
 
 cdef struct Slot:

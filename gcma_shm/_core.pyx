@@ -67,6 +67,8 @@ cdef class Plane:
     cdef Py_buffer memory
     cdef readonly object geometry
     cdef readonly Py_ssize_t page_size
+    cdef readonly bint closed
+    cdef int users      # operations under way in threads of this process; changed under the GIL
     cdef object __weakref__
 
     def __cinit__(self, memory, geometry, int number, spill_dir, *, bint crc_hardware=True):
@@ -128,10 +130,25 @@ cdef class Plane:
             raise ValueError(f"client number {number}: expected 1 to {self.geometry.clients_max}")
         self.a.number = number
         self.a.me = &self.a.clients[number]
+        self.users = 0
         self.a.grants = 0
         self.a.spill_lock = 0
         for i in range(256):
             self.a.spill[i].users = 0
+
+    def close(self, double timeout):
+        """Refuses new operations, then waits for those under way in other threads; whether all have ended within `timeout` seconds.
+
+        Only then may the client say goodbye: the broker takes back what a client was granted as soon as it has.
+        """
+        cdef uint64_t deadline = deadline_after(timeout)
+        cdef unsigned step = 0
+        self.closed = True
+        while self.users and now_ns() < deadline:
+            with nogil:
+                back_off(64 + step)
+            step += 1
+        return self.users == 0
 
     @property
     def number(self):

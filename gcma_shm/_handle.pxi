@@ -60,6 +60,11 @@ cdef class Slots:
         return self.t.type
 
     @property
+    def life(self):
+        """The number of the type's life that this handle opened."""
+        return self.t.life
+
+    @property
     def slots(self):
         """How many slots the type has; offsets run from 0 to one less."""
         return self.t.slots
@@ -75,7 +80,7 @@ cdef class Slots:
 
     cdef int64_t offset_of(self, offset) except -1:
         cdef Py_ssize_t n = PyNumber_AsSsize_t(offset, IndexError)
-        if self.closed:
+        if self.closed or self.plane.closed:
             raise Closed(f"this handle on type {self.t.type} is closed")
         if n < 0 or <uint64_t>n >= self.t.slots:
             raise IndexError(f"offset {n}: type {self.t.type} has slots 0 to {self.t.slots - 1}")
@@ -100,8 +105,10 @@ cdef class Slots:
         cdef bytes out = PyBytes_FromStringAndSize(NULL, self.plane.page_size)
         cdef uint8_t *to = <uint8_t *>PyBytes_AS_STRING(out)
         cdef int status
+        self.plane.users += 1
         with nogil:
             status = load_page(self.plane.a, &self.t, n, to)
+        self.plane.users -= 1
         if status == OK:
             return out
         if status != MISS:
@@ -117,8 +124,10 @@ cdef class Slots:
         cdef Py_buffer out
         cdef int status
         self.open_buffer(buffer, &out, True, 1)
+        self.plane.users += 1
         with nogil:
             status = load_page(self.plane.a, &self.t, n, <uint8_t *>out.buf)
+        self.plane.users -= 1
         PyBuffer_Release(&out)
         if status > MISS or status < 0:
             refuse(self.plane, &self.t, status, offset, False)
@@ -138,11 +147,13 @@ cdef class Slots:
         cdef int status
         cdef bint stored = False
         self.open_buffer(page, &source, False, 1)
+        self.plane.users += 1
         with nogil:
             status = store_page(self.plane.a, &self.t, n, <uint8_t *>source.buf, deadline, &word)
             if status == OK and self.write_through and word & DIRTY:
                 stored = True
                 status = clean_wait(self.plane.a, key_of(&self.t, n), word, deadline)
+        self.plane.users -= 1
         PyBuffer_Release(&source)
         if status != OK:
             refuse(self.plane, &self.t, status, offset, stored)
@@ -151,8 +162,10 @@ cdef class Slots:
         """Forgets what is stored at `offset`; loads miss until the next store. Nothing stored there: no error."""
         cdef uint64_t n = self.offset_of(offset)
         cdef int status
+        self.plane.users += 1
         with nogil:
             status = invalidate(self.plane.a, &self.t, n)
+        self.plane.users -= 1
         if status != OK:
             refuse(self.plane, &self.t, status, offset, False)
 
@@ -165,8 +178,10 @@ cdef class Slots:
         cdef uint64_t deadline = deadline_after(timeout)
         cdef int status
         self.offset_of(0)
+        self.plane.users += 1
         with nogil:
             status = sync_slots(self.plane.a, &self.t, deadline)
+        self.plane.users -= 1
         if status != OK:
             refuse(self.plane, &self.t, status, "(any)", True)
 
@@ -174,10 +189,12 @@ cdef class Slots:
         """How many slots hold a page: counted exactly, in one pass."""
         cdef int64_t held
         self.offset_of(0)
+        self.plane.users += 1
         with nogil:
             held = count_pages(self.plane.a, &self.t)
             if not living(self.plane.a, &self.t):
                 held = -1
+        self.plane.users -= 1
         if held < 0:
             refuse(self.plane, &self.t, ENDED, None, False)
         return held
@@ -218,8 +235,10 @@ cdef class Slots:
         try:
             for i in range(n):
                 offset = wanted[i]
+                self.plane.users += 1
                 with nogil:
                     status = load_page(self.plane.a, &self.t, offset, <uint8_t *>target.buf + i * self.plane.page_size)
+                self.plane.users -= 1
                 if status > MISS or status < 0:
                     with done(i):
                         refuse(self.plane, &self.t, status, wanted[i], False)
@@ -247,11 +266,13 @@ cdef class Slots:
                 size = <int>min(self.batch_max(), n - first)
                 for k in range(size):
                     targets[k] = wanted[first + k]
+                self.plane.users += 1
                 with nogil:
                     status = store_batch(
                         self.plane.a, &self.t, targets, size, <uint8_t *>source.buf + first * self.plane.page_size,
                         self.write_through, deadline, &failed, &stored,
                     )  # fmt: skip
+                self.plane.users -= 1
                 if status != OK:
                     with done(first + failed):
                         refuse(self.plane, &self.t, status, wanted[first + failed], stored)

@@ -11,9 +11,13 @@
  * a guest's byte nor another slot's; no value is lost; nothing but its holder writes a buffer; and the allocation ends even if
  * every client has stopped (who waits for a client hangs, and the verifier reports it as an invalid end state).
  *
- * Bounds: two slots, two nursery pages, one area page, one load, one store or invalidation, one allocation.
- * Abstracted: copying one half of a page is one step; the claim of the side word (store_clean.pml; only the reclaim thread cleans
- * here); the type's life (type_life.pml); the memory order (claim.pml, and the litmus tests).
+ * Bounds: two slots, two nursery pages, one area page, one load, one store or invalidation, one allocation; not all at once,
+ * but in three scenes:
+ *   SCENE_STORE  a load against a store or an invalidation
+ *   SCENE_TAKE   a load against an allocation; the loader may stop
+ *   SCENE_STOP   a store or an invalidation against an allocation; the storer may stop
+ * Abstracted: copying one half of a page is one step; so is looking at what a page holds (reclaim.pml); the claim of the side word
+ * (store_clean.pml; only the reclaim thread cleans here); the type's life (type_life.pml); store buffers (claim.pml).
  */
 #include "common.pml"
 
@@ -23,6 +27,23 @@
 #define NOTHING 0       /* the latest "value" of an invalidated slot */
 #define OTHER   3       /* what slot 1 holds */
 #define GUEST   4
+
+#if defined(SCENE_STORE)
+#define LOADS  true
+#define STORES true
+#define TAKES  false
+#define STOPS  false
+#elif defined(SCENE_TAKE)
+#define LOADS  true
+#define STORES false
+#define TAKES  true
+#define STOPS  true
+#elif defined(SCENE_STOP)
+#define LOADS  false
+#define STORES true
+#define TAKES  true
+#define STOPS  true
+#endif
 
 #define LOADER  1
 #define STORER  2
@@ -35,10 +56,11 @@ byte  key[PAGES];
 byte  page_first[PAGES], page_second[PAGES];
 byte  file_first, file_second;  /* of slot 0 */
 bool  filling, taking;  /* there is but one area page */
+#ifdef FAULT_READERS_PIN
+bool  pinned;
+#endif
 
 bool  stopped[3];       /* that client takes no more steps, and nobody notices */
-bool  gone[3];
-bool  allocated;
 
 byte  latest;           /* ghost: what the last change of slot 0 stored */
 byte  seen;             /* ghost: every value that was the latest since the load began, one bit each */
@@ -73,23 +95,9 @@ inline discard(page) {
     fi
 }
 
-/* What a page holds: l, k, w; they belong together if the page's life is l still. */
+/* What a page holds. One step here, for who reads life, key, word and finds the same life again has read them as of one moment. */
 inline look(page) {
-    l = life[page];
-    k = key[page];
-    w = word[k];
-    known = (LIFE_STATE(l) == PUBLISHED && life[page] == l)
-}
-
-inline grant(client) {
-    atomic {
-        if
-        :: LIFE_STATE(life[0]) == FREE -> own = 0
-        :: LIFE_STATE(life[1]) == FREE -> own = 1
-        fi;
-        life[own] = ADVANCE(life[own], GRANTED, client);    /* @store.grant */
-        check()
-    }
+    d_step { l = life[page]; k = key[page]; w = word[k]; known = (LIFE_STATE(l) == PUBLISHED) }
 }
 
 proctype loader() {
@@ -105,12 +113,12 @@ start:
         :: STATE(w) == CACHED ->
             l = life[PAGE(w)];          /* @load.life */
 #ifdef FAULT_READERS_PIN
-            life[PAGE(w)] = l | 4;
+            pinned = (PAGE(w) == AREA);
 #endif
 #ifndef FAULT_LOAD_WITHOUT_AGAIN
             if
-            :: word[0] != w -> goto start   /* @load.again */
-            :: word[0] == w
+            :: word[0] != w -> goto start
+            :: word[0] == w                 /* @load.again */
             fi;
 #endif
             fit = (LIFE_STATE(l) == PUBLISHED || (LIFE_STATE(l) == GRANTED && PAGE(w) != AREA));
@@ -133,8 +141,8 @@ start:
             second = page_second[PAGE(w)];
 #ifndef FAULT_LOAD_WITHOUT_RECHECK
             if
-            :: SEQUENCE(life[PAGE(w)]) != SEQUENCE(l) -> goto start     /* @load.recheck */
-            :: SEQUENCE(life[PAGE(w)]) == SEQUENCE(l)
+            :: SEQUENCE(life[PAGE(w)]) != SEQUENCE(l) -> goto start
+            :: SEQUENCE(life[PAGE(w)]) == SEQUENCE(l)       /* @load.recheck */
             fi
 #endif
         :: STATE(w) == SPILLED ->
@@ -143,8 +151,8 @@ start:
             second = file_second;
 #ifndef FAULT_LOAD_WITHOUT_FILE_AGAIN
             if
-            :: word[0] != w -> goto start   /* @load.file_again */
-            :: word[0] == w
+            :: word[0] != w -> goto start
+            :: word[0] == w             /* @load.file_again */
             fi;
 #endif
             assert(CRC_OF(first, second) == crc);
@@ -173,10 +181,12 @@ start:
             fi
         fi;
 loaded:
+#ifdef FAULT_READERS_PIN
+        pinned = false;
+#endif
         assert(first == second);
         assert(seen & (1 << first))
-    } unless { stopped[LOADER] };
-    atomic { w = 0; l = 0; first = 0; second = 0; crc = 0; own = 0; fit = false; won = false; gone[LOADER] = true }
+    } unless { stopped[LOADER] }
 }
 
 proctype storer() {
@@ -186,10 +196,18 @@ proctype storer() {
     {
         if
         :: do
-            :: LIFE_STATE(life[0]) == FREE || LIFE_STATE(life[1]) == FREE -> break
-            :: look(0); if :: known && !IS_DIRTY(w) -> discard(0) :: else fi
+            :: atomic {
+                if
+                :: LIFE_STATE(life[0]) == FREE -> own = 0
+                :: LIFE_STATE(life[1]) == FREE -> own = 1
+                fi;
+                life[own] = ADVANCE(life[own], GRANTED, STORER);    /* @store.grant */
+                check()
+               }
+               break
+            :: look(0); if :: known -> discard(0) :: else fi
+            :: look(1); if :: known -> discard(1) :: else fi
             od;
-            grant(STORER);
             key[own] = 0;       /* @store.fill */
             page_first[own] = 2;
             page_second[own] = 2;
@@ -208,8 +226,7 @@ proctype storer() {
             :: else -> break
             od
         fi
-    } unless { stopped[STORER] };
-    atomic { w = 0; l = 0; k = 0; own = 0; won = false; known = false; gone[STORER] = true }
+    } unless { stopped[STORER] }
 }
 
 /* The broker's reclaim thread. */
@@ -228,11 +245,10 @@ inline promote(page) {
     filling = true;     /* @promote.announce */
 #ifdef FAULT_PROMOTE_IGNORES_TAKING
     if
-    :: LIFE_STATE(life[AREA]) == BUFFER     /* @promote.yield */
-    :: LIFE_STATE(life[AREA]) != BUFFER ->
+    :: skip ->
 #else
     if
-    :: taking || LIFE_STATE(life[AREA]) == BUFFER
+    :: taking       /* @promote.yield */
     :: !taking ->
 #endif
         look(AREA);
@@ -282,7 +298,7 @@ proctype reclaimer() {
     do
     :: sweep(0)
     :: sweep(1)
-    :: allocated && gone[LOADER] && gone[STORER] -> break
+    :: break    /* nobody may depend on its going on */
     od
 }
 
@@ -290,7 +306,7 @@ proctype reclaimer() {
 proctype controller() {
     taking = true;      /* @take.announce */
 #ifdef FAULT_READERS_PIN
-    !(life[AREA] & 4);
+    !pinned;
 #endif
 #ifndef FAULT_TAKE_IGNORES_FILLING
     !filling;           /* @take.wait */
@@ -301,8 +317,7 @@ proctype controller() {
     page_second[AREA] = GUEST;
     assert(page_first[AREA] == GUEST);
     assert(page_second[AREA] == GUEST);
-    life[AREA] = ADVANCE(life[AREA], FREE, 0);          /* @give.life */
-    allocated = true
+    life[AREA] = ADVANCE(life[AREA], FREE, 0)           /* @give.life */
 }
 
 init {
@@ -316,29 +331,23 @@ init {
         page_first[1] = OTHER; page_second[1] = OTHER
     }
     atomic {
-        run loader();
-#ifdef NOSTORE
-    gone[STORER]=true;
-#else
-        run storer();
-#endif
         run reclaimer();
-#ifdef NOTAKE
-    allocated=true
-#else
-        run controller()
-#endif
+        if
+        :: LOADS -> run loader()
+        :: !LOADS
+        fi;
+        if
+        :: STORES -> run storer()
+        :: !STORES
+        fi;
+        if
+        :: TAKES -> run controller()
+        :: !TAKES
+        fi
     }
-#ifndef NOSTOP
     if
-    :: stopped[LOADER] = true
-    :: skip
-    fi;
-#ifndef NOSTORE
-    if
-    :: stopped[STORER] = true
-    :: skip
+    :: STOPS && LOADS -> stopped[LOADER] = true
+    :: STOPS && STORES -> stopped[STORER] = true
+    :: true
     fi
-#endif
-#endif
 }

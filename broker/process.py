@@ -1,0 +1,130 @@
+"""One broker from start to end: lock and arena, spill directory, threads, loop, and the removal of it all."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gcma_shm import arena as arenas
+from gcma_shm import layout
+from gcma_shm._core import Plane
+from gcma_shm.broker.reclaim import ReclaimThread
+from gcma_shm.broker.registry import TypeRegistry
+from gcma_shm.broker.server import STOP_S, Server
+from gcma_shm.broker.service import Service
+from gcma_shm.endpoint import arena_name, default_spill_dir, private_dir, socket_path
+from gcma_shm.errors import ArenaError
+from gcma_shm.process import start_time
+from gcma_shm.records import Records, State
+from gcma_shm.sizes import format_size
+
+log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL_S = 0.0002  # a worker thread gives the GIL up to the control loop after so long; Python's default is 5 ms
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a broker is started with. Sizes in bytes; None: the default that docs/operations.md tells."""
+
+    endpoint: str
+    size: int
+    areas: dict[str, int] = field(default_factory=dict)
+    page_size: int = layout.PAGE_SIZE_MIN
+    slots: int | None = None
+    clients_max: int | None = None
+    spill_dir: Path | None = None
+    owner_pidfd: int = -1
+
+
+def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> None:
+    """Runs a broker until it is told to stop; `ready` is called with a description once it serves.
+
+    Raises ArenaError or ValueError when it cannot start, with nothing left behind. The endpoint's directory is removed too when it is empty
+    in the end and was made here.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    geometry, areas = layout.plan(settings.size, settings.page_size, settings.areas, settings.slots, settings.clients_max)
+    path = socket_path(settings.endpoint)
+    with contextlib.ExitStack() as undo:
+        made_dir = not path.parent.exists()
+        private_dir(path.parent)
+        if made_dir:
+            undo.callback(_remove_empty, path.parent)
+        arena = arenas.create(arena_name(settings.endpoint), geometry, areas)
+        undo.callback(arena.destroy)
+        undo.callback(path.unlink, missing_ok=True)  # the lock is ours, so a socket there is a dead broker's, and then ours
+        spill_dir = _make_spill_dir(settings)
+        undo.callback(shutil.rmtree, spill_dir, ignore_errors=True)
+        plane = Plane(arena.memory, geometry, layout.BROKER, os.fsencode(spill_dir))
+        _sign(plane)
+        server = Server(settings.endpoint, geometry.page_size)
+        undo.callback(server.close)
+        registry = TypeRegistry(plane, spill_dir)
+        epoch = plane.read(layout.EPOCH_AT)
+        service = Service(plane, arena, registry, str(spill_dir), epoch, server.answer)
+        reclaim = ReclaimThread(plane)
+        try:
+            ready(describe(arena, settings.endpoint, spill_dir))
+            reason = server.run(service, settings.owner_pidfd)
+            log.info("stopping: %s", reason)
+        finally:
+            plane.write(layout.STOPPED_AT, 1)
+            service.stop(STOP_S)
+            reclaim.stop()
+
+
+def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path) -> str:
+    """What an operator wants to know of a broker that has started."""
+    geometry = arena.geometry
+    slot_bytes = geometry.slots * layout.SLOT_BYTES
+    tables = geometry.pages_at - slot_bytes
+    rows = [
+        ("arena", f"{arena.name}, {format_size(geometry.size)}, epoch 1"),
+        ("pages", f"{geometry.pages} of {format_size(geometry.page_size)}"),
+        ("slots", f"{geometry.slots}, {format_size(slot_bytes)} ({slot_bytes / geometry.size:.2%} of the arena)"),
+        ("descriptors", f"{format_size(tables)} ({tables / geometry.size:.2%} of the arena), for {geometry.clients_max} clients"),
+        ("nursery", f"{format_size(geometry.nursery_pages * geometry.page_size)}, {geometry.grants_max} pages a client at once"),
+        *((f"area {area.name}", format_size(area.pages * geometry.page_size)) for area in arena.areas),
+        ("spill files", f"{spill_dir}"),
+        ("endpoint", endpoint),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _sign(plane: Plane) -> None:
+    """Writes who serves the arena; the broker is a client too, of number 1, when it cleans, promotes and stores for others."""
+    pid, start = os.getpid(), start_time(os.getpid()) or 0
+    plane.write(layout.BROKER_PID_AT, pid)
+    plane.write(layout.BROKER_START_AT, start)
+    plane.write(layout.EPOCH_AT, plane.read(layout.EPOCH_AT) + 1)
+    Records(plane).fill(layout.BROKER, State.ALIVE, pid, start)
+
+
+def _make_spill_dir(settings: Settings) -> Path:
+    """The arena's own directory, emptied: lives are numbered per arena, so no file of an earlier arena may be taken for one of this."""
+    parent = settings.spill_dir
+    own = default_spill_dir(settings.endpoint)
+    path = own if parent is None else parent / own.name
+    _refuse_memory(path)
+    private_dir(path)
+    shutil.rmtree(path)
+    return private_dir(path).resolve()
+
+
+def _refuse_memory(path: Path) -> None:
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    if existing.stat().st_dev == arenas.SHM_DIR.stat().st_dev:
+        raise ArenaError(f"the spill directory {path} is in shared memory, which it is there to relieve; choose a directory on a disk")
+
+
+def _remove_empty(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.rmdir()

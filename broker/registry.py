@@ -1,0 +1,97 @@
+"""Swap types: which are declared, their slots, and the spill file of each life.
+
+Runs on one worker thread, one job after another: declaring and ending sweep all words of a type, which is no work for the control loop.
+Spill files are laid sparse, slot n at n × page size, named `<type>.<life>`, mode 0600, one per life.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+from gcma_shm import layout
+from gcma_shm._core import Plane, Slots
+from gcma_shm.broker.extents import Extents
+from gcma_shm.errors import Closed, NoSuchType, SpillError
+
+STORE_TIMEOUT_S = 5.0  # of a store by message
+
+
+class TypeRegistry:
+    """The types of one arena."""
+
+    def __init__(self, plane: Plane, spill_dir: Path) -> None:
+        self._plane = plane
+        self._geometry = plane.geometry
+        self._spill_dir = spill_dir
+        self._extents = Extents(0, self._geometry.slots)
+        self._living: dict[int, Slots] = {}
+
+    def declare(self, type_: int, slots: int, write: str) -> Slots:
+        """Begins a life of `type_`, or finds the one that was declared alike. Raises ValueError, SpillError."""
+        living = self._living.get(type_)
+        if living is not None:
+            if (living.slots, living.write_through) != (slots, write == "through"):
+                raise ValueError(
+                    f"type {type_} is declared with {living.slots} slots, write={'through' if living.write_through else 'behind'!r}; "
+                    f"asked for {slots} slots, write={write!r}. Open it as declared, or invalidate_area() it first"
+                )
+            return living
+        base = self._extents.choose(slots)
+        if base is None:
+            raise ValueError(
+                f"type {type_} of {slots} slots: the arena's slot table of {self._geometry.slots} has no {slots} in a row left "
+                f"(at most {self._extents.largest}); start the broker with more --slots"
+            )
+        at = self._geometry.type_at(type_)
+        life = self._plane.read(at + layout.TYPE_LIFE_AT) + 1
+        self._make_file(type_, life)
+        self._extents.take(base, slots)
+        self._plane.write(at + layout.TYPE_BASE_AT, base)
+        self._plane.write(at + layout.TYPE_SLOTS_AT, slots)
+        self._plane.write(at + layout.TYPE_FLAGS_AT, 0 if write == "through" else layout.WRITE_BEHIND)
+        self._plane.begin_type(type_)
+        self._living[type_] = self._plane.slots(type_, life, STORE_TIMEOUT_S)
+        return self._living[type_]
+
+    def end(self, type_: int, life: int) -> None:
+        """Ends that life: every handle on it is refused, its file is gone. Raises Closed, NoSuchType."""
+        slots = self.find(type_, life)
+        del self._living[type_]
+        self._plane.end_type(type_)
+        self._extents.give(self._plane.read(self._geometry.type_at(type_) + layout.TYPE_BASE_AT), slots.slots)
+        self._file(type_, life).unlink(missing_ok=True)
+
+    def end_all(self) -> None:
+        """Ends every life, so that nobody goes on alone in an arena without a broker."""
+        for type_, slots in list(self._living.items()):
+            self.end(type_, slots.life)
+
+    def find(self, type_: int, life: int) -> Slots:
+        """The handle on that life. Also for other threads than this one's: one look-up. Raises NoSuchType, Closed."""
+        slots = self._living.get(type_)
+        if slots is None:
+            if self._plane.read(self._geometry.type_at(type_) + layout.TYPE_LIFE_AT) >= life:
+                raise Closed(f"the life of type {type_} that this handle opened has ended; declare it again with client.swap()")
+            raise NoSuchType(f"type {type_} is not declared; declare it with client.swap()")
+        if slots.life != life:
+            raise Closed(f"the life of type {type_} that this handle opened has ended; declare it again with client.swap()")
+        return slots
+
+    def describe(self) -> dict[int, dict[str, int | str]]:
+        """The declared types, for statistics."""
+        return {
+            type_: {"slots": slots.slots, "life": slots.life, "write": "through" if slots.write_through else "behind"}
+            for type_, slots in sorted(self._living.items())
+        }
+
+    def _file(self, type_: int, life: int) -> Path:
+        return self._spill_dir / f"{type_:03}.{life}"
+
+    def _make_file(self, type_: int, life: int) -> None:
+        path = self._file(type_, life)
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        except OSError as error:
+            raise SpillError(error.errno or errno.EIO, f"the spill file {path} cannot be made: {error.strerror}") from error

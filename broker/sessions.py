@@ -1,0 +1,146 @@
+"""Sessions: which peer of the socket is which client, and who is alive.
+
+Pure of sockets. A session belongs to a client record and through it to a process, watched by a pidfd. A record without a session is that of
+a forked child that has not said hello (it needs not: the data plane asks nobody); it is watched like the others.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gcma_shm import layout
+from gcma_shm._core import Plane
+from gcma_shm.errors import ProtocolError
+from gcma_shm.process import open_pidfd
+from gcma_shm.records import Record, Records, State
+
+FORK_COMPLETION_S = 60.0  # what a child may take from the fork to its first instruction before its record is taken for that of a failed fork
+
+
+@dataclass
+class Client:
+    """A client that the broker knows. `pidfd` -1: its process has not begun. `peer` None: it has said no hello."""
+
+    number: int
+    pid: int
+    known_at: float
+    pidfd: int = -1
+    peer: bytes | None = None
+    mapped: bool = True
+    under_way: int = 0  # requests on worker threads
+
+
+class Sessions:
+    """All clients of one arena. `inherit(parent, child)` is called for a fork before anything else happens to the parent."""
+
+    def __init__(self, plane: Plane, inherit: Callable[[int, int], None]) -> None:
+        self._plane = plane
+        self._records = Records(plane)
+        self._inherit = inherit
+        self._forks_seen = 0
+        self.clients: dict[int, Client] = {}
+        self._by_peer: dict[bytes, Client] = {}
+        self.by_pidfd: dict[int, Client] = {}
+
+    def find(self, peer: bytes) -> Client | None:
+        """Whose messages these are; None: a peer that has not said hello."""
+        return self._by_peer.get(peer)
+
+    def hello(self, peer: bytes, pid: int, start: int, mapped: bool, number: int | None) -> Client:
+        """A client introduces itself: a new one, or, by its `number`, one that forked or lost its socket. Raises ProtocolError, QuotaExceeded."""
+        if peer in self._by_peer:
+            raise ProtocolError("hello from a peer that has a session already; say bye first")
+        if number is not None:
+            record = self._records.read(number)
+            if (record.state, record.pid, record.start) != (State.ALIVE, pid, start) or number not in self.clients:
+                raise ProtocolError(f"client {number} is not process {pid}; say hello without a number")
+            client = self.clients[number]
+            self._by_peer.pop(client.peer or b"", None)
+        else:
+            pidfd = open_pidfd(pid, start)
+            if pidfd is None:
+                raise ProtocolError(f"the broker sees no process {pid} that began at {start}: hello needs the sender's own")
+            try:
+                number = self._records.take(layout.BROKER)
+            except BaseException:
+                os.close(pidfd)
+                raise
+            self._records.fill(number, State.ALIVE, pid, start)
+            client = Client(number, pid, time.monotonic())
+            self._watch(client, pidfd)
+            self.clients[number] = client
+        client.peer, client.mapped = peer, mapped
+        self._by_peer[peer] = client
+        return client
+
+    def adopt_forked(self, look_anyway: bool = False) -> list[Client]:
+        """Takes in the children that clients have forked since the last look; returns those found dead. Cheap when there are none."""
+        forks = self._plane.read(layout.FORKS_AT)
+        if forks != self._forks_seen or look_anyway:
+            self._forks_seen = forks
+            new = {
+                record.number: record
+                for record in self._records.used()
+                if record.number not in self.clients and record.state in (State.FORKED, State.ALIVE)
+            }
+            while new:  # a child that forked again comes before its own children
+                record = new.pop(next((n for n, r in new.items() if r.parent not in new), next(iter(new))))
+                self.clients[record.number] = Client(record.number, record.pid, time.monotonic())
+                self._inherit(record.parent, record.number)
+        return [client for client in self.clients.values() if client.pidfd < 0 and self._is_stillborn(client)]
+
+    def _is_stillborn(self, client: Client) -> bool:
+        record = self._records.read(client.number)
+        if record.state is State.FORKED:
+            return time.monotonic() - client.known_at > FORK_COMPLETION_S
+        return not self._complete(client, record)
+
+    def _complete(self, client: Client, record: Record) -> bool:
+        """The child has written who it is: from now on it is watched. False: it is dead already."""
+        pidfd = open_pidfd(record.pid, record.start)
+        if pidfd is None:
+            return False
+        client.pid = record.pid
+        self._watch(client, pidfd)
+        return True
+
+    def _watch(self, client: Client, pidfd: int) -> None:
+        client.pidfd = pidfd
+        self.by_pidfd[pidfd] = client
+
+    def forget(self, client: Client) -> None:
+        """The client is dead or has said goodbye; its record stays taken until `buried`."""
+        for record in self._records.used():
+            if record.state is State.TAKEN and record.parent == client.number:
+                self._records.free(record.number)  # it died on its way to a fork
+        self._records.mark(client.number, State.DEAD)
+        del self.clients[client.number]
+        if client.peer is not None:
+            self._by_peer.pop(client.peer, None)
+        if client.pidfd >= 0:
+            del self.by_pidfd[client.pidfd]
+            os.close(client.pidfd)
+
+    def buried(self, number: int) -> None:
+        """Everything that the client was granted is back: its number may be used again."""
+        self._records.free(number)
+
+    def counters(self) -> dict[int, dict[str, int]]:
+        """What each client has counted; 0: those that have left; 1: the broker itself."""
+        return {number: self._records.counters(number) for number in (layout.NOBODY, layout.BROKER, *sorted(self.clients))}
+
+    def close(self) -> None:
+        """Lets go of all pidfds."""
+        for client in list(self.clients.values()):
+            self.forget(client)
+
+    def _check(self) -> None:
+        """Raises AssertionError when an invariant is broken."""
+        assert all(client.peer == peer for peer, client in self._by_peer.items()), "a peer that its client does not know"
+        assert all(client.pidfd == pidfd for pidfd, client in self.by_pidfd.items()), "a pidfd that its client does not know"
+        assert {client.number for client in self._by_peer.values()} <= set(self.clients), "a session without a client"
+        for number in self.clients:
+            assert self._records.read(number).state in (State.ALIVE, State.FORKED), "a client whose record is not in use"

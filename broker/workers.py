@@ -1,0 +1,45 @@
+"""Worker threads: work that may touch a file or sweep a type, away from the control loop. Each has one bounded queue and keeps its order."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+Job = Callable[[], None]
+
+
+class Worker:
+    """One thread that does jobs one after another."""
+
+    def __init__(self, name: str, jobs_max: int) -> None:
+        self._jobs: queue.Queue[Job | None] = queue.Queue(jobs_max)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> bool:
+        """Queues a job; False when the queue is full."""
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            return False
+        return True
+
+    def stop(self, timeout_s: float) -> bool:
+        """Lets the jobs in the queue end, then the thread; False when that took longer than `timeout_s`."""
+        try:
+            self._jobs.put(None, timeout=timeout_s)
+        except queue.Full:
+            return False
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            try:
+                job()
+            except Exception:
+                log.exception("a job failed")

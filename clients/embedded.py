@@ -1,0 +1,105 @@
+"""A private broker for one process and its workers, gone with its owner however that ends."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import weakref
+from collections.abc import Mapping
+
+from gcma_shm.clients.client import Client
+from gcma_shm.errors import ArenaError
+from gcma_shm.sizes import parse_size
+
+START_S = 60.0  # a large arena takes half a second a GiB to commit
+STOP_S = 30.0
+
+
+class EmbeddedClient(Client):
+    """The client of the process that owns an embedded broker; `close` stops the broker as well."""
+
+    def __init__(self, endpoint: str, broker: subprocess.Popen[bytes], prefault: bool, timeout: float) -> None:
+        self.broker_pid = broker.pid
+        self._owner_pid = os.getpid()
+        # Also at interpreter exit; after SIGKILL the broker sees by its pidfd that the owner has gone.
+        self._stop_broker = weakref.finalize(self, _stop, broker, self._owner_pid)
+        try:
+            super().__init__(endpoint, True, prefault, timeout, 0.0)
+        except BaseException:
+            self._stop_broker()
+            raise
+
+    def close(self) -> None:
+        """As `Client.close`; in the process that started it, stops the broker too, which ends every other client's types and buffers."""
+        super().close()
+        self._stop_broker()
+
+
+def embedded(
+    size: int | str = "256M",
+    *,
+    areas: Mapping[str, int | str] | None = None,
+    page_size: int | str = "4K",
+    slots: int | None = None,
+    clients: int | None = None,
+    spill_dir: str | os.PathLike[str] | None = None,
+    prefault: bool = False,
+    timeout: float = 5.0,
+) -> EmbeddedClient:
+    """Starts a private broker and connects to it. Workers connect to `client.endpoint`; forked ones just go on using the client.
+
+    `size` of the arena, tables included; `areas`: name to size, by default one called `default`; `slots`: of all swap types together, by
+    default four per page; `clients`: how many at once; `spill_dir`: on a disk, by default in the user's cache directory.
+
+    Raises ArenaError when there is too little memory or the broker cannot start, ValueError for what is no size.
+    """
+    endpoint = f"ipc://{tempfile.gettempdir()}/gcma-{os.getuid()}-{secrets.token_hex(8)}/broker"
+    command = [sys.executable, "-m", "gcma_shm.broker.cli", "broker", "--log-level", "warning", "--endpoint", endpoint]
+    command += ["--size", str(parse_size(size)), "--page-size", str(parse_size(page_size))]
+    for name, area_size in (areas or {}).items():
+        command += ["--area", f"{name}={parse_size(area_size)}"]
+    for option, value in (("--slots", slots), ("--clients", clients), ("--spill-dir", spill_dir)):
+        if value is not None:
+            command += [option, os.fspath(value) if isinstance(value, os.PathLike | str) else str(value)]
+    return EmbeddedClient(endpoint, _start(command), prefault, timeout)
+
+
+def _start(command: list[str]) -> subprocess.Popen[bytes]:
+    """Runs the broker until it serves. Raises ArenaError with the broker's own words when it does not."""
+    owner = os.pidfd_open(os.getpid())
+    read_end, write_end = os.pipe()
+    # The package by the path that this process found it by, whatever the working directory.
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    try:
+        broker = subprocess.Popen(  # noqa: S603 - our own module
+            [*command, "--owner-pidfd", str(owner), "--ready-fd", str(write_end)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=(owner, write_end),
+            env=environment,
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is the owner's to act on
+        )
+    finally:
+        os.close(owner)
+        os.close(write_end)
+    with open(read_end, "rb") as ready:
+        words = ready.read().decode()
+    if words == "ready":
+        return broker
+    broker.wait(START_S)
+    raise ArenaError(words or f"the broker ended with status {broker.returncode} before it served; its words are on stderr")
+
+
+def _stop(broker: subprocess.Popen[bytes], owner_pid: int) -> None:
+    if os.getpid() != owner_pid:
+        return  # a forked child: the broker is not its own
+    broker.terminate()
+    try:
+        broker.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        broker.kill()
+        broker.wait()

@@ -1,0 +1,212 @@
+"""Swap types as their users see them: one interface, two ways in.
+
+`MappedSwap` does everything in shared memory and asks the broker only to end the type. `MessageSwap` sends every page in a message. The difference
+shows in speed alone; one contract suite tests both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, SupportsIndex
+
+from gcma_shm._core import Plane, Slots
+from gcma_shm.clients.channel import Channel
+from gcma_shm.errors import Closed
+from gcma_shm.messages import Reply
+
+Page = bytes | bytearray | memoryview
+
+
+class Swap(Protocol):
+    """One life of a swap type: pages of `page_size` bytes in slots 0 to `slots` - 1. Safe across threads and fork."""
+
+    @property
+    def type(self) -> int:
+        """The type's number."""
+
+    @property
+    def slots(self) -> int:
+        """How many slots it has."""
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a page."""
+
+    @property
+    def write_through(self) -> bool:
+        """Whether a store returns only when the page is also in the spill file."""
+
+    def store(self, offset: SupportsIndex, page: Any, /) -> None:
+        """Stores a page, bytes-like and exactly `page_size` long, in place of what was there."""
+
+    def sync(self, timeout: float | None = None) -> None:
+        """Returns when all that was stored before is in the spill file. Raises SlotBusy, SpillError."""
+
+    def load(self, offset: SupportsIndex, /) -> bytes | None:
+        """The page as bytes; None when nothing is stored there."""
+
+    def load_into(self, offset: SupportsIndex, buffer: Any, /) -> bool:
+        """Copies the page into a writable buffer of `page_size` bytes; False when nothing is stored there."""
+
+    def invalidate_page(self, offset: SupportsIndex, /) -> None:
+        """Forgets what is stored there; no error when there is nothing."""
+
+    def invalidate_area(self) -> None:
+        """Ends the type's life with all of its pages; this handle is closed, `client.swap` declares the type anew."""
+
+    def store_many(self, offsets: Iterable[SupportsIndex], pages: Any, /) -> None:
+        """Stores pages from one contiguous buffer, in order; an error tells in `.done` how many were stored before it."""
+
+    def load_many(self, offsets: Iterable[SupportsIndex], out: Any, /) -> list[bool]:
+        """Loads pages into one contiguous buffer; returns the mask of hits."""
+
+    def close(self) -> None:
+        """Closes this handle; the type and its pages live on."""
+
+    def __len__(self) -> int:
+        """How many slots hold a page."""
+
+    def __contains__(self, offset: object, /) -> bool:
+        """Whether a page is stored there."""
+
+
+class MappedSwap(Slots):
+    """A swap type of a client that maps the arena."""
+
+    def __init__(self, plane: Plane, type_: int, life: int, timeout: float, channel: Channel) -> None:
+        super().__init__(plane, type_, life, timeout)
+        self._channel = channel
+
+    def invalidate_area(self) -> None:
+        """Ends the type's life with all of its pages; this handle is closed. Raises Closed, BrokerUnavailable."""
+        len(self)  # raises Closed for a handle that has ended, without a message
+        self._channel.request("invalidate_area", {"type": self.type, "life": self.life})
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<swap type {self.type}: {self.slots} slots of {self.page_size} bytes, mapped>"
+
+
+class MessageSwap:
+    """A swap type of a client that does not map the arena: every page travels in a message, `window` of a batch at once."""
+
+    def __init__(self, channel: Channel, type_: int, life: int, slots: int, write_through: bool) -> None:
+        self._channel = channel
+        self.type = type_
+        self.life = life
+        self.slots = slots
+        self.write_through = write_through
+        self.page_size: int = channel.greeting["page_size"]
+        self._closed = False
+
+    def store(self, offset: SupportsIndex, page: Page) -> None:
+        """See `Swap.store`."""
+        self._request("store", self._slot(offset), (self._pages(page, 1),))
+
+    def load(self, offset: SupportsIndex) -> bytes | None:
+        """See `Swap.load`."""
+        reply = self._request("load", self._slot(offset))
+        return bytes(reply.pages[0]) if reply.results["hit"] else None
+
+    def load_into(self, offset: SupportsIndex, buffer: Any) -> bool:
+        """See `Swap.load_into`."""
+        slot = self._slot(offset)
+        out = self._pages(buffer, 1, writable=True)
+        reply = self._request("load", slot)
+        if reply.results["hit"]:
+            out[:] = reply.pages[0]
+        return bool(reply.results["hit"])
+
+    def invalidate_page(self, offset: SupportsIndex) -> None:
+        """See `Swap.invalidate_page`."""
+        self._request("invalidate_page", self._slot(offset))
+
+    def invalidate_area(self) -> None:
+        """See `Swap.invalidate_area`."""
+        self._request("invalidate_area", self._life())
+        self._closed = True
+
+    def sync(self, timeout: float | None = None) -> None:
+        """See `Swap.sync`. The broker waits for other processes' writes for a minute at the most."""
+        more = {} if timeout is None else {"timeout_ms": max(int(timeout * 1000), 0)}
+        self._request("sync", self._life() | more)
+
+    def close(self) -> None:
+        """See `Swap.close`."""
+        self._closed = True
+
+    def __len__(self) -> int:
+        return int(self._request("count", self._life()).results["count"])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, offset: object) -> bool:
+        try:
+            slot = self._slot(offset)
+        except IndexError:
+            return False
+        return bool(self._request("contains", slot).results["contains"])
+
+    def store_many(self, offsets: Iterable[SupportsIndex], pages: Page) -> None:
+        """See `Swap.store_many`. The broker serves one session's requests in order."""
+        slots = [self._slot(offset) for offset in offsets]
+        source = self._pages(pages, len(slots))
+        size = self.page_size
+        wanted = (("store", slot, (source[i * size : (i + 1) * size],)) for i, slot in enumerate(slots))
+        for _ in self._batch(wanted):
+            pass
+
+    def load_many(self, offsets: Iterable[SupportsIndex], out: Any) -> list[bool]:
+        """See `Swap.load_many`."""
+        slots = [self._slot(offset) for offset in offsets]
+        target = self._pages(out, len(slots), writable=True)
+        hits = []
+        for i, reply in enumerate(self._batch(("load", slot, ()) for slot in slots)):
+            hits.append(bool(reply.results["hit"]))
+            if hits[-1]:
+                target[i * self.page_size : (i + 1) * self.page_size] = reply.pages[0]
+        return hits
+
+    def _batch(self, wanted: Iterable[tuple[str, dict[str, Any], tuple[memoryview, ...]]]) -> Iterator[Reply]:
+        """The replies in order. The first error is raised when all replies are in, so that none is left over; it tells how many came before."""
+        first: Exception | None = None
+        for done, reply in enumerate(self._channel.requests(wanted, self._channel.greeting["window"])):
+            if first is not None:
+                continue
+            if isinstance(reply, Exception):
+                first = reply
+                first.done = done  # type: ignore[attr-defined] # plain errors take the attribute as well
+            else:
+                yield reply
+        if first is not None:
+            raise first
+
+    def _life(self) -> dict[str, Any]:
+        if self._closed:
+            raise Closed(f"this handle on type {self.type} is closed")
+        return {"type": self.type, "life": self.life}
+
+    def _slot(self, offset: object) -> dict[str, Any]:
+        n = operator.index(offset)  # type: ignore[arg-type] # raises TypeError for what is none
+        life = self._life()
+        if not 0 <= n < self.slots:
+            raise IndexError(f"offset {n}: type {self.type} has slots 0 to {self.slots - 1}")
+        return life | {"offset": n}
+
+    def _pages(self, data: Any, pages: int, *, writable: bool = False) -> memoryview:
+        view = memoryview(data)
+        if writable and view.readonly:
+            raise BufferError("the buffer is read-only")
+        if not view.c_contiguous:
+            raise BufferError("the buffer is not contiguous")
+        if view.nbytes != pages * self.page_size:
+            raise ValueError(f"{view.nbytes} bytes: expected {pages} page{'s' if pages != 1 else ''} of {self.page_size} bytes in one buffer")
+        return view.cast("B") if view.nbytes else view
+
+    def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[memoryview] = ()) -> Reply:
+        return self._channel.request(operation, parameters, pages)
+
+    def __repr__(self) -> str:
+        return f"<swap type {self.type}: {self.slots} slots of {self.page_size} bytes, by messages>"

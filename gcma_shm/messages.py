@@ -1,0 +1,233 @@
+"""Requests and replies as frames: what is in them, and nothing about how they travel. docs/protocol.md is the specification.
+
+A request is `[header, page, …]`, a reply likewise. The header is one msgpack array, `[version, number, operation, parameters]` or
+`[version, number, status, results]`; pages are frames of their own. What comes over a socket is never trusted: `decode_request` checks
+every length, type and bound against `OPERATIONS` and raises ProtocolError for anything else.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from gcma_shm import errors, layout
+
+VERSION = 1
+HEADER_BYTES_MAX = 64 << 10
+PAGES_MAX = 1  # page frames of one request
+WINDOW = 64  # requests that one session may have under way
+NUMBER_MAX = 2**63 - 1
+
+Frame = bytes | bytearray | memoryview
+Check = Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """What a parameter must be: `expected` says it in an error message."""
+
+    check: Check
+    expected: str
+    required: bool = True
+
+
+def _integer(low: int, high: int, required: bool = True) -> Parameter:
+    return Parameter(lambda v: type(v) is int and low <= v <= high, f"an integer from {low} to {high}", required)
+
+
+def _text(bytes_max: int, required: bool = True) -> Parameter:
+    return Parameter(
+        lambda v: type(v) is str and 0 < len(v.encode()) <= bytes_max, f"text of 1 to {bytes_max} bytes", required
+    )
+
+
+def _boolean(required: bool = True) -> Parameter:
+    return Parameter(lambda v: type(v) is bool, "a boolean", required)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What a request carries beside its name, and how many page frames."""
+
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+    pages: int = 0
+
+
+_SIZE = _integer(1, 2**62)
+_LIFE = {"type": _integer(0, layout.TYPES_MAX - 1), "life": _integer(1, NUMBER_MAX)}
+_SLOT = _LIFE | {"offset": _integer(0, 2**40)}
+
+OPERATIONS: dict[str, Operation] = {
+    "hello": Operation(
+        {
+            "pid": _integer(1, 2**31),
+            "start": _integer(0, NUMBER_MAX),
+            "mapped": _boolean(),
+            "client": _integer(2, layout.CLIENTS_MAX, required=False),
+            "buffers": Parameter(
+                lambda v: type(v) is list and len(v) <= 65536 and all(type(b) is int and 0 <= b <= NUMBER_MAX for b in v),
+                "a list of buffer numbers",
+                required=False,
+            ),
+        }
+    ),
+    "bye": Operation(),
+    "ping": Operation(),
+    "swap_init": Operation(
+        {
+            "type": _integer(0, layout.TYPES_MAX - 1),
+            "slots": _integer(1, 2**40),
+            "write": Parameter(lambda v: v in ("through", "behind"), "'through' or 'behind'"),
+        }
+    ),
+    "sync": Operation(_LIFE | {"timeout_ms": _integer(0, 2**40, required=False)}),
+    "store": Operation(_SLOT, pages=1),
+    "load": Operation(_SLOT),
+    "invalidate_page": Operation(_SLOT),
+    "contains": Operation(_SLOT),
+    "count": Operation(_LIFE),
+    "invalidate_area": Operation(_LIFE),
+    "alloc_contig": Operation(
+        {
+            "nbytes": _SIZE,
+            "area": _text(layout.NAME_BYTES, required=False),
+            "offset": _integer(0, 2**62, required=False),
+            "align": _integer(1, 2**62, required=False),
+        }
+    ),
+    "free_contig": Operation({"buffer": _integer(1, NUMBER_MAX)}),
+    "areas": Operation(),
+    "stats": Operation(),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that has been checked. Absent optional parameters are absent here too."""
+
+    number: int
+    operation: str
+    parameters: dict[str, Any]
+    pages: Sequence[Frame] = ()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """`status` is "ok" or the name of an error."""
+
+    number: int
+    status: str
+    results: dict[str, Any]
+    pages: Sequence[Frame] = ()
+
+
+def encode_request(request: Request) -> list[Frame]:
+    """The frames of a request."""
+    return _encode(request.number, request.operation, request.parameters, request.pages)
+
+
+def encode_reply(reply: Reply) -> list[Frame]:
+    """The frames of a reply."""
+    return _encode(reply.number, reply.status, reply.results, reply.pages)
+
+
+def _encode(number: int, word: str, values: dict[str, Any], pages: Sequence[Frame]) -> list[Frame]:
+    return [msgpack.packb([VERSION, number, word, values]), *pages]
+
+
+def _decode_header(frames: Sequence[Frame]) -> tuple[int, str, dict[str, Any]]:
+    if not frames:
+        raise errors.ProtocolError("a message without frames: expected a header")
+    if len(frames[0]) > HEADER_BYTES_MAX:
+        raise errors.ProtocolError(f"a header of {len(frames[0])} bytes: expected at most {HEADER_BYTES_MAX}")
+    try:
+        header = msgpack.unpackb(frames[0], max_ext_len=0, strict_map_key=True)
+    except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
+        raise errors.ProtocolError(f"a header that is not msgpack: {type(error).__name__} {error}") from None
+    match header:
+        case [version, *_] if type(version) is not int or version != VERSION:
+            raise errors.ProtocolError(f"protocol version {version!r}: this gcma-shm speaks version {VERSION}")
+        case [_, int(number), str(word), dict(values)] if type(number) is int and 0 <= number <= NUMBER_MAX:
+            return number, word, values
+        case _:
+            raise errors.ProtocolError("a header of another shape: expected [version, number, word, map]")
+
+
+def request_number(frames: Sequence[Frame]) -> int | None:
+    """The number of a request that may be wrong in everything else, so that its sender can be answered; None: not even that."""
+    try:
+        return _decode_header(frames)[0]
+    except errors.ProtocolError:
+        return None
+
+
+def decode_request(frames: Sequence[Frame], page_size: int) -> Request:
+    """Checks frames from a peer that nobody trusts. Raises ProtocolError."""
+    number, name, values = _decode_header(frames)
+    operation = OPERATIONS.get(name)
+    if operation is None:
+        raise errors.ProtocolError(f"unknown operation {name[:40]!r}: expected one of {', '.join(OPERATIONS)}")
+    for key, value in values.items():
+        parameter = operation.parameters.get(key)
+        if parameter is None:
+            raise errors.ProtocolError(f"{name} has no parameter {str(key)[:40]!r}")
+        if not parameter.check(value):
+            raise errors.ProtocolError(f"{name}: {key} is {str(value)[:40]!r}, expected {parameter.expected}")
+    for key, parameter in operation.parameters.items():
+        if parameter.required and key not in values:
+            raise errors.ProtocolError(f"{name} without {key}: expected {parameter.expected}")
+    pages = frames[1:]
+    if len(pages) != operation.pages:
+        raise errors.ProtocolError(f"{name} with {len(pages)} page frames: expected {operation.pages}")
+    for page in pages:
+        if len(page) != page_size:
+            raise errors.ProtocolError(f"{name} with a page of {len(page)} bytes: expected {page_size}")
+    return Request(number, name, values, pages)
+
+
+def decode_reply(frames: Sequence[Frame]) -> Reply:
+    """What a broker answered. Raises ProtocolError."""
+    number, status, values = _decode_header(frames)
+    return Reply(number, status, values, frames[1:])
+
+
+_PLAIN = ("IndexError", "TypeError", "ValueError")
+_ATTRIBUTES = ("errno", "stored", "requested", "largest_free", "holders")
+
+
+def error_reply(number: int, error: Exception) -> Reply:
+    """An error as a reply: its name, its message, and what else it carries."""
+    name = type(error).__name__
+    if name not in errors.__all__ and name not in _PLAIN:
+        raise TypeError(f"{name} is no error that a peer may see")
+    results: dict[str, Any] = {"message": str(getattr(error, "strerror", None) or error)}
+    for attribute in _ATTRIBUTES:
+        value = getattr(error, attribute, None)
+        if value is not None:
+            results[attribute] = [list(item) for item in value.items()] if isinstance(value, dict) else value
+    return Reply(number, name, results)
+
+
+def reply_error(reply: Reply) -> Exception:
+    """The exception that a reply stands for; the inverse of `error_reply`."""
+    message = str(reply.results.get("message", reply.status))
+    more = reply.results
+    kind: type[Exception]
+    if reply.status in errors.__all__:
+        kind = getattr(errors, reply.status)
+    elif reply.status in _PLAIN:
+        kind = getattr(builtins, reply.status)
+    else:
+        return errors.ProtocolError(f"the broker answered {reply.status!r}: {message}")
+    if issubclass(kind, errors.SpillError):
+        return kind(int(more.get("errno", 0)), message, bool(more.get("stored", False)))
+    if issubclass(kind, errors.ArenaExhausted):
+        holders = {int(number): int(held) for number, held in more.get("holders", [])}
+        return kind(message, int(more.get("requested", 0)), int(more.get("largest_free", 0)), holders)
+    if issubclass(kind, OSError) and "errno" in more:
+        return kind(int(more["errno"]), message)
+    return kind(message)

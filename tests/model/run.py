@@ -1,0 +1,289 @@
+"""Verify the models of the protocol, and show that each planted fault is caught.
+
+Every model runs once as written, in each of its scenes: no error, a complete search, and each step that is marked in it
+(`/* @store.swing */`) reached. Then once per planted fault, which must end in an error: a fault that no model catches
+means that the model is too weak. docs/model.md says what the models show.
+
+    python3 tests/model/run.py [--only NAME] [--jobs N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+DEPTH_MAX = 10_000
+MEMORY_MAX_MIB = 1_000
+VERIFIER_TIMEOUT_S = 300
+JOBS_MAX = 2
+
+STEP = re.compile(r"@([a-z]+\.[a-z_]+)")
+LIVENESS = "PROGRESS"  # the scene of this name is checked against the model's formula, under weak fairness
+
+
+@dataclass(frozen=True)
+class Model:
+    """A file, its scenes (each a preprocessor switch; "" is none), and the faults with the scene that must catch them."""
+
+    name: str
+    faults: dict[str, str]
+    scenes: tuple[str, ...] = ("",)
+
+
+MODELS = (
+    Model(
+        "store_clean",
+        faults={
+            "PUBLISH_BEFORE_SWING": "",
+            "CLEAN_WITHOUT_CLAIM": "",
+            "CRC_AFTER_DIRTY_OFF": "",
+            "DIRTY_OFF_ANY_WORD": "",
+            "DEATH_FREES_ALL_GRANTS": "",
+            "DEATH_KEEPS_CLAIM": "",
+            "DEATH_TAKES_ANY_CLAIM": "",
+        },
+    ),
+    Model(
+        "load",
+        scenes=("SCENE_STORE", "SCENE_TAKE", "SCENE_STOP"),
+        faults={
+            "LOAD_WITHOUT_AGAIN": "SCENE_STORE",
+            "LOAD_WITHOUT_RECHECK": "SCENE_TAKE",
+            "LOAD_WITHOUT_FILE_AGAIN": "SCENE_STORE",
+            "LOAD_REFUSES_GRANTED": "SCENE_STORE",
+            "LOAD_ANY_STATE": "SCENE_TAKE",
+            "LOAD_ANY_KEY": "SCENE_TAKE",
+            "REFAULT_ANY_WORD": "SCENE_STORE",
+            "PROMOTE_ANY_VERSION": "SCENE_STORE",
+            "PROMOTE_IGNORES_TAKING": "SCENE_TAKE",
+            "TAKE_IGNORES_FILLING": "SCENE_TAKE",
+            "READERS_PIN": "SCENE_TAKE",
+        },
+    ),
+    Model(
+        "reclaim",
+        faults={
+            "PUBLISH_BEFORE_SWING": "",
+            "RECLAIM_GRANTED": "",
+            "FREE_BEFORE_WORD": "",
+            "EVICT_ANY_VERSION": "",
+            "FREE_ANY_LIFE": "",
+            "INVALIDATE_FREES_ONLY": "",
+        },
+    ),
+    Model(
+        "type_life",
+        faults={
+            "CLOSE_BEFORE_END": "",
+            "BEGIN_BEFORE_RESET": "",
+            "VERSION_STARTS_ANEW": "",
+            "ONE_FILE_FOR_ALL_LIVES": "",
+            "STORE_WITHOUT_LIFE": "",
+            "LIFE_BEFORE_WORD": "",
+            "STORE_NEVER_ABANDONS": "",
+            "CLEAN_WITHOUT_LIFE_AGAIN": "",
+            "LIFE_AFTER_CLAIM": "",
+            "RELEASE_WITHOUT_TAG": "",
+            "LOAD_WITHOUT_LIFE": "",
+        },
+    ),
+    Model(
+        "claim",
+        scenes=("", LIVENESS),
+        faults={
+            "CLAIM_WITHOUT_FENCE": "",
+            "ANNOUNCE_WITHOUT_FENCE": "",
+            "TAKE_WITHOUT_FENCE": "",
+            "CLAIM_IGNORES_FILLING": "",
+            "TAKE_IGNORES_FILLING": "",
+            "PROMOTE_IGNORES_CLAIM": "",
+            "PROMOTE_IGNORES_TAKING": "",
+            "PROMOTE_IGNORES_LIFE": "",
+            "ANNOUNCE_WITHOUT_LOOKING": LIVENESS,
+        },
+    ),
+)
+
+
+class ModelError(Exception):
+    """A model that could not be verified at all; not the same as one that fails."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    spin: str
+    cc: str
+
+
+@dataclass(frozen=True)
+class Run:
+    model: Model
+    scene: str
+    fault: str | None
+
+
+@dataclass
+class Outcome:
+    run: Run
+    found: str  # "no error", or the kind of error
+    states: int = 0
+    seconds: float = 0.0
+    steps: set[str] = field(default_factory=set)  # reached; only collected where no fault is planted
+
+    @property
+    def ok(self) -> bool:
+        if self.run.fault is None:
+            return self.found == "no error"
+        return self.found in ("assertion", "invalid end state", "acceptance cycle")
+
+
+def find_tools() -> Tools:
+    spin, cc = shutil.which("spin"), shutil.which("cc") or shutil.which("gcc")
+    if spin is None:
+        raise ModelError("spin is not installed; on Debian: apt-get install spin")
+    if cc is None:
+        raise ModelError("no C compiler found; on Debian: apt-get install gcc")
+    return Tools(spin, cc)
+
+
+def call(command: list[str], directory: Path) -> str:
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=VERIFIER_TIMEOUT_S, check=False)
+    output = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise ModelError(f"{' '.join(command)}\n{output}")
+    return output
+
+
+def verify(run: Run, tools: Tools) -> Outcome:
+    started_s = time.monotonic()
+    defines = [f"-D{switch}" for switch in (run.scene, run.fault and f"FAULT_{run.fault}") if switch]
+    liveness = run.scene == LIVENESS
+    with tempfile.TemporaryDirectory(prefix="gcma-model-") as name:
+        directory = Path(name)
+        for source in HERE.glob("*.pml"):
+            shutil.copy(source, directory)
+        call([tools.spin, *defines, "-a", f"{run.model.name}.pml"], directory)
+        modes = ["-DNFAIR=4"] if liveness else ["-DSAFETY"]
+        call([tools.cc, "-O1", "-w", *modes, f"-DMEMLIM={MEMORY_MAX_MIB}", "-o", "pan", "pan.c"], directory)
+        report = call(["./pan", f"-m{DEPTH_MAX}", *(["-a", "-f"] if liveness else [])], directory)
+        steps = set[str]()
+        if run.fault is None:
+            steps = reached_steps(run.model, report, call(["./pan", "-d"], directory))
+    states = re.search(r"(\d+) states, stored", report)
+    return Outcome(run, classify(report), int(states[1]) if states else 0, time.monotonic() - started_s, steps)
+
+
+def classify(report: str) -> str:
+    errors = re.search(r"errors: (\d+)", report)
+    if errors is None:
+        raise ModelError(f"the verifier's report has no result:\n{report}")
+    if int(errors[1]):
+        kinds = {"assertion violated": "assertion", "invalid end state": "invalid end state", "acceptance cycle": "acceptance cycle"}
+        return next((kind for text, kind in kinds.items() if f"pan:1: {text}" in report), "unknown error")
+    truncated = "Search not completed" in report or "max search depth too small" in report
+    return "search truncated" if truncated else "no error"
+
+
+def marked_steps(path: Path) -> Iterator[tuple[int, str]]:
+    """The line and name of each step mark of a file."""
+    for line, text in enumerate(path.read_text().splitlines(), 1):
+        for step in STEP.findall(text):
+            yield line, step
+
+
+def reached_steps(model: Model, report: str, table: str) -> set[str]:
+    """The marked steps that some process took.
+
+    `pan -d` lists the states of each process with their lines, the report those that were never reached. The lines inside a d_step
+    are not listed: they belong to the line on which it begins.
+    """
+    unreached = set[tuple[str, str]]()
+    process = ""
+    for line in report.splitlines():
+        if begins := re.match(r"unreached in (?:proctype |)(\S+)", line):
+            process = begins[1]
+        elif state := re.match(r"\s+\S+\.pml:\d+, state (\d+),", line):
+            unreached.add((process, state[1]))
+    lines: dict[str, dict[int, bool]] = {}
+    for line in table.splitlines():
+        if begins := re.match(r"(?:proctype |)(\S+)$", line):
+            process = begins[1]
+        elif state := re.match(rf"\s+state\s+(\d+) .*\b{model.name}\.pml:(\d+) => ", line):
+            of_process = lines.setdefault(process, {})
+            number = int(state[2])
+            of_process[number] = of_process.get(number, False) or (process, state[1]) not in unreached
+    steps = set[str]()
+    for number, step in marked_steps(HERE / f"{model.name}.pml"):
+        for of_process in lines.values():
+            before = max((listed for listed in of_process if listed <= number), default=None)
+            if before is not None and of_process[before]:
+                steps.add(step)
+    return steps
+
+
+def planned_runs(only: str | None) -> list[Run]:
+    runs = list[Run]()
+    for model in MODELS:
+        if only in (None, model.name):
+            runs += [Run(model, scene, None) for scene in model.scenes]
+            runs += [Run(model, scene, fault) for fault, scene in model.faults.items()]
+    return runs
+
+
+def undeclared_faults(model: Model) -> set[str]:
+    """Faults that the file can plant and this list does not, or the other way round."""
+    return set(re.findall(r"FAULT_([A-Z_]+)", (HERE / f"{model.name}.pml").read_text())) ^ set(model.faults)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Verify the models of the protocol.")
+    parser.add_argument("--only", choices=[model.name for model in MODELS], help="one model instead of all")
+    parser.add_argument("--jobs", type=int, default=JOBS_MAX, choices=range(1, JOBS_MAX + 1), help="verifiers at a time")
+    options = parser.parse_args()
+    failures = list[str]()
+    passed = 0
+    reached: dict[str, set[str]] = {}
+    try:
+        tools = find_tools()
+        print(f"{'model':12} {'scene':12} {'fault':24} {'expected':9} {'outcome':18} {'states':>9} {'seconds':>7}")
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for outcome in pool.map(lambda run: verify(run, tools), planned_runs(options.only)):
+                run = outcome.run
+                expected = "error" if run.fault else "no error"
+                print(
+                    f"{run.model.name:12} {run.scene or '-':12} {run.fault or '-':24} {expected:9} {outcome.found:18}"
+                    f" {outcome.states:9} {outcome.seconds:7.1f}",
+                    flush=True,
+                )
+                reached.setdefault(run.model.name, set()).update(outcome.steps)
+                if outcome.ok:
+                    passed += 1
+                else:
+                    failures.append(f"{run.model.name} {run.scene} {run.fault or ''}: expected {expected}, got {outcome.found}")
+    except (ModelError, subprocess.TimeoutExpired) as error:
+        print(error, file=sys.stderr)
+        return 2
+    for model in MODELS:
+        if model.name not in reached:
+            continue
+        marked = {step for _, step in marked_steps(HERE / f"{model.name}.pml")}
+        failures += [f"{model.name}: step {step} is never reached" for step in sorted(marked - reached[model.name])]
+        failures += [f"{model.name}: fault {fault} is not in both lists" for fault in sorted(undeclared_faults(model))]
+    for failure in failures:
+        print(f"FAILED {failure}")
+    print(f"{passed} passed, {len(failures)} failed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
