@@ -1,7 +1,8 @@
 """Contiguous buffers: which ranges they have, who holds them, and the table of them in the arena.
 
 Runs on the control thread alone. Only buffers can be in a buffer's way: cache does not count, and no client is asked.
-Invariants: the ranges of buffers do not overlap; an entry of the table is in use exactly as long as its buffer has a holder.
+Invariants: the ranges of buffers do not overlap; an entry of the table is in use exactly as long as its buffer has a
+holder.
 """
 
 from __future__ import annotations
@@ -54,12 +55,18 @@ class Allocations:
         self._held: defaultdict[int, set[int]] = defaultdict(set)  # client -> buffer numbers
 
     def allocate(
-        self, client: int, request: int, nbytes: int, area: str | None = None, offset: int | None = None, align: int | None = None
+        self,
+        client: int,
+        request: int,
+        nbytes: int,
+        area: str | None = None,
+        offset: int | None = None,
+        align: int | None = None,
     ) -> Allocation:
         """A buffer of `nbytes`, rounded up to pages, held by `client`; its cache is dropped on the spot.
 
-        `offset`: exactly that many pages from the area's start. `align`: of that offset, in bytes, a power of two. Without `area`: the one
-        where the range fits best. Raises ArenaExhausted, NoSuchArea, ValueError, QuotaExceeded.
+        `offset`: exactly that many pages from the area's start. `align`: of that offset, in bytes, a power of two.
+        Without `area`: the one where the range fits best. Raises ArenaExhausted, NoSuchArea, ValueError, QuotaExceeded.
         """
         page_size = self._geometry.page_size
         pages = -(-nbytes // page_size)
@@ -72,7 +79,9 @@ class Allocations:
         if chosen is None:
             raise self._exhausted(candidates, pages * page_size, offset)
         if not self._free_entries:
-            raise QuotaExceeded(f"the arena's table of {self._geometry.allocations_max} buffers is full; free some, or make them larger")
+            raise QuotaExceeded(
+                f"the arena's table of {self._geometry.allocations_max} buffers is full; free some, or make them larger"
+            )
         index, first = chosen
         self._extents[index].take(first, pages)
         allocation = self._enter(index, first, pages, client, request)
@@ -106,13 +115,21 @@ class Allocations:
             self._hold(self._by_number[number], child)
 
     def areas(self) -> list[dict[str, int | str]]:
-        """Each area's name, and in bytes: size, held by buffers, lent to cache, free, largest range that no buffer holds."""
+        """Each area's name, and in bytes: size, held by buffers, lent to cache, free, largest range that no buffer
+        holds.
+        """
         page_size = self._geometry.page_size
         infos: list[dict[str, int | str]] = []
         for index, (area, extents) in enumerate(zip(self._areas, self._extents, strict=True)):
             lent = self._plane.read(self._geometry.area_at(index) + layout.AREA_LENT_AT)
             held = area.pages - extents.free
-            counts = {"size": area.pages, "held": held, "lent": lent, "free": area.pages - held - lent, "largest_free": extents.largest}
+            counts = {
+                "size": area.pages,
+                "held": held,
+                "lent": lent,
+                "free": area.pages - held - lent,
+                "largest_free": extents.largest,
+            }
             infos.append({"name": area.name} | {name: pages * page_size for name, pages in counts.items()})
         return infos
 
@@ -173,7 +190,11 @@ class Allocations:
                 for client in allocation.holders:
                     holders[client] += allocation.pages * page_size
         names = ", ".join(self._areas[index].name for index in candidates)
-        where = f"no free range of {format_size(requested)}" if offset is None else f"{format_size(requested)} at page {offset} are not free"
+        where = (
+            f"no free range of {format_size(requested)}"
+            if offset is None
+            else f"{format_size(requested)} at page {offset} are not free"
+        )
         return ArenaExhausted(
             f"{where} in {names}: the largest is {format_size(largest)}; buffers of {len(holders)} clients hold the rest. Free some, or "
             "make the area larger",
@@ -183,7 +204,9 @@ class Allocations:
         )
 
     def _enter(self, area: int, first: int, pages: int, client: int, request: int) -> Allocation:
-        """Writes the table's entry before the range is taken, its state last: a restarted broker finds every range that may be taken."""
+        """Writes the table's entry before the range is taken, its state last: a restarted broker finds every range
+        that may be taken.
+        """
         index = self._free_entries.pop()
         at = self._geometry.allocation_at(index)
         generation = (self._plane.read(at + layout.ALLOCATION_STATE_AT) >> _KIND_BITS) + 1
@@ -233,7 +256,9 @@ class Allocations:
             assert area.first <= allocation.first, "a buffer outside its area"
             assert last < area.first + area.pages, "a buffer outside its area"
             assert allocation.holders, "a buffer without a holder"
-            assert all(allocation.number in self._held[client] for client in allocation.holders), "a holder that does not know"
+            assert all(allocation.number in self._held[client] for client in allocation.holders), (
+                "a holder that does not know"
+            )
             taken[allocation.area] += allocation.pages
         for index, (area, extents) in enumerate(zip(self._areas, self._extents, strict=True)):
             extents._check()

@@ -66,14 +66,24 @@ def _settings(parsed: argparse.Namespace) -> Settings:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="gcma", description="Guaranteed contiguous shared memory, lent out as a page cache.")
+    parser = argparse.ArgumentParser(
+        prog="gcma", description="Guaranteed contiguous shared memory, lent out as a page cache."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     broker = commands.add_parser("broker", help="own an arena and serve it until SIGTERM or SIGINT")
     broker.add_argument("--size", required=True, help="of the arena, tables included: 256M, 4G, or bytes")
-    broker.add_argument("--area", action="append", default=[], metavar="NAME=SIZE", help="may be repeated; without, one called `default`")
+    broker.add_argument(
+        "--area",
+        action="append",
+        default=[],
+        metavar="NAME=SIZE",
+        help="may be repeated; without, one called `default`",
+    )
     broker.add_argument("--page-size", default="4K", help="a power of two from 4K to 2M (default %(default)s)")
     broker.add_argument("--slots", type=int, help="of all swap types together, 16 bytes each (default: four per page)")
-    broker.add_argument("--clients", type=int, help="at once, the broker included (default: by the arena's size, at most 256)")
+    broker.add_argument(
+        "--clients", type=int, help="at once, the broker included (default: by the arena's size, at most 256)"
+    )
     broker.add_argument("--spill-dir", type=Path, help="a directory on a disk (default: in the user's cache directory)")
     broker.add_argument("--endpoint", default=default_endpoint(), help="where to listen (default %(default)s)")
     broker.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])

@@ -1,7 +1,7 @@
 """Free ranges of whole numbers, for the pages of an area and for the slot table.
 
-Pure. Invariants: free ranges do not overlap and do not touch (touching ones are one), and both orders hold the same ranges.
-Choosing, taking and giving back cost O(log n) in the number of free ranges.
+Pure. Invariants: free ranges do not overlap and do not touch (touching ones are one), and both orders hold the same
+ranges. Choosing, taking and giving back cost O(log n) in the number of free ranges.
 """
 
 from __future__ import annotations

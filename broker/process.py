@@ -26,7 +26,9 @@ from gcma_shm.sizes import format_size
 
 log = logging.getLogger(__name__)
 
-SWITCH_INTERVAL_S = 0.0002  # a worker thread gives the GIL up to the control loop after so long; Python's default is 5 ms
+SWITCH_INTERVAL_S = (
+    0.0002  # a worker thread gives the GIL up to the control loop after so long; Python's default is 5 ms
+)
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,13 @@ class Settings:
 def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> None:
     """Runs a broker until it is told to stop; `ready` is called with a description once it serves.
 
-    Raises ArenaError or ValueError when it cannot start, with nothing left behind. The endpoint's directory is removed too when it is empty
-    in the end and was made here.
+    Raises ArenaError or ValueError when it cannot start, with nothing left behind. The endpoint's directory is removed
+    too when it is empty in the end and was made here.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    geometry, areas = layout.plan(settings.size, settings.page_size, settings.areas, settings.slots, settings.clients_max)
+    geometry, areas = layout.plan(
+        settings.size, settings.page_size, settings.areas, settings.slots, settings.clients_max
+    )
     path = socket_path(settings.endpoint)
     with contextlib.ExitStack() as undo:
         made_dir = not path.parent.exists()
@@ -59,7 +63,9 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             undo.callback(_remove_empty, path.parent)
         arena = arenas.create(arena_name(settings.endpoint), geometry, areas)
         undo.callback(arena.destroy)
-        undo.callback(path.unlink, missing_ok=True)  # the lock is ours, so a socket there is a dead broker's, and then ours
+        undo.callback(
+            path.unlink, missing_ok=True
+        )  # the lock is ours, so a socket there is a dead broker's, and then ours
         spill_dir = _make_spill_dir(settings)
         undo.callback(shutil.rmtree, spill_dir, ignore_errors=True)
         plane = Plane(arena.memory, geometry, layout.BROKER, os.fsencode(spill_dir))
@@ -89,8 +95,14 @@ def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path) -> str:
         ("arena", f"{arena.name}, {format_size(geometry.size)}, epoch 1"),
         ("pages", f"{geometry.pages} of {format_size(geometry.page_size)}"),
         ("slots", f"{geometry.slots}, {format_size(slot_bytes)} ({slot_bytes / geometry.size:.2%} of the arena)"),
-        ("descriptors", f"{format_size(tables)} ({tables / geometry.size:.2%} of the arena), for {geometry.clients_max} clients"),
-        ("nursery", f"{format_size(geometry.nursery_pages * geometry.page_size)}, {geometry.grants_max} pages a client at once"),
+        (
+            "descriptors",
+            f"{format_size(tables)} ({tables / geometry.size:.2%} of the arena), for {geometry.clients_max} clients",
+        ),
+        (
+            "nursery",
+            f"{format_size(geometry.nursery_pages * geometry.page_size)}, {geometry.grants_max} pages a client at once",
+        ),
         *((f"area {area.name}", format_size(area.pages * geometry.page_size)) for area in arena.areas),
         ("spill files", f"{spill_dir}"),
         ("endpoint", endpoint),
@@ -100,7 +112,9 @@ def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path) -> str:
 
 
 def _sign(plane: Plane) -> None:
-    """Writes who serves the arena; the broker is a client too, of number 1, when it cleans, promotes and stores for others."""
+    """Writes who serves the arena; the broker is a client too, of number 1, when it cleans, promotes and stores for
+    others.
+    """
     pid, start = os.getpid(), start_time(os.getpid()) or 0
     plane.write(layout.BROKER_PID_AT, pid)
     plane.write(layout.BROKER_START_AT, start)
@@ -109,7 +123,9 @@ def _sign(plane: Plane) -> None:
 
 
 def _make_spill_dir(settings: Settings) -> Path:
-    """The arena's own directory, emptied: lives are numbered per arena, so no file of an earlier arena may be taken for one of this."""
+    """The arena's own directory, emptied: lives are numbered per arena, so no file of an earlier arena may be taken
+    for one of this.
+    """
     parent = settings.spill_dir
     own = default_spill_dir(settings.endpoint)
     path = own if parent is None else parent / own.name
@@ -122,7 +138,9 @@ def _make_spill_dir(settings: Settings) -> Path:
 def _refuse_memory(path: Path) -> None:
     existing = next(p for p in (path, *path.parents) if p.exists())
     if existing.stat().st_dev == arenas.SHM_DIR.stat().st_dev:
-        raise ArenaError(f"the spill directory {path} is in shared memory, which it is there to relieve; choose a directory on a disk")
+        raise ArenaError(
+            f"the spill directory {path} is in shared memory, which it is there to relieve; choose a directory on a disk"
+        )
 
 
 def _remove_empty(path: Path) -> None:

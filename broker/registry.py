@@ -1,7 +1,7 @@
 """Swap types: which are declared, their slots, and the spill file of each life.
 
-Runs on one worker thread, one job after another: declaring and ending sweep all words of a type, which is no work for the control loop.
-Spill files are laid sparse, slot n at n × page size, named `<type>.<life>`, mode 0600, one per life.
+Runs on one worker thread, one job after another: declaring and ending sweep all words of a type, which is no work for
+the control loop. Spill files are laid sparse, slot n at n × page size, named `<type>.<life>`, mode 0600, one per life.
 """
 
 from __future__ import annotations
@@ -73,10 +73,14 @@ class TypeRegistry:
         slots = self._living.get(type_)
         if slots is None:
             if self._plane.read(self._geometry.type_at(type_) + layout.TYPE_LIFE_AT) >= life:
-                raise Closed(f"the life of type {type_} that this handle opened has ended; declare it again with client.swap()")
+                raise Closed(
+                    f"the life of type {type_} that this handle opened has ended; declare it again with client.swap()"
+                )
             raise NoSuchType(f"type {type_} is not declared; declare it with client.swap()")
         if slots.life != life:
-            raise Closed(f"the life of type {type_} that this handle opened has ended; declare it again with client.swap()")
+            raise Closed(
+                f"the life of type {type_} that this handle opened has ended; declare it again with client.swap()"
+            )
         return slots
 
     def describe(self) -> dict[int, dict[str, int | str]]:
@@ -94,4 +98,6 @@ class TypeRegistry:
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         except OSError as error:
-            raise SpillError(error.errno or errno.EIO, f"the spill file {path} cannot be made: {error.strerror}") from error
+            raise SpillError(
+                error.errno or errno.EIO, f"the spill file {path} cannot be made: {error.strerror}"
+            ) from error

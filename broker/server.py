@@ -1,7 +1,8 @@
 """The control loop: one thread, one ROUTER socket, and an epoll of everything else that can happen.
 
-It touches no file and decides nothing: frames go to `Service.request`, replies go out. Answers from worker threads arrive in a queue, with
-a pipe to wake the loop. A peer that does not read its replies loses them once its pipe is full; nobody waits for it.
+It touches no file and decides nothing: frames go to `Service.request`, replies go out. Answers from worker threads
+arrive in a queue, with a pipe to wake the loop. A peer that does not read its replies loses them once its pipe is
+full; nobody waits for it.
 """
 
 from __future__ import annotations

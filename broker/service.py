@@ -1,7 +1,9 @@
-"""What each request means, whichever transport it came by. Takes no socket; the control loop calls it, one request at a time.
+"""What each request means, whichever transport it came by. Takes no socket; the control loop calls it, one request at
+a time.
 
-Requests that may touch a file or sweep a type become jobs on worker threads: pages on two, a session always on the same one, so that its
-requests keep their order; declaring, ending and burying on one, which alone changes the registry; syncs on one.
+Requests that may touch a file or sweep a type become jobs on worker threads: pages on two, a session always on the
+same one, so that its requests keep their order; declaring, ending and burying on one, which alone changes the
+registry; syncs on one.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ log = logging.getLogger(__name__)
 
 PAGE_WORKERS = 2
 WINDOW_BYTES = 1 << 20  # of pages that one session may have under way
-SYNC_MAX_MS = 60_000  # what a sync by message may wait for other processes' writes; the one thread for syncs serves all sessions
+SYNC_MAX_MS = (
+    60_000  # what a sync by message may wait for other processes' writes; the one thread for syncs serves all sessions
+)
 HELLO_NEEDED = "HelloNeeded"  # the status that tells a peer to introduce itself (again)
 
 Answer = Callable[[bytes, Reply], None]
@@ -35,7 +39,9 @@ Results = tuple[dict[str, Any], list[bytes]]
 class Service:
     """The state of one broker. `answer(peer, reply)` is called from worker threads, and must be safe for that."""
 
-    def __init__(self, plane: Plane, arena: Arena, registry: TypeRegistry, spill_dir: str, epoch: int, answer: Answer) -> None:
+    def __init__(
+        self, plane: Plane, arena: Arena, registry: TypeRegistry, spill_dir: str, epoch: int, answer: Answer
+    ) -> None:
         self.plane = plane
         self._arena = arena
         self._answer = answer
@@ -72,7 +78,9 @@ class Service:
         assert {*self._control, *self._jobs, "hello"} == set(messages.OPERATIONS)
 
     def request(self, peer: bytes, frames: list[memoryview]) -> Reply | None:
-        """Serves one message: the reply; None when it comes later from a worker, or to nobody (not even a number could be read)."""
+        """Serves one message: the reply; None when it comes later from a worker, or to nobody (not even a number could
+        be read).
+        """
         self._bury(self.sessions.adopt_forked())
         number = messages.request_number(frames)
         if number is None:
@@ -118,8 +126,7 @@ class Service:
         clients = self.sessions.counters()
         geometry = self._arena.geometry
         by_client = {
-            str(number): counters
-            | {"pid": self.sessions.clients[number].pid if number in self.sessions.clients else 0}
+            str(number): counters | {"pid": self.sessions.clients[number].pid if number in self.sessions.clients else 0}
             for number, counters in clients.items()
         }
         nursery_free = self.plane.read(layout.HAND_AT) + geometry.nursery_pages - self.plane.read(layout.HEAD_AT)
@@ -137,7 +144,11 @@ class Service:
             "types": {str(type_): described for type_, described in self._registry.describe().items()},
             "counters": {name: sum(counters[name] for counters in clients.values()) for name in clients[layout.NOBODY]},
             "clients": by_client,
-            "broker": {"requests": dict(self._requests), "refusals": dict(self._refusals), "clients": len(self.sessions.clients)},
+            "broker": {
+                "requests": dict(self._requests),
+                "refusals": dict(self._refusals),
+                "clients": len(self.sessions.clients),
+            },
         }
 
     # --- on the control thread
@@ -174,11 +185,15 @@ class Service:
                 self.sessions.buried(number)
 
             if not self._type_worker.submit(take_back):
-                log.error("client %d could not be buried: the queue is full; its number is lost until the next start", number)
+                log.error(
+                    "client %d could not be buried: the queue is full; its number is lost until the next start", number
+                )
 
     def _alloc_contig(self, client: Client, request: Request) -> dict[str, Any]:
         if not client.mapped:
-            raise ArenaError("a buffer is memory of the arena, which this client does not map; connect with mapped=True on the broker's host")
+            raise ArenaError(
+                "a buffer is memory of the arena, which this client does not map; connect with mapped=True on the broker's host"
+            )
         return self.allocations.place(self.allocations.allocate(client.number, request.number, **request.parameters))
 
     def _free_contig(self, client: Client, request: Request) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Sessions: which peer of the socket is which client, and who is alive.
 
-Pure of sockets. A session belongs to a client record and through it to a process, watched by a pidfd. A record without a session is that of
-a forked child that has not said hello (it needs not: the data plane asks nobody); it is watched like the others.
+Pure of sockets. A session belongs to a client record and through it to a process, watched by a pidfd. A record without
+a session is that of a forked child that has not said hello (it needs not: the data plane asks nobody); it is watched
+like the others.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class Client:
 
 
 class Sessions:
-    """All clients of one arena. `inherit(parent, child)` is called for a fork before anything else happens to the parent."""
+    """All clients of one arena. `inherit(parent, child)` is called for a fork before anything else happens to the
+    parent.
+    """
 
     def __init__(self, plane: Plane, inherit: Callable[[int, int], None]) -> None:
         self._plane = plane
@@ -50,7 +53,9 @@ class Sessions:
         return self._by_peer.get(peer)
 
     def hello(self, peer: bytes, pid: int, start: int, mapped: bool, number: int | None) -> Client:
-        """A client introduces itself: a new one, or, by its `number`, one that forked or lost its socket. Raises ProtocolError, QuotaExceeded."""
+        """A client introduces itself: a new one, or, by its `number`, one that forked or lost its socket. Raises
+        ProtocolError, QuotaExceeded.
+        """
         if peer in self._by_peer:
             raise ProtocolError("hello from a peer that has a session already; say bye first")
         if number is not None:
@@ -62,7 +67,9 @@ class Sessions:
         else:
             pidfd = open_pidfd(pid, start)
             if pidfd is None:
-                raise ProtocolError(f"the broker sees no process {pid} that began at {start}: hello needs the sender's own")
+                raise ProtocolError(
+                    f"the broker sees no process {pid} that began at {start}: hello needs the sender's own"
+                )
             try:
                 number = self._records.take(layout.BROKER)
             except BaseException:
@@ -77,7 +84,9 @@ class Sessions:
         return client
 
     def adopt_forked(self, look_anyway: bool = False) -> list[Client]:
-        """Takes in the children that clients have forked since the last look; returns those found dead. Cheap when there are none."""
+        """Takes in the children that clients have forked since the last look; returns those found dead. Cheap when
+        there are none.
+        """
         forks = self._plane.read(layout.FORKS_AT)
         if forks != self._forks_seen or look_anyway:
             self._forks_seen = forks
@@ -130,7 +139,9 @@ class Sessions:
 
     def counters(self) -> dict[int, dict[str, int]]:
         """What each client has counted; 0: those that have left; 1: the broker itself."""
-        return {number: self._records.counters(number) for number in (layout.NOBODY, layout.BROKER, *sorted(self.clients))}
+        return {
+            number: self._records.counters(number) for number in (layout.NOBODY, layout.BROKER, *sorted(self.clients))
+        }
 
     def close(self) -> None:
         """Lets go of all pidfds."""
@@ -139,8 +150,14 @@ class Sessions:
 
     def _check(self) -> None:
         """Raises AssertionError when an invariant is broken."""
-        assert all(client.peer == peer for peer, client in self._by_peer.items()), "a peer that its client does not know"
-        assert all(client.pidfd == pidfd for pidfd, client in self.by_pidfd.items()), "a pidfd that its client does not know"
+        assert all(client.peer == peer for peer, client in self._by_peer.items()), (
+            "a peer that its client does not know"
+        )
+        assert all(client.pidfd == pidfd for pidfd, client in self.by_pidfd.items()), (
+            "a pidfd that its client does not know"
+        )
         assert {client.number for client in self._by_peer.values()} <= set(self.clients), "a session without a client"
         for number in self.clients:
-            assert self._records.read(number).state in (State.ALIVE, State.FORKED), "a client whose record is not in use"
+            assert self._records.read(number).state in (State.ALIVE, State.FORKED), (
+                "a client whose record is not in use"
+            )

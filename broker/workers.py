@@ -1,4 +1,6 @@
-"""Worker threads: work that may touch a file or sweep a type, away from the control loop. Each has one bounded queue and keeps its order."""
+"""Worker threads: work that may touch a file or sweep a type, away from the control loop. Each has one bounded queue
+and keeps its order.
+"""
 
 from __future__ import annotations
 

@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 class Buffer:
     """A contiguous range of an arena, this client's until `free`.
 
-    Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer that nothing refers to
-    any more, neither this object nor a view or array of it, is given back.
+    Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
+    that nothing refers to any more, neither this object nor a view or array of it, is given back.
     """
 
     def __init__(
-        self, span: Span, number: int, area: str, offset: int, free: Callable[[int], None], give_up: Callable[[int], None]
+        self,
+        span: Span,
+        number: int,
+        area: str,
+        offset: int,
+        free: Callable[[int], None],
+        give_up: Callable[[int], None],
     ) -> None:
         self._span: Span | None = span
         self._free = free
@@ -55,7 +61,9 @@ class Buffer:
         return np.ndarray(shape, dtype, buffer=memoryview(self._living()))
 
     def free(self) -> None:
-        """Gives the memory back; a second time has no effect. Raises BufferError while a view or array of it is alive."""
+        """Gives the memory back; a second time has no effect. Raises BufferError while a view or array of it is
+        alive.
+        """
         if self._span is None:
             return
         if self._span.exports:
@@ -94,7 +102,9 @@ class Buffer:
     def __enter__(self) -> Buffer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.free()
 
     def __repr__(self) -> str:

@@ -1,12 +1,12 @@
 """Requests to the broker: one DEALER socket, one reply for each request, every wait bounded.
 
-Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket of its own.
+Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket
+of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections import deque
@@ -21,14 +21,19 @@ from gcma_shm.errors import BrokerUnavailable, Closed
 from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
-# Sockets of the parent, in a child: closing them would send, dropping them would warn, so they rest here until the process ends.
+# Sockets of the parent, in a child: closing them would send, dropping them would warn, so they rest here until the
+# process ends.
 _inherited: list[object] = []
 
 
 class Channel:
-    """The way to one broker. `introduce` makes the parameters of a hello; it is said first, and again to whoever asks for it."""
+    """The way to one broker. `introduce` makes the parameters of a hello; it is said first, and again to whoever asks
+    for it.
+    """
 
-    def __init__(self, endpoint: str, timeout: float, wait_for_broker: float, introduce: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, endpoint: str, timeout: float, wait_for_broker: float, introduce: Callable[[], dict[str, Any]]
+    ) -> None:
         self.endpoint = endpoint
         self.timeout = timeout
         self._wait_for_broker = wait_for_broker
@@ -36,14 +41,16 @@ class Channel:
         self._path = socket_path(endpoint)
         self.closed = False
         self.greeting: dict[str, Any] = {}
-        self._given_up: deque[int] = deque()  # buffers that nobody refers to any more, to be freed with the next request
-        self.reset()
+        # Buffers that nobody refers to any more, to be freed with the next request.
+        self._given_up: deque[int] = deque()
+        self._open()
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket and lock are of no use."""
-        if hasattr(self, "_socket"):
-            _inherited.extend((self._socket, self._context))
-        self._pid = os.getpid()
+        _inherited.extend((self._socket, self._context))
+        self._open()
+
+    def _open(self) -> None:
         self._lock = threading.Lock()
         self._number = 0
         self._greeted = False
@@ -64,7 +71,9 @@ class Channel:
     def requests(
         self, wanted: Iterable[tuple[str, dict[str, Any], tuple[Frame, ...]]], window: int = 1
     ) -> Iterator[Reply | Exception]:
-        """Sends requests, `window` of them ahead of their replies, and yields the replies in order; a refusal as an exception, unraised."""
+        """Sends requests, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
+        exception, unraised.
+        """
         with self._lock:
             if self.closed:
                 raise Closed("this client is closed")
@@ -88,7 +97,9 @@ class Channel:
                 reply = self._receive(sent[0], deadline)
                 if sent[0].operation == "bye":
                     self._greeted = False
-                if reply.status == "HelloNeeded":  # the broker does not know this socket (any more); a window is lost with it
+                if (
+                    reply.status == "HelloNeeded"
+                ):  # the broker does not know this socket (any more); a window is lost with it
                     self._hello(deadline + self._wait_for_broker)
                     for request in sent:
                         self._send(request, deadline)
@@ -98,7 +109,9 @@ class Channel:
                 deadline = time.monotonic() + self.timeout
 
     def give_up(self, buffer: int) -> None:
-        """Frees a buffer that nobody refers to any more, now or with the next request. For finalizers: takes no lock that may be held."""
+        """Frees a buffer that nobody refers to any more, now or with the next request. For finalizers: takes no lock
+        that may be held.
+        """
         self._given_up.append(buffer)
         if self._lock.acquire(blocking=False):
             try:
@@ -156,7 +169,7 @@ class Channel:
                 self._given_up.append(int(reply.results["buffer"]))
 
     def _wait(self, event: int, deadline: float, request: Request) -> None:
-        if not self._socket.poll(max(deadline - time.monotonic(), 0) * 1000, event):
+        if not self._socket.poll(max(int((deadline - time.monotonic()) * 1000), 0), event):
             raise BrokerUnavailable(
                 f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; is it running, and not stopped?"
             )

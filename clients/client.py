@@ -35,9 +35,13 @@ class AreaInfo:
 
 
 class Client:
-    """Made by `connect` or `embedded`. Safe across threads; a forked child is a client of its own and holds what its parent held."""
+    """Made by `connect` or `embedded`. Safe across threads; a forked child is a client of its own and holds what its
+    parent held.
+    """
 
-    def __init__(self, endpoint: str, mapped: bool | None, prefault: bool, timeout: float, wait_for_broker: float) -> None:
+    def __init__(
+        self, endpoint: str, mapped: bool | None, prefault: bool, timeout: float, wait_for_broker: float
+    ) -> None:
         if timeout <= 0:
             raise ValueError(f"timeout {timeout}: expected more than zero seconds")
         self.endpoint = endpoint
@@ -60,8 +64,13 @@ class Client:
     def _introduce(self) -> dict[str, Any]:
         pid = os.getpid()
         who: dict[str, Any] = {"pid": pid, "start": start_time(pid) or 0, "mapped": self._mapped}
-        if self._plane is not None:  # a forked child, or a broker that lost this session: say who we are and what we hold
-            who |= {"client": self._plane.number, "buffers": [buffer.number for buffer in self._buffers if not buffer.freed]}
+        if (
+            self._plane is not None
+        ):  # a forked child, or a broker that lost this session: say who we are and what we hold
+            who |= {
+                "client": self._plane.number,
+                "buffers": [buffer.number for buffer in self._buffers if not buffer.freed],
+            }
         return who
 
     def _map(self, required: bool, prefault: bool) -> None:
@@ -101,7 +110,8 @@ class Client:
     def swap(self, type: int, slots: int, write: Literal["through", "behind"] = "through") -> Swap:
         """Declares swap type `type` (0 to 255) with `slots` slots, or opens it as it was declared.
 
-        Raises ValueError when it is declared otherwise or the arena has too few slots left, TypeError, Closed, BrokerUnavailable.
+        Raises ValueError when it is declared otherwise or the arena has too few slots left, TypeError, Closed,
+        BrokerUnavailable.
         """
         type_, slots = operator.index(type), operator.index(slots)
         if not 0 <= type_ < layout.TYPES_MAX:
@@ -120,14 +130,22 @@ class Client:
         return cast(Swap, swap)
 
     def alloc_contig(
-        self, nbytes: int, area: str | None = None, offset: int | None = None, align: int | None = None, zero: bool = False
+        self,
+        nbytes: int,
+        area: str | None = None,
+        offset: int | None = None,
+        align: int | None = None,
+        zero: bool = False,
     ) -> Buffer:
-        """A contiguous buffer of `nbytes`, rounded up to whole pages. Only other buffers can be in its way, never cache, never a client.
+        """A contiguous buffer of `nbytes`, rounded up to whole pages. Only other buffers can be in its way, never
+        cache, never a client.
 
-        `area`: by default the one where it fits best. `offset`: exactly that many pages from the area's start (the kernel's start_pfn).
-        `align`: of its place in the area, in bytes, a power of two. `zero`: cleared; otherwise it holds what the cache left there.
+        `area`: by default the one where it fits best. `offset`: exactly that many pages from the area's start (the
+        kernel's start_pfn). `align`: of its place in the area, in bytes, a power of two. `zero`: cleared; otherwise it
+        holds what the cache left there.
 
-        Raises ArenaExhausted, NoSuchArea, ValueError; ArenaError for a client that does not map the arena; BrokerUnavailable, Closed.
+        Raises ArenaExhausted, NoSuchArea, ValueError; ArenaError for a client that does not map the arena;
+        BrokerUnavailable, Closed.
         """
         wanted: dict[str, Any] = {"nbytes": operator.index(nbytes)}
         if wanted["nbytes"] < 1:
@@ -142,7 +160,9 @@ class Client:
                 if wanted[name] < least:
                     raise ValueError(f"{name} {value}: expected at least {least}")
         if self._plane is None:
-            raise ArenaError("a buffer is memory of the arena, which this client does not map; connect with mapped=True on the broker's host")
+            raise ArenaError(
+                "a buffer is memory of the arena, which this client does not map; connect with mapped=True on the broker's host"
+            )
         place = self._channel.request("alloc_contig", wanted).results
         span = self._plane.span(place["first"], place["nbytes"])
         if zero:
@@ -157,14 +177,16 @@ class Client:
     def close(self) -> None:
         """Gives back every buffer and says goodbye; a second time has no effect.
 
-        Raises BufferError while a view of a buffer is alive, TimeoutError when another thread's store or load does not end in time; then
-        the client stays open, but for that nothing new begins after a TimeoutError.
+        Raises BufferError while a view of a buffer is alive, TimeoutError when another thread's store or load does not
+        end in time; then the client stays open, but for that nothing new begins after a TimeoutError.
         """
         if self._channel.closed:
             return
         in_use = [buffer for buffer in self._buffers if buffer.exports]
         if in_use:
-            raise BufferError(f"the client cannot be closed: views or arrays of {len(in_use)} buffers are alive, of {in_use[0]!r} for one")
+            raise BufferError(
+                f"the client cannot be closed: views or arrays of {len(in_use)} buffers are alive, of {in_use[0]!r} for one"
+            )
         if self._plane is not None and not self._plane.close(self._channel.timeout):
             raise TimeoutError("a store or load in another thread has not ended; call close() again")
         for swap in list(self._swaps):
@@ -182,13 +204,16 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
     def __repr__(self) -> str:
         return f"<gcma client {self.number} on {self.endpoint}{', closed' if self.closed else '' if self.mapped else ', by messages'}>"
 
-    # --- fork: the child's record is written before, because afterwards the parent may end before the child has run at all
+    # --- fork: the child's record is written before, because afterwards the parent may end before the child has run at
+    # all
 
     def _before_fork(self) -> None:
         if self._plane is not None and not self.closed:
@@ -243,11 +268,11 @@ def connect(
 ) -> Client:
     """Connects to the broker on `endpoint`, by default `$GCMA_ENDPOINT` or this user's default one.
 
-    `mapped`: None maps the arena when it may, else sends pages in messages; True insists; False sends messages. `prefault`: fills this
-    process's page table for the whole arena now, so that no buffer costs a fault later. `timeout`: seconds that one request, or one store,
-    may wait. `wait_for_broker`: seconds to wait for a broker that is not there yet.
+    `mapped`: None maps the arena when it may, else sends pages in messages; True insists; False sends messages.
+    `prefault`: fills this process's page table for the whole arena now, so that no buffer costs a fault later.
+    `timeout`: seconds that one request, or one store, may wait. `wait_for_broker`: seconds to wait for a broker that
+    is not there yet.
 
     Raises BrokerUnavailable, ArenaError, QuotaExceeded (too many clients), ValueError for a malformed endpoint.
     """
     return Client(endpoint or default_endpoint(), mapped, prefault, timeout, wait_for_broker)
-

@@ -33,7 +33,9 @@ class EmbeddedClient(Client):
             raise
 
     def close(self) -> None:
-        """As `Client.close`; in the process that started it, stops the broker too, which ends every other client's types and buffers."""
+        """As `Client.close`; in the process that started it, stops the broker too, which ends every other client's
+        types and buffers.
+        """
         super().close()
         self._stop_broker()
 
@@ -49,10 +51,12 @@ def embedded(
     prefault: bool = False,
     timeout: float = 5.0,
 ) -> EmbeddedClient:
-    """Starts a private broker and connects to it. Workers connect to `client.endpoint`; forked ones just go on using the client.
+    """Starts a private broker and connects to it. Workers connect to `client.endpoint`; forked ones just go on using
+    the client.
 
-    `size` of the arena, tables included; `areas`: name to size, by default one called `default`; `slots`: of all swap types together, by
-    default four per page; `clients`: how many at once; `spill_dir`: on a disk, by default in the user's cache directory.
+    `size` of the arena, tables included; `areas`: name to size, by default one called `default`; `slots`: of all swap
+    types together, by default four per page; `clients`: how many at once; `spill_dir`: on a disk, by default in the
+    user's cache directory.
 
     Raises ArenaError when there is too little memory or the broker cannot start, ValueError for what is no size.
     """
@@ -91,7 +95,9 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
     if words == "ready":
         return broker
     broker.wait(START_S)
-    raise ArenaError(words or f"the broker ended with status {broker.returncode} before it served; its words are on stderr")
+    raise ArenaError(
+        words or f"the broker ended with status {broker.returncode} before it served; its words are on stderr"
+    )
 
 
 def _stop(broker: subprocess.Popen[bytes], owner_pid: int) -> None:

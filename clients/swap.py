@@ -1,7 +1,7 @@
 """Swap types as their users see them: one interface, two ways in.
 
-`MappedSwap` does everything in shared memory and asks the broker only to end the type. `MessageSwap` sends every page in a message. The difference
-shows in speed alone; one contract suite tests both.
+`MappedSwap` does everything in shared memory and asks the broker only to end the type. `MessageSwap` sends every page
+in a message. The difference shows in speed alone; one contract suite tests both.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ class Swap(Protocol):
         """Ends the type's life with all of its pages; this handle is closed, `client.swap` declares the type anew."""
 
     def store_many(self, offsets: Iterable[SupportsIndex], pages: Any, /) -> None:
-        """Stores pages from one contiguous buffer, in order; an error tells in `.done` how many were stored before it."""
+        """Stores pages from one contiguous buffer, in order; an error tells in `.done` how many were stored before
+        it.
+        """
 
     def load_many(self, offsets: Iterable[SupportsIndex], out: Any, /) -> list[bool]:
         """Loads pages into one contiguous buffer; returns the mask of hits."""
@@ -89,7 +91,9 @@ class MappedSwap(Slots):
 
 
 class MessageSwap:
-    """A swap type of a client that does not map the arena: every page travels in a message, `window` of a batch at once."""
+    """A swap type of a client that does not map the arena: every page travels in a message, `window` of a batch at
+    once.
+    """
 
     def __init__(self, channel: Channel, type_: int, life: int, slots: int, write_through: bool) -> None:
         self._channel = channel
@@ -170,7 +174,9 @@ class MessageSwap:
         return hits
 
     def _batch(self, wanted: Iterable[tuple[str, dict[str, Any], tuple[memoryview, ...]]]) -> Iterator[Reply]:
-        """The replies in order. The first error is raised when all replies are in, so that none is left over; it tells how many came before."""
+        """The replies in order. The first error is raised when all replies are in, so that none is left over; it tells
+        how many came before.
+        """
         first: Exception | None = None
         for done, reply in enumerate(self._channel.requests(wanted, self._channel.greeting["window"])):
             if first is not None:
@@ -202,7 +208,9 @@ class MessageSwap:
         if not view.c_contiguous:
             raise BufferError("the buffer is not contiguous")
         if view.nbytes != pages * self.page_size:
-            raise ValueError(f"{view.nbytes} bytes: expected {pages} page{'s' if pages != 1 else ''} of {self.page_size} bytes in one buffer")
+            raise ValueError(
+                f"{view.nbytes} bytes: expected {pages} page{'s' if pages != 1 else ''} of {self.page_size} bytes in one buffer"
+            )
         return view.cast("B") if view.nbytes else view
 
     def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[memoryview] = ()) -> Reply:

@@ -1,10 +1,11 @@
 # The arena as the core sees it: words, tables, counters.
 #
-# docs/data-plane.md is the protocol's text; `@step` marks the line that takes the step of that name. Every function here
-# and in the other .pxi files runs without the GIL and never touches a Python object.
+# docs/data-plane.md is the protocol's text; `@step` marks the line that takes the step of that name. Every function
+# here and in the other .pxi files runs without the GIL and never touches a Python object.
 #
-# Who may write what: nursery pages, the client that was granted them, until published. Area pages as cache, the broker alone. Area
-# pages as buffer, the buffer's holders alone. Slot words, anyone, by CAS. A slot's place in the file, who holds its writer.
+# Who may write what: nursery pages, the client that was granted them, until published. Area pages as cache, the broker
+# alone. Area pages as buffer, the buffer's holders alone. Slot words, anyone, by CAS. A slot's place in the file, who
+# holds its writer.
 
 # --- slot word: version:28 · state:3 · DIRTY:1 · payload:32
 cdef enum:
@@ -218,6 +219,7 @@ cdef inline uint64_t shadow_now(Arena *a) noexcept nogil:
 cdef inline bint recently_evicted(Arena *a, uint64_t word) noexcept nogil:
     """Policy: whether a page that is read from the file belongs back in memory.
 
-    Refault distance, as in the kernel's mm/workingset.c: the evictions since this one are the memory that would have kept it.
+    Refault distance, as in the kernel's mm/workingset.c: the evictions since this one are the memory that would have
+    kept it.
     """
     return ((load_relaxed(a.clock) - (word & PAYLOAD)) & PAYLOAD) < a.pages

@@ -1,8 +1,8 @@
 # Cleaning: writing dirty pages to their places in the spill file.
 #
-# Two writes of one place must not overlap or overtake each other, or the older could land last; hence `writer` in the side word. While
-# it is held with a write under way, the slot cannot become SPILLED: only cleaning takes DIRTY off, and cleaning needs the writer. So
-# whoever reads the file reads a finished write.
+# Two writes of one place must not overlap or overtake each other, or the older could land last; hence `writer` in the
+# side word. While it is held with a write under way, the slot cannot become SPILLED: only cleaning takes DIRTY off,
+# and cleaning needs the writer. So whoever reads the file reads a finished write.
 
 cdef struct Clean:      # one slot to be cleaned
     uint64_t key
@@ -26,8 +26,8 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
     if side >> 32:
         c.status = BUSY
         return
-    # The tag tells two claims of one client apart: a thread that slept through the end of the type's life, in which the side
-    # words were reset, cannot give back a claim that another thread of its process holds in the next one.
+    # The tag tells two claims of one client apart: a thread that slept through the end of the type's life, in which
+    # the side words were reset, cannot give back a claim that another thread of its process holds in the next one.
     tag = fetch_add(&a.me.tag, 1) & 0xfffff
     mine = (((a.number << 20) | tag) << 32) | (side & CRC)
     if not cas(&slot.side, side, mine):                                  # @clean.claim
@@ -53,13 +53,15 @@ cdef void clean_finish(Arena *a, Clean *c, uint32_t crc, int written) noexcept n
     cdef uint64_t summed = (c.side & ~CRC) | crc
     c.status = written
     if written == OK:
-        # The checksum first: from the CAS below on the slot may be evicted and read from the file by anybody, also when we die here.
+        # The checksum first: from the CAS below on the slot may be evicted and read from the file by anybody, also
+        # when we die here.
         if not cas(&slot.side, c.side, summed):                          # @clean.crc
             c.status = ENDED
             return
         c.side = summed
-        # Lost to a newer value: that one is DIRTY still, will be written after our claim, and the file's content does not matter.
-        # 28 bits of version could only repeat if this slot changed 2^28 times during one write, and hit this very page.
+        # Lost to a newer value: that one is DIRTY still, will be written after our claim, and the file's content does
+        # not matter. 28 bits of version could only repeat if this slot changed 2^28 times during one write, and hit
+        # this very page.
         if cas(&slot.word, c.word, next_word(c.word, CACHED, c.word & PAYLOAD)):  # @clean.dirty_off
             count(a, C_CLEANED)
     cas(&slot.side, c.side, c.side & CRC)                                # @clean.release
@@ -90,7 +92,8 @@ cdef void clean_batch(Arena *a, Clean *batch, int n) noexcept nogil:
         type_ = batch[first].key >> KEY_SHIFT
         offset = (batch[first].key & SLOT) - load_acquire(&a.types[type_].base)
         fd = spill_open(a, type_, batch[first].life)
-        # The base is this life's as long as the life is; when both have moved on, the file of the old life has gone with them.
+        # The base is this life's as long as the life is; when both have moved on, the file of the old life has gone
+        # with them.
         if load_acquire(&a.types[type_].life) != batch[first].life:
             written = ENDED
         else:
@@ -109,7 +112,9 @@ cdef void clean_batch(Arena *a, Clean *batch, int n) noexcept nogil:
 
 
 cdef int clean_wait(Arena *a, uint64_t key, uint64_t word, uint64_t deadline) noexcept nogil:
-    """Until `word` of that slot is clean or superseded: OK, BUSY at the deadline, ENDED, or -errno. Holds nothing while it waits."""
+    """Until `word` of that slot is clean or superseded: OK, BUSY at the deadline, ENDED, or -errno. Holds nothing
+    while it waits.
+    """
     cdef Clean one
     cdef unsigned step = 0
     one.key = key

@@ -1,4 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False, freethreading_compatible=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False,
+# freethreading_compatible=False
 """The data plane: slots, pages and spill files of one mapped arena, all outside the GIL.
 
 `Plane` is one process's view of an arena; `Slots` one life of one swap type on it; `Span` a contiguous buffer's memory.
@@ -72,7 +73,9 @@ cdef class Plane:
     cdef object __weakref__
 
     def __cinit__(self, memory, geometry, int number, spill_dir, *, bint crc_hardware=True):
-        """`memory`: the whole arena, writable. `number`: this client's record. `spill_dir`: where the spill files are."""
+        """`memory`: the whole arena, writable. `number`: this client's record. `spill_dir`: where the spill files
+        are.
+        """
         cdef uint8_t *base
         cdef Arena *a = <Arena *>calloc(1, sizeof(Arena))
         if a == NULL:
@@ -125,7 +128,9 @@ cdef class Plane:
         free(self.a)
 
     def become(self, int number):
-        """Acts as client `number` from now on. In a forked child: the parent's other threads, with their locks and grants, are not here."""
+        """Acts as client `number` from now on. In a forked child: the parent's other threads, with their locks and
+        grants, are not here.
+        """
         if not 1 <= number <= self.geometry.clients_max:
             raise ValueError(f"client number {number}: expected 1 to {self.geometry.clients_max}")
         self.a.number = number
@@ -137,7 +142,8 @@ cdef class Plane:
             self.a.spill[i].users = 0
 
     def close(self, double timeout):
-        """Refuses new operations, then waits for those under way in other threads; whether all have ended within `timeout` seconds.
+        """Refuses new operations, then waits for those under way in other threads; whether all have ended within
+        `timeout` seconds.
 
         Only then may the client say goodbye: the broker takes back what a client was granted as soon as it has.
         """
@@ -167,7 +173,9 @@ cdef class Plane:
         return load_acquire(self.word_at(at))
 
     def write(self, Py_ssize_t at, uint64_t value):
-        """Writes the word at byte `at`, with release order: what was written before is seen by whoever reads this value."""
+        """Writes the word at byte `at`, with release order: what was written before is seen by whoever reads this
+        value.
+        """
         store_release(self.word_at(at), value)
 
     def swap_word(self, Py_ssize_t at, uint64_t expected, uint64_t desired):
@@ -215,7 +223,8 @@ cdef class Plane:
             give_range(self.a, entry, first, pages)
 
     def sweep(self, double timeout):
-        """One round of the reclaim thread: sweeps the nursery as far as it needs, then sleeps `timeout` seconds or until woken.
+        """One round of the reclaim thread: sweeps the nursery as far as it needs, then sleeps `timeout` seconds or
+        until woken.
 
         Returns the nursery's head, to be given to `clean_until` once it is old enough.
         """
@@ -226,7 +235,9 @@ cdef class Plane:
         return load_relaxed(self.a.head)
 
     def clean_until(self, uint64_t ticket, uint64_t until):
-        """Cleans the dirty pages granted from `ticket` until before `until`: the writer's part for write-behind types."""
+        """Cleans the dirty pages granted from `ticket` until before `until`: the writer's part for write-behind
+        types.
+        """
         cdef int n
         with nogil:
             if ticket + self.a.nursery < until:  # granted again since

@@ -33,7 +33,9 @@ cdef int refuse(Plane plane, Handle *t, int status, offset, stored) except -1:
 
 
 cdef class Slots:
-    """Store, load and invalidate on one life of one swap type, in shared memory. Safe across threads; see `Plane` about fork."""
+    """Store, load and invalidate on one life of one swap type, in shared memory. Safe across threads; see `Plane`
+    about fork.
+    """
 
     cdef Plane plane
     cdef Handle t
@@ -116,7 +118,8 @@ cdef class Slots:
         return None
 
     def load_into(self, offset, buffer):
-        """Copies the page stored at `offset` into `buffer`, writable and one page long; False when nothing is stored there.
+        """Copies the page stored at `offset` into `buffer`, writable and one page long; False when nothing is stored
+        there.
 
         After False or an error the content of `buffer` is undefined. Raises as `load`, ValueError for another length.
         """
@@ -136,9 +139,9 @@ cdef class Slots:
     def store(self, offset, page):
         """Stores `page`, bytes-like and exactly one page long, at `offset`, in place of what was there.
 
-        A write-through type returns when the page is also in the spill file, a write-behind type as soon as every process can load
-        it. Raises ValueError, IndexError, TypeError, Closed or NurseryFull (nothing has changed); SpillError or SlotBusy (stored and
-        visible, but not yet in the file).
+        A write-through type returns when the page is also in the spill file, a write-behind type as soon as every
+        process can load it. Raises ValueError, IndexError, TypeError, Closed or NurseryFull (nothing has changed);
+        SpillError or SlotBusy (stored and visible, but not yet in the file).
         """
         cdef uint64_t n = self.offset_of(offset)
         cdef uint64_t deadline = deadline_after(self.timeout)
@@ -172,8 +175,8 @@ cdef class Slots:
     def sync(self, timeout=None):
         """Returns when all that was stored before is in the spill file.
 
-        `timeout`: seconds, None: no bound. Raises SlotBusy when another process wrote one slot for longer than that; SpillError when
-        the file took a page not, after all others were tried; Closed.
+        `timeout`: seconds, None: no bound. Raises SlotBusy when another process wrote one slot for longer than that;
+        SpillError when the file took a page not, after all others were tried; Closed.
         """
         cdef uint64_t deadline = deadline_after(timeout)
         cdef int status
@@ -222,8 +225,8 @@ cdef class Slots:
     def load_many(self, offsets, out):
         """Loads page after page into `out`, one contiguous writable buffer of `len(offsets)` pages.
 
-        Returns the mask of hits, a list of bool; the pages of misses are undefined. Each page is atomic by itself. An error tells in
-        `.done` how many pages were loaded before it.
+        Returns the mask of hits, a list of bool; the pages of misses are undefined. Each page is atomic by itself. An
+        error tells in `.done` how many pages were loaded before it.
         """
         cdef list wanted = self.offsets_of(offsets)
         cdef Py_ssize_t i, n = len(wanted)
@@ -248,10 +251,11 @@ cdef class Slots:
         return hits
 
     def store_many(self, offsets, pages):
-        """Stores page after page from `pages`, one contiguous buffer of `len(offsets)` pages; of equal offsets the last wins.
+        """Stores page after page from `pages`, one contiguous buffer of `len(offsets)` pages; of equal offsets the
+        last wins.
 
-        Each page is atomic by itself. Neighbours go to the spill file in one write. An error tells in `.done` how many pages, from the
-        first on, were stored as the type's way of writing demands.
+        Each page is atomic by itself. Neighbours go to the spill file in one write. An error tells in `.done` how many
+        pages, from the first on, were stored as the type's way of writing demands.
         """
         cdef list wanted = self.offsets_of(offsets)
         cdef Py_ssize_t i, first, n = len(wanted)

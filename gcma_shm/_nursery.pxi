@@ -1,7 +1,8 @@
 # Nursery pages: taking one, giving one back, and making one where none is free.
 #
-# The nursery is a ring. `head` counts tickets given out, ticket t standing for page t mod N; `hand` counts those that the sweep
-# has passed, which makes pages FREE in the order in which they were granted: first in, first out. `hand + N - head` is how much is left.
+# The nursery is a ring. `head` counts tickets given out, ticket t standing for page t mod N; `hand` counts those that
+# the sweep has passed, which makes pages FREE in the order in which they were granted: first in, first out. `hand + N
+# - head` is how much is left.
 
 
 cdef inline void release_grant(Arena *a) noexcept nogil:
@@ -9,7 +10,9 @@ cdef inline void release_grant(Arena *a) noexcept nogil:
 
 
 cdef void abandon(Arena *a, uint64_t page) noexcept nogil:
-    """Gives a granted page back unpublished. Only we change its life while it is granted to us, so a plain store does."""
+    """Gives a granted page back unpublished. Only we change its life while it is granted to us, so a plain store
+    does.
+    """
     store_release(&a.life[page], next_life(load_relaxed(&a.life[page]), FREE, 0))  # @store.abandon
     release_grant(a)
 
@@ -21,7 +24,9 @@ cdef void publish(Arena *a, uint64_t page) noexcept nogil:
 
 
 cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
-    """Frees a page that no word names. Once PUBLISHED, a word that left a page never comes back to it under this sequence."""
+    """Frees a page that no word names. Once PUBLISHED, a word that left a page never comes back to it under this
+    sequence.
+    """
     if not cas(&a.life[page], life, next_life(life, FREE, 0)):            # @orphan.free
         return False
     count(a, C_ORPHANS)
@@ -29,7 +34,9 @@ cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
 
 
 cdef bint evict(Arena *a, uint64_t page, uint64_t life, Slot *slot, uint64_t word) noexcept nogil:
-    """Drops a clean page. The word leaves the page before the page becomes FREE, or a load could be sent to somebody else's bytes."""
+    """Drops a clean page. The word leaves the page before the page becomes FREE, or a load could be sent to somebody
+    else's bytes.
+    """
     if not cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @evict.word
         return False
     count(a, C_EVICTIONS)
@@ -50,7 +57,9 @@ cdef bint look_up(Arena *a, uint64_t page, uint64_t *life, uint64_t *key, uint64
 
 
 cdef bint reclaim(Arena *a, uint64_t page) noexcept nogil:
-    """Makes a PUBLISHED nursery page FREE, cleaning it if need be. Waits for nobody: False when another has its hands on it."""
+    """Makes a PUBLISHED nursery page FREE, cleaning it if need be. Waits for nobody: False when another has its hands
+    on it.
+    """
     cdef uint64_t life, key, word
     cdef Clean one
     if not look_up(a, page, &life, &key, &word):
@@ -68,7 +77,9 @@ cdef bint reclaim(Arena *a, uint64_t page) noexcept nogil:
 
 
 cdef inline void wake_sweeper(Arena *a) noexcept nogil:
-    """The broker's reclaim thread sets the word to 1 before it sleeps, then looks at the nursery once more; see sweeper_sleep."""
+    """The broker's reclaim thread sets the word to 1 before it sleeps, then looks at the nursery once more; see
+    sweeper_sleep.
+    """
     if load32(a.wake) and exchange32(a.wake, 0):
         futex_wake(a.wake)
 
@@ -76,8 +87,9 @@ cdef inline void wake_sweeper(Arena *a) noexcept nogil:
 cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
     """A nursery page of ours, or -1: none within the bound (`insist`), or none at hand.
 
-    This process holds no more than `grants_max` at once, and all clients together no more than half of the nursery, so none
-    starves the others by stopping. Who waits here for its own threads waits for stores to end, which takes no one else.
+    This process holds no more than `grants_max` at once, and all clients together no more than half of the nursery, so
+    none starves the others by stopping. Who waits here for its own threads waits for stores to end, which takes no one
+    else.
     """
     cdef uint64_t ticket, page, life
     cdef int64_t room

@@ -10,8 +10,9 @@ cdef inline uint64_t key_of(Handle *t, uint64_t offset) noexcept nogil:
 
 
 cdef inline bint living(Arena *a, Handle *t) noexcept nogil:
-    """To be asked after the slot word was read: the life advances before the words of an ended type are touched, so a word that
-    was read while the handle's life lasted belongs to it, and the CAS from exactly that word fails once it does not."""
+    """To be asked after the slot word was read: the life advances before the words of an ended type are touched, so a
+    word that was read while the handle's life lasted belongs to it, and the CAS from exactly that word fails once it
+    does not."""
     return load_acquire(&a.types[t.type].life) == t.life                  # @load.type
 
 
@@ -33,7 +34,9 @@ cdef bint all_zero(const uint8_t *page, size_t size) noexcept nogil:
 
 
 cdef int store_page(Arena *a, Handle *t, uint64_t offset, const uint8_t *data, uint64_t deadline, uint64_t *stored) noexcept nogil:
-    """Makes `data` the slot's value, visible to all: OK, and in `stored` the word that names it; FULL or ENDED: nothing changed."""
+    """Makes `data` the slot's value, visible to all: OK, and in `stored` the word that names it; FULL or ENDED:
+    nothing changed.
+    """
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t before
     cdef int64_t page
@@ -66,22 +69,24 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
     if page >= a.pages:
         return DAMAGED
     life = load_acquire(&a.life[page])                                    # @load.life
-    # The word once more: it named the page when `life` was read, so this sequence of the page holds the slot's value, and the
-    # value was current at this moment. Whatever happens to the word from here on does not matter.
+    # The word once more: it named the page when `life` was read, so this sequence of the page holds the slot's value,
+    # and the value was current at this moment. Whatever happens to the word from here on does not matter.
     if load_acquire(&slot.word) != word:                                  # @load.again
         return BUSY
     state = life_state(life)
     if load_relaxed(&a.key[page]) != key or not (state == PUBLISHED or (state == GRANTED and page < a.nursery)):
-        # In an area: the page was taken for a buffer, which touches no slot word. The value is in the file, since no page enters an
-        # area before it is. In the nursery the word must have moved since: a page is never freed while a word names it.
+        # In an area: the page was taken for a buffer, which touches no slot word. The value is in the file, since no
+        # page enters an area before it is. In the nursery the word must have moved since: a page is never freed while
+        # a word names it.
         if page >= a.nursery and cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @load.heal
             count(a, C_HEALS)
         return BUSY
     memcpy(out, page_bytes(a, page), a.page_size)                         # @load.copy
-    # A seqlock's exit. The copy races with a writer by design; its bytes count only if the sequence has not moved. On x86 loads are
-    # not reordered with loads, and the fence binds the compiler; on ARM it is a load barrier, and the writer's half is the release
-    # fence between the new life and its first byte (`grant`, `promote`), or the full one before a buffer is handed over. Publishing
-    # in between changes the state and not the sequence, so a busy writer cannot make us start over for ever.
+    # A seqlock's exit. The copy races with a writer by design; its bytes count only if the sequence has not moved. On
+    # x86 loads are not reordered with loads, and the fence binds the compiler; on ARM it is a load barrier, and the
+    # writer's half is the release fence between the new life and its first byte (`grant`, `promote`), or the full one
+    # before a buffer is handed over. Publishing in between changes the state and not the sequence, so a busy writer
+    # cannot make us start over for ever.
     fence_acquire()
     if RECHECK and (load_relaxed(&a.life[page]) ^ life) & SEQUENCE:       # @load.recheck
         return BUSY
@@ -116,8 +121,8 @@ cdef int load_spilled(Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t
         got = spill_read(fd, out, a.page_size, offset * a.page_size)
         spill_done(a, t.type)
     fence_acquire()
-    # While the word says SPILLED nobody writes this place: a write under way holds the writer since before the word became clean.
-    # So with the word unchanged, file and checksum belong together.
+    # While the word says SPILLED nobody writes this place: a write under way holds the writer since before the word
+    # became clean. So with the word unchanged, file and checksum belong together.
     if load_acquire(&slot.word) != word:                                  # @load.file_again
         return BUSY
     if got < 0:
@@ -131,7 +136,9 @@ cdef int load_spilled(Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t
 
 
 cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out) noexcept nogil:
-    """Copies the slot's value to `out`: OK, MISS, ENDED, CORRUPT, DAMAGED or -errno. After anything but OK, `out` is undefined."""
+    """Copies the slot's value to `out`: OK, MISS, ENDED, CORRUPT, DAMAGED or -errno. After anything but OK, `out` is
+    undefined.
+    """
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t word, state
     cdef int status, tries
@@ -162,7 +169,9 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out) noexcept 
 
 
 cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
-    """Nothing stored there from now on. The page is an orphan; freeing it here, before a sweep has looked, was a bug of the kernel patch."""
+    """Nothing stored there from now on. The page is an orphan; freeing it here, before a sweep has looked, was a bug
+    of the kernel patch.
+    """
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t before, after
     if state_of(load_acquire(&slot.word)) == EMPTY and living(a, t):
@@ -219,7 +228,9 @@ cdef int sync_slots(Arena *a, Handle *t, uint64_t deadline) noexcept nogil:
 cdef int store_batch(
     Arena *a, Handle *t, const uint64_t *offsets, int n, const uint8_t *data, bint through, uint64_t deadline, int *failed, bint *stored
 ) noexcept nogil:
-    """Stores n pages (at most BATCH_MAX) in order, then cleans them together: OK, or the first failure and the page that it hit."""
+    """Stores n pages (at most BATCH_MAX) in order, then cleans them together: OK, or the first failure and the page
+    that it hit.
+    """
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t words[BATCH_MAX]
     cdef int order[BATCH_MAX]

@@ -1,8 +1,8 @@
 # Spill files: one per life of a type, slot n at byte n × page size.
 #
-# Each process opens the file of a type when it first needs it, also of types that it never declared: direct reclaim cleans
-# whatever it finds. Files are opened by (type, life), so that a client that slept through the end of a life writes into a file
-# that nobody reads. A descriptor is replaced only while no thread of this process uses it.
+# Each process opens the file of a type when it first needs it, also of types that it never declared: direct reclaim
+# cleans whatever it finds. Files are opened by (type, life), so that a client that slept through the end of a life
+# writes into a file that nobody reads. A descriptor is replaced only while no thread of this process uses it.
 
 
 cdef int spill_open(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:

@@ -1,8 +1,10 @@
-# What the broker alone does: sweeping the nursery, promotion into the areas, taking ranges for buffers, deaths, lives of types.
+# What the broker alone does: sweeping the nursery, promotion into the areas, taking ranges for buffers, deaths, lives
+# of types.
 #
-# Two threads of the broker touch area pages: the reclaim thread fills and evicts, the control thread takes and gives back. Each
-# announces itself and then looks for the other (Dekker's algorithm), full fences on both sides, also on x86, where a store may pass a
-# later load. Whoever comes second yields: the reclaim thread leaves the page alone, or the control thread waits for its one copy.
+# Two threads of the broker touch area pages: the reclaim thread fills and evicts, the control thread takes and gives
+# back. Each announces itself and then looks for the other (Dekker's algorithm), full fences on both sides, also on
+# x86, where a store may pass a later load. Whoever comes second yields: the reclaim thread leaves the page alone, or
+# the control thread waits for its one copy.
 
 
 cdef inline bint room_below(Arena *a, uint64_t share) noexcept nogil:
@@ -16,7 +18,9 @@ cdef inline bint is_taken(Arena *a, uint64_t page) noexcept nogil:
 
 
 cdef bint make_room(Arena *a, AreaEntry *area, uint64_t page, bint may_evict) noexcept nogil:
-    """Whether `page`, announced as filling, is FREE now. Policy: CLOCK, one more lap for whoever was visited (Corbato, 1968)."""
+    """Whether `page`, announced as filling, is FREE now. Policy: CLOCK, one more lap for whoever was visited (Corbato,
+    1968).
+    """
     cdef uint64_t life = load_relaxed(&a.life[page]), key, word
     if life_state(life) == FREE:
         return True
@@ -57,8 +61,9 @@ cdef bint fill(Arena *a, AreaEntry *area, uint64_t page, uint64_t from_, uint64_
 cdef bint promote(Arena *a, AreaEntry *area, uint64_t from_, uint64_t key, uint64_t word, bint wanted) noexcept nogil:
     """Copies a clean page into `area`. False: no page was found for it, or the slot moved on meanwhile.
 
-    Where there is room, the hand seeks a FREE page. In a full area a `wanted` page takes the place of what CLOCK gives up; another one looks
-    at a few pages in search of an orphan, so that values that were overwritten or invalidated do not hold their pages for ever.
+    Where there is room, the hand seeks a FREE page. In a full area a `wanted` page takes the place of what CLOCK gives
+    up; another one looks at a few pages in search of an orphan, so that values that were overwritten or invalidated do
+    not hold their pages for ever.
     """
     cdef bint room = area.lent + area.held < area.pages
     cdef uint64_t limit = SEEK_MAX if room else (2 * area.pages if wanted and area.lent else SCRUB_MAX)
@@ -82,7 +87,9 @@ cdef bint promote(Arena *a, AreaEntry *area, uint64_t from_, uint64_t key, uint6
 
 
 cdef void settle(Arena *a, uint64_t page) noexcept nogil:
-    """Ends a nursery page's time: promoted, evicted, or freed as an orphan. Dirty pages and those of a store in flight stay."""
+    """Ends a nursery page's time: promoted, evicted, or freed as an orphan. Dirty pages and those of a store in flight
+    stay.
+    """
     cdef uint64_t life, key, word
     cdef bint wanted
     if not look_up(a, page, &life, &key, &word):
@@ -100,7 +107,9 @@ cdef void settle(Arena *a, uint64_t page) noexcept nogil:
 
 
 cdef int clean_tickets(Arena *a, uint64_t ticket, int n) noexcept nogil:
-    """Cleans what is dirty on the pages of n tickets from `ticket` on, sorted so that neighbours in a file go in one write."""
+    """Cleans what is dirty on the pages of n tickets from `ticket` on, sorted so that neighbours in a file go in one
+    write.
+    """
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t page, life, key, word
     cdef int i, k, dirty = 0
@@ -137,8 +146,8 @@ cdef void sweep_nursery(Arena *a) noexcept nogil:
 cdef void sweeper_sleep(Arena *a, uint64_t timeout_ns) noexcept nogil:
     """Until a client finds the nursery low, or the time is over.
 
-    The flag goes up before the last look, the client draws its ticket before it looks at the flag: one of the two sees the other. (On ARM
-    the client's look may pass its relaxed draw; the timeout bounds what that costs.)
+    The flag goes up before the last look, the client draws its ticket before it looks at the flag: one of the two sees
+    the other. (On ARM the client's look may pass its relaxed draw; the timeout bounds what that costs.)
     """
     store32(a.wake, 1)
     fence_full()
@@ -148,7 +157,9 @@ cdef void sweeper_sleep(Arena *a, uint64_t timeout_ns) noexcept nogil:
 
 
 cdef uint64_t take_range(Arena *a, AreaEntry *area, uint64_t first, uint64_t n) noexcept nogil:
-    """Makes n pages a buffer's; returns how many held cache. Waits for no client: only for the copy of one page into this range."""
+    """Makes n pages a buffer's; returns how many held cache. Waits for no client: only for the copy of one page into
+    this range.
+    """
     cdef uint64_t page, life, discards = 0
     cdef unsigned step = 0
     store_relaxed(a.taking, (first << 32) | n)                            # @take.announce
@@ -156,8 +167,8 @@ cdef uint64_t take_range(Arena *a, AreaEntry *area, uint64_t first, uint64_t n) 
     while load_acquire(a.filling) - 1 - first < n:                        # @take.wait
         back_off(step)
         step += 1
-    # From here on this thread is the only one that changes these words, so plain stores do. Readers see the sequence move; words
-    # that still name these pages heal when they are read.
+    # From here on this thread is the only one that changes these words, so plain stores do. Readers see the sequence
+    # move; words that still name these pages heal when they are read.
     for page in range(first, first + n):
         life = a.life[page]
         discards += life_state(life) == PUBLISHED
@@ -181,13 +192,16 @@ cdef void give_range(Arena *a, AreaEntry *area, uint64_t first, uint64_t n) noex
 
 
 cdef void bury(Arena *a, uint64_t number) noexcept nogil:
-    """Takes back what a dead client was granted and the claims in its name. Its number may be used again afterwards, not before."""
+    """Takes back what a dead client was granted and the claims in its name. Its number may be used again afterwards,
+    not before.
+    """
     cdef uint64_t page, life, key, word, i, side
     for page in range(a.nursery):                                         # @death.grants
         life = load_acquire(&a.life[page])
         if life_state(life) != GRANTED or life_owner(life) != number:
             continue
-        # Killed before it wrote the key? Then the old key's word had left this page before it was granted, and does not name it.
+        # Killed before it wrote the key? Then the old key's word had left this page before it was granted, and does
+        # not name it.
         key = a.key[page]
         word = load_acquire(&a.slots[key & SLOT].word) if (key & SLOT) < a.slots_count else 0
         cas(&a.life[page], life, published(life) if names(word, page) else next_life(life, FREE, 0))
@@ -211,10 +225,13 @@ cdef void end_type(Arena *a, TypeEntry *t) noexcept nogil:
 
 
 cdef void begin_type(Arena *a, TypeEntry *t) noexcept nogil:
-    """Empty words under an ended life, then the new life. Versions go on counting, so whoever sleeps since the old one loses."""
+    """Empty words under an ended life, then the new life. Versions go on counting, so whoever sleeps since the old one
+    loses.
+    """
     cdef uint64_t i, word
     for i in range(t.base, t.base + t.slots):
-        # A claim that a stopped client of the old life holds here is void: its write goes to the old file, its tag will not fit.
+        # A claim that a stopped client of the old life holds here is void: its write goes to the old file, its tag
+        # will not fit.
         store_release(&a.slots[i].side, 0)                                # @type.reset
         while True:
             word = load_acquire(&a.slots[i].word)

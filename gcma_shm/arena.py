@@ -1,7 +1,8 @@
-"""The shared-memory object: creating it with every page committed, finding it, mapping it, and the lock of its one broker.
+"""The shared-memory object: creating it with every page committed, finding it, mapping it, and the lock of its one
+broker.
 
-The lock is flock(2) on the object itself: it ends with the broker's process however that ends, and needs no file beside the arena.
-A broker never forks, so no child of it keeps the lock.
+The lock is flock(2) on the object itself: it ends with the broker's process however that ends, and needs no file
+beside the arena. A broker never forks, so no child of it keeps the lock.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Arena:
     lock_fd: int = -1
 
     def prefault(self) -> bool:
-        """Fills this process's page table for the whole arena, so that no page costs a fault later; False where the kernel cannot."""
+        """Fills this process's page table for the whole arena, so that no page costs a fault later; False where the
+        kernel cannot.
+        """
         try:
             self.memory.madvise(MADV_POPULATE_WRITE)
         except OSError as error:
@@ -73,7 +76,9 @@ def create(name: str, geometry: Geometry, areas: list[Area]) -> Arena:
 
 
 def open_arena(name: str, arena_id: bytes | None = None) -> Arena:
-    """Maps an arena that a broker serves. Raises ArenaError when it is missing, not readable for us, damaged, or not `arena_id`."""
+    """Maps an arena that a broker serves. Raises ArenaError when it is missing, not readable for us, damaged, or not
+    `arena_id`.
+    """
     try:
         found = posix_ipc.SharedMemory(name)
     except posix_ipc.ExistentialError:
@@ -85,7 +90,9 @@ def open_arena(name: str, arena_id: bytes | None = None) -> Arena:
     finally:
         found.close_fd()
     if arena_id is not None and arena.arena_id != arena_id:
-        raise ArenaError(f"{name} is not the arena that the broker serves: another container's {SHM_DIR}, or another arena since")
+        raise ArenaError(
+            f"{name} is not the arena that the broker serves: another container's {SHM_DIR}, or another arena since"
+        )
     return arena
 
 
@@ -109,20 +116,24 @@ def _lock_new(name: str) -> int:
             continue
         if _try_lock(made.fd) and _is_named(made.fd, name):
             os.set_inheritable(made.fd, False)
-            return made.fd
+            return int(made.fd)
         made.close_fd()
     raise ArenaError(errno.EBUSY, f"other brokers are starting and stopping on the arena {name}; try again")
 
 
 def _remove_dead(name: str) -> None:
-    """Unlinks the arena `name` if no broker holds its lock; ends the lives of its types first, so that no client goes on alone in it."""
+    """Unlinks the arena `name` if no broker holds its lock; ends the lives of its types first, so that no client goes
+    on alone in it.
+    """
     try:
         old = posix_ipc.SharedMemory(name)
     except posix_ipc.ExistentialError:
         return
     try:
         if not _try_lock(old.fd):
-            raise ArenaError(errno.EBUSY, f"another broker serves the arena {name}; stop it first, or use another endpoint")
+            raise ArenaError(
+                errno.EBUSY, f"another broker serves the arena {name}; stop it first, or use another endpoint"
+            )
         if _is_named(old.fd, name):
             _end_lives(name, old.fd)
             posix_ipc.unlink_shared_memory(name)

@@ -31,12 +31,16 @@ def runtime_dir() -> Path:
 def socket_path(endpoint: str) -> Path:
     """The path of an `ipc://` endpoint. Raises ValueError for any other, or one that is too long for a socket."""
     if not isinstance(endpoint, str):
-        raise TypeError(f"endpoint of type {type(endpoint).__name__}: expected text such as 'ipc:///run/user/1000/gcma/default'")
+        raise TypeError(
+            f"endpoint of type {type(endpoint).__name__}: expected text such as 'ipc:///run/user/1000/gcma/default'"
+        )
     path = endpoint.removeprefix(IPC)
     if path == endpoint or not path.startswith("/"):
         raise ValueError(f"endpoint {endpoint!r}: expected 'ipc://' and an absolute path")
     if len(os.fsencode(path)) > IPC_PATH_MAX:
-        raise ValueError(f"endpoint {endpoint!r}: a socket's path has at most {IPC_PATH_MAX} bytes, this one {len(os.fsencode(path))}")
+        raise ValueError(
+            f"endpoint {endpoint!r}: a socket's path has at most {IPC_PATH_MAX} bytes, this one {len(os.fsencode(path))}"
+        )
     return Path(path)
 
 
@@ -48,7 +52,8 @@ def arena_name(endpoint: str) -> str:
 def default_spill_dir(endpoint: str) -> Path:
     """A directory of the arena's own under the user's cache directory.
 
-    Not the runtime directory: that is memory on most systems, and pages that leave memory should not come to rest in memory.
+    Not the runtime directory: that is memory on most systems, and pages that leave memory should not come to rest in
+    memory.
     """
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "gcma" / arena_name(endpoint).removeprefix("/")
@@ -63,5 +68,7 @@ def private_dir(path: Path) -> Path:
     if found.st_uid != os.getuid():
         raise ArenaError(f"{path} belongs to user {found.st_uid}, not to you ({os.getuid()}); choose another place")
     if found.st_mode & 0o077:
-        raise ArenaError(f"{path} can be entered by others (mode {found.st_mode & 0o777:o}); chmod 700 it or choose another place")
+        raise ArenaError(
+            f"{path} can be entered by others (mode {found.st_mode & 0o777:o}); chmod 700 it or choose another place"
+        )
     return path

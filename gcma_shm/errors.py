@@ -1,7 +1,7 @@
 """The errors that gcma-shm raises.
 
-`GcmaError` is the root. Each error also derives from the built-in that fits, so that ordinary handlers (`except OSError`,
-`except MemoryError`, `except TimeoutError`) work without knowing this package.
+`GcmaError` is the root. Each error also derives from the built-in that fits, so that ordinary handlers (`except
+OSError`, `except MemoryError`, `except TimeoutError`) work without knowing this package.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ __all__ = [
 class GcmaError(Exception):
     """Root of all errors of this package.
 
-    `done` counts the pages of a batch (`store_many`, `load_many`) that were served before the error; 0 for single operations.
+    `done` counts the pages of a batch (`store_many`, `load_many`) that were served before the error; 0 for single
+    operations.
     """
 
     done: int = 0
@@ -41,8 +42,8 @@ class ArenaError(GcmaError, OSError):
 class ArenaExhausted(GcmaError, MemoryError):
     """Buffers (never cache) leave no range this large.
 
-    `requested` and `largest_free` are bytes; `holders` maps the number of each client that holds buffers where the request
-    looked to the bytes that it holds.
+    `requested` and `largest_free` are bytes; `holders` maps the number of each client that holds buffers where the
+    request looked to the bytes that it holds.
     """
 
     def __init__(
@@ -83,7 +84,9 @@ class StaleHandle(GcmaError, ReferenceError):
 
 
 class SlotBusy(GcmaError, TimeoutError):
-    """The value is stored and visible, but another process has been writing this slot to the spill file for longer than the bound."""
+    """The value is stored and visible, but another process has been writing this slot to the spill file for longer
+    than the bound.
+    """
 
 
 class BrokerUnavailable(GcmaError, ConnectionError):
@@ -93,8 +96,8 @@ class BrokerUnavailable(GcmaError, ConnectionError):
 class SpillError(GcmaError, OSError):
     """The spill file could not be written or read.
 
-    `errno` is the system's. `stored` says whether the value is safe: True after a store whose page stays readable in the
-    arena, pinned until the file takes it; False when nothing could be read.
+    `errno` is the system's. `stored` says whether the value is safe: True after a store whose page stays readable in
+    the arena, pinned until the file takes it; False when nothing could be read.
     """
 
     def __init__(self, errno: int = 0, message: str = "", stored: bool = False) -> None:

@@ -1,14 +1,14 @@
 """Where everything lies in an arena.
 
-Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back, trusting nothing. The layout
-(version 1), from the arena's first byte:
+Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back, trusting nothing. The
+layout (version 1), from the arena's first byte:
 
-    header         4 KiB: identity and geometry with a checksum, then words that change, each hot one on a cache line of its own
-    areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges
+    header         4 KiB: identity and geometry with a checksum, then words that change, each hot one on a cache line
+    of its own areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges
     types          256 entries of 64 bytes: life, slots, ways of writing
     clients        `clients_max` records of 512 bytes: state, process, then counters that the client alone counts up
-    allocations    `allocations_max` entries of 128 bytes: buffers and reservations, with the request that asked for each
-    holders        one bit per allocation and client
+    allocations    `allocations_max` entries of 128 bytes: buffers and reservations, with the request that asked for
+    each holders        one bit per allocation and client
     slots          16 bytes each: slot word, side word
     life, key      8 bytes a page each;  visited: one byte a page
     pages          the nursery, then the areas, in order
@@ -210,10 +210,11 @@ def plan(
     slots: int | None = None,
     clients_max: int | None = None,
 ) -> tuple[Geometry, list[Area]]:
-    """The geometry of an arena of `size` bytes in all, tables included, and its areas (sizes in bytes, rounded up to pages).
+    """The geometry of an arena of `size` bytes in all, tables included, and its areas (sizes in bytes, rounded up to
+    pages).
 
-    No areas: one called `default` that takes all but the nursery. Raises ValueError for what is no geometry, ArenaError for
-    one that does not fit, saying what would.
+    No areas: one called `default` that takes all but the nursery. Raises ValueError for what is no geometry,
+    ArenaError for one that does not fit, saying what would.
     """
     if page_size & (page_size - 1) or not PAGE_SIZE_MIN <= page_size <= PAGE_SIZE_MAX:
         raise ValueError(f"page size {page_size}: expected a power of two from {PAGE_SIZE_MIN} to {PAGE_SIZE_MAX}")
@@ -231,7 +232,8 @@ def plan(
     pages = at["pages"]
     if pages >= 1 << 32:
         raise ValueError(f"{pages} pages: an arena has fewer than 2^32; choose larger pages")
-    # Half of the nursery must do for the grants of all clients, so that no one starves the others by stopping (promise 5).
+    # Half of the nursery must do for the grants of all clients, so that no one starves the others by stopping (promise
+    # 5).
     nursery_min = max(NURSERY_PAGES_MIN, 2 * wanted_clients)
     area_pages = {name: _aligned(area_size, page_size) // page_size for name, area_size in areas.items()}
     if not area_pages:
@@ -288,7 +290,9 @@ def read_header(memory: memoryview, mapped_bytes: int) -> tuple[Geometry, list[A
     if magic != MAGIC:
         raise ArenaError(f"not an arena: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
     if version != LAYOUT_VERSION:
-        raise ArenaError(f"arena of layout version {version}: this gcma-shm knows version {LAYOUT_VERSION}; use the same release")
+        raise ArenaError(
+            f"arena of layout version {version}: this gcma-shm knows version {LAYOUT_VERSION}; use the same release"
+        )
     (checksum,) = _CHECKSUM.unpack_from(memory, _CHECKED_BYTES)
     if checksum != zlib.crc32(memory[:_CHECKED_BYTES]):
         raise ArenaError("the arena's header is damaged: its checksum does not fit")

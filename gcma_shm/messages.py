@@ -1,8 +1,10 @@
-"""Requests and replies as frames: what is in them, and nothing about how they travel. docs/protocol.md is the specification.
+"""Requests and replies as frames: what is in them, and nothing about how they travel. docs/protocol.md is the
+specification.
 
-A request is `[header, page, …]`, a reply likewise. The header is one msgpack array, `[version, number, operation, parameters]` or
-`[version, number, status, results]`; pages are frames of their own. What comes over a socket is never trusted: `decode_request` checks
-every length, type and bound against `OPERATIONS` and raises ProtocolError for anything else.
+A request is `[header, page, …]`, a reply likewise. The header is one msgpack array, `[version, number, operation,
+parameters]` or `[version, number, status, results]`; pages are frames of their own. What comes over a socket is never
+trusted: `decode_request` checks every length, type and bound against `OPERATIONS` and raises ProtocolError for
+anything else.
 """
 
 from __future__ import annotations
@@ -69,7 +71,9 @@ OPERATIONS: dict[str, Operation] = {
             "mapped": _boolean(),
             "client": _integer(2, layout.CLIENTS_MAX, required=False),
             "buffers": Parameter(
-                lambda v: type(v) is list and len(v) <= 65536 and all(type(b) is int and 0 <= b <= NUMBER_MAX for b in v),
+                lambda v: (
+                    type(v) is list and len(v) <= 65536 and all(type(b) is int and 0 <= b <= NUMBER_MAX for b in v)
+                ),
                 "a list of buffer numbers",
                 required=False,
             ),
@@ -158,7 +162,9 @@ def _decode_header(frames: Sequence[Frame]) -> tuple[int, str, dict[str, Any]]:
 
 
 def request_number(frames: Sequence[Frame]) -> int | None:
-    """The number of a request that may be wrong in everything else, so that its sender can be answered; None: not even that."""
+    """The number of a request that may be wrong in everything else, so that its sender can be answered; None: not even
+    that.
+    """
     try:
         return _decode_header(frames)[0]
     except errors.ProtocolError:

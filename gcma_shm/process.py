@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def start_time(pid: int) -> int | None:
-    """Clock ticks from boot to the start of process `pid` (proc(5), `stat` field 22); None when there is no such process."""
+    """Clock ticks from boot to the start of process `pid` (proc(5), `stat` field 22); None when there is no such
+    process.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -18,7 +20,9 @@ def start_time(pid: int) -> int | None:
 
 
 def open_pidfd(pid: int, start: int) -> int | None:
-    """A pidfd of the process that began at `start`; None when it is gone. The caller closes it; it polls readable when the process ends."""
+    """A pidfd of the process that began at `start`; None when it is gone. The caller closes it; it polls readable when
+    the process ends.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except (ProcessLookupError, OSError):

@@ -1,14 +1,14 @@
 """Client records: who takes part, known by a number.
 
-A record is taken by CAS, by the broker for a process that says hello, or by a client for the child that it is about to fork: the child
-holds what its parent held from the instant of the fork, so its record is written before the fork and completed in the child. The
-broker alone makes a record free again, after it has taken back everything held in its name.
+A record is taken by CAS, by the broker for a process that says hello, or by a client for the child that it is about to
+fork: the child holds what its parent held from the instant of the fork, so its record is written before the fork and
+completed in the child. The broker alone makes a record free again, after it has taken back everything held in its name.
 
     FREE → TAKEN (being written) → ALIVE → DEAD (being buried) → FREE
                      TAKEN → FORKED (no process yet) → ALIVE
 
-The state word is `generation:40 · parent:16 · state:8`. The parent, who took the record (the broker, or a client about to fork), stands in it from
-the first CAS on, so that a record whose taker died before it went on can be told.
+The state word is `generation:40 · parent:16 · state:8`. The parent, who took the record (the broker, or a client about
+to fork), stands in it from the first CAS on, so that a record whose taker died before it went on can be told.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ class Records:
         for number in range(layout.BROKER + 1, self._geometry.clients_max + 1):
             at = self._geometry.client_at(number) + layout.CLIENT_STATE_AT
             word = self._plane.read(at)
-            if word & 0xFF == State.FREE and self._plane.swap_word(at, word, word | parent << _PARENT_SHIFT | State.TAKEN):
+            if word & 0xFF == State.FREE and self._plane.swap_word(
+                at, word, word | parent << _PARENT_SHIFT | State.TAKEN
+            ):
                 return number
         raise QuotaExceeded(
             f"all {self._geometry.clients_max - 1} client records of the arena are in use; start the broker with more --clients"
@@ -95,12 +97,16 @@ class Records:
         self.mark(number, state)
 
     def mark(self, number: int, state: State) -> None:
-        """Sets a record's state. The caller owns the record: it took it, is its process, or is the broker after that one's death."""
+        """Sets a record's state. The caller owns the record: it took it, is its process, or is the broker after that
+        one's death.
+        """
         at = self._geometry.client_at(number) + layout.CLIENT_STATE_AT
         self._plane.write(at, self._plane.read(at) & ~0xFF | state)
 
     def free(self, number: int) -> None:
-        """Makes the record of a client that has been buried free, in the next generation; its counts go to nobody's record."""
+        """Makes the record of a client that has been buried free, in the next generation; its counts go to nobody's
+        record.
+        """
         for name, counted in self.counters(number).items():
             index = COUNTERS.index(name)
             self._plane.add(self._counter_at(layout.NOBODY, index), counted)

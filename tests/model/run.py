@@ -16,10 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HERE = Path(__file__).resolve().parent
 DEPTH_MAX = 10_000
@@ -27,13 +30,15 @@ MEMORY_MAX_MIB = 1_000
 VERIFIER_TIMEOUT_S = 300
 JOBS_MAX = 2
 
+ROW = "{:12} {:12} {:24} {:9} {:19} {:>9} {:>7}"
 STEP = re.compile(r"@([a-z]+\.[a-z_]+)")
+ERRORS = ("assertion violated", "invalid end state", "acceptance cycle")  # what a planted fault may end in
 LIVENESS = "PROGRESS"  # the scene of this name is checked against the model's formula, under weak fairness
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
-    """A file, its scenes (each a preprocessor switch; "" is none), and the faults with the scene that must catch them."""
+    """A file, its scenes (preprocessor switches; "" is none), and its faults with the scenes that must catch them."""
 
     name: str
     faults: dict[str, str]
@@ -131,6 +136,10 @@ class Run:
     scene: str
     fault: str | None
 
+    @property
+    def expected(self) -> str:
+        return "error" if self.fault else "no error"
+
 
 @dataclass
 class Outcome:
@@ -144,7 +153,7 @@ class Outcome:
     def ok(self) -> bool:
         if self.run.fault is None:
             return self.found == "no error"
-        return self.found in ("assertion", "invalid end state", "acceptance cycle")
+        return self.found in ERRORS
 
 
 def find_tools() -> Tools:
@@ -157,7 +166,9 @@ def find_tools() -> Tools:
 
 
 def call(command: list[str], directory: Path) -> str:
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=VERIFIER_TIMEOUT_S, check=False)
+    done = subprocess.run(
+        command, cwd=directory, capture_output=True, text=True, timeout=VERIFIER_TIMEOUT_S, check=False
+    )
     output = done.stdout + done.stderr
     if done.returncode != 0:
         raise ModelError(f"{' '.join(command)}\n{output}")
@@ -188,8 +199,7 @@ def classify(report: str) -> str:
     if errors is None:
         raise ModelError(f"the verifier's report has no result:\n{report}")
     if int(errors[1]):
-        kinds = {"assertion violated": "assertion", "invalid end state": "invalid end state", "acceptance cycle": "acceptance cycle"}
-        return next((kind for text, kind in kinds.items() if f"pan:1: {text}" in report), "unknown error")
+        return next((kind for kind in ERRORS if f"pan:1: {kind}" in report), "unknown error")
     truncated = "Search not completed" in report or "max search depth too small" in report
     return "search truncated" if truncated else "no error"
 
@@ -204,8 +214,8 @@ def marked_steps(path: Path) -> Iterator[tuple[int, str]]:
 def reached_steps(model: Model, report: str, table: str) -> set[str]:
     """The marked steps that some process took.
 
-    `pan -d` lists the states of each process with their lines, the report those that were never reached. The lines inside a d_step
-    are not listed: they belong to the line on which it begins.
+    `pan -d` lists the states of each process with their lines, the report those that were never reached. The lines
+    inside a d_step are not listed: they belong to the line on which it begins.
     """
     unreached = set[tuple[str, str]]()
     process = ""
@@ -245,43 +255,43 @@ def undeclared_faults(model: Model) -> set[str]:
     return set(re.findall(r"FAULT_([A-Z_]+)", (HERE / f"{model.name}.pml").read_text())) ^ set(model.faults)
 
 
+def failures_of(outcomes: list[Outcome]) -> list[str]:
+    failures = [
+        f"{outcome.run.model.name} {outcome.run.scene} {outcome.run.fault or ''}: {outcome.found}"
+        for outcome in outcomes
+        if not outcome.ok
+    ]
+    for model in dict.fromkeys(outcome.run.model for outcome in outcomes):
+        marked = {step for _, step in marked_steps(HERE / f"{model.name}.pml")}
+        reached = set[str]().union(*(outcome.steps for outcome in outcomes if outcome.run.model == model))
+        failures += [f"{model.name}: step {step} is never reached" for step in sorted(marked - reached)]
+        failures += [f"{model.name}: fault {fault} is not in both lists" for fault in sorted(undeclared_faults(model))]
+    return failures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Verify the models of the protocol.")
     parser.add_argument("--only", choices=[model.name for model in MODELS], help="one model instead of all")
-    parser.add_argument("--jobs", type=int, default=JOBS_MAX, choices=range(1, JOBS_MAX + 1), help="verifiers at a time")
+    parser.add_argument("--jobs", type=int, default=JOBS_MAX, choices=range(1, JOBS_MAX + 1), help="at a time")
     options = parser.parse_args()
-    failures = list[str]()
-    passed = 0
-    reached: dict[str, set[str]] = {}
+    outcomes = list[Outcome]()
     try:
         tools = find_tools()
-        print(f"{'model':12} {'scene':12} {'fault':24} {'expected':9} {'outcome':18} {'states':>9} {'seconds':>7}")
+        print(ROW.format("model", "scene", "fault", "expected", "outcome", "states", "seconds"))
         with ThreadPoolExecutor(options.jobs) as pool:
             for outcome in pool.map(lambda run: verify(run, tools), planned_runs(options.only)):
                 run = outcome.run
-                expected = "error" if run.fault else "no error"
-                print(
-                    f"{run.model.name:12} {run.scene or '-':12} {run.fault or '-':24} {expected:9} {outcome.found:18}"
-                    f" {outcome.states:9} {outcome.seconds:7.1f}",
-                    flush=True,
-                )
-                reached.setdefault(run.model.name, set()).update(outcome.steps)
-                if outcome.ok:
-                    passed += 1
-                else:
-                    failures.append(f"{run.model.name} {run.scene} {run.fault or ''}: expected {expected}, got {outcome.found}")
+                seconds = f"{outcome.seconds:.1f}"
+                names = (run.model.name, run.scene or "-", run.fault or "-")
+                print(ROW.format(*names, run.expected, outcome.found, outcome.states, seconds), flush=True)
+                outcomes.append(outcome)
     except (ModelError, subprocess.TimeoutExpired) as error:
         print(error, file=sys.stderr)
         return 2
-    for model in MODELS:
-        if model.name not in reached:
-            continue
-        marked = {step for _, step in marked_steps(HERE / f"{model.name}.pml")}
-        failures += [f"{model.name}: step {step} is never reached" for step in sorted(marked - reached[model.name])]
-        failures += [f"{model.name}: fault {fault} is not in both lists" for fault in sorted(undeclared_faults(model))]
+    failures = failures_of(outcomes)
     for failure in failures:
         print(f"FAILED {failure}")
-    print(f"{passed} passed, {len(failures)} failed")
+    print(f"{sum(outcome.ok for outcome in outcomes)} passed, {len(failures)} failed")
     return 1 if failures else 0
 
 

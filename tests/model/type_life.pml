@@ -163,13 +163,13 @@ inline load(handle) {
         :: ended -> break
         :: !ended && STATE(w) == EMPTY -> first = 0; break
         :: !ended && STATE(w) == CACHED ->
-            c = life[PAGE(w)];              /* @load.life */
+            l = life[PAGE(w)];              /* @load.life */
             if
             :: word == w ->                 /* @load.again */
                 first = page_value[PAGE(w)];                        /* @load.copy */
                 if
-                :: SEQUENCE(life[PAGE(w)]) == SEQUENCE(c) -> break  /* @load.recheck */
-                :: SEQUENCE(life[PAGE(w)]) != SEQUENCE(c)
+                :: SEQUENCE(life[PAGE(w)]) == SEQUENCE(l) -> break  /* @load.recheck */
+                :: SEQUENCE(life[PAGE(w)]) != SEQUENCE(l)
                 fi
             :: word != w
             fi
@@ -185,7 +185,7 @@ inline load(handle) {
 }
 
 proctype old_client() {
-    short w, c, mine;
+    short w, l, c, mine;
     byte page, t, first;
     bool won, ended, late;
     late = (type_life != OLD_LIFE);
@@ -199,7 +199,7 @@ proctype old_client() {
 }
 
 proctype new_client() {
-    short w, c, mine;
+    short w, l, c, mine;
     byte page, t, first;
     bool won, ended;
     type_life == NEW_LIFE;

@@ -1,0 +1,50 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`. Both set up .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CORE := $(wildcard gcma_shm/*.pyx gcma_shm/*.pxd gcma_shm/*.pxi gcma_shm/*.h)
+SOURCES := gcma_shm broker clients tests bench
+
+all: .venv/ready
+
+# One installation, built again when the extension's sources or the dependencies change.
+.venv/ready: pyproject.toml setup.py MANIFEST.in $(CORE)
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev,bench]'
+	touch $@
+
+run: all
+	$(BIN)/python bench/main_job.py
+
+test: all
+	$(BIN)/python -m pytest
+
+lint: all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: all
+	$(BIN)/mypy
+	$(BIN)/mypy -p gcma_shm.broker -p gcma_shm.clients
+
+check: lint types test
+
+# The Promela models of the data plane, sound and with planted faults. Needs spin (Debian: apt-get install spin).
+model: all
+	$(BIN)/python tests/model/run.py
+	$(BIN)/python tests/model/steps.py --check
+
+# The concurrency tests for an hour, or as long as GCMA_SOAK_S says.
+soak: all
+	GCMA_SOAK_S=$${GCMA_SOAK_S:-3600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
+
+bench: all
+	$(BIN)/python bench/pages.py
+	$(BIN)/python bench/alloc.py
+	$(BIN)/python bench/stress.py
+
+clean:
+	rm -rf .venv build dist *.egg-info gcma_shm/_core.c gcma_shm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
+
+.PHONY: all run test lint types check model soak bench clean
