@@ -3,7 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 CORE := $(wildcard gcma_shm/*.pyx gcma_shm/*.pxd gcma_shm/*.pxi gcma_shm/*.h)
-SOURCES := gcma_shm broker clients tests bench
 
 all: .venv/ready
 
@@ -25,8 +24,8 @@ lint: all
 	$(BIN)/ruff format --check .
 
 types: all
-	$(BIN)/mypy
-	$(BIN)/mypy -p gcma_shm.broker -p gcma_shm.clients
+	$(BIN)/mypy -p gcma_shm
+	$(BIN)/mypy tests bench
 
 check: lint types test
 

@@ -189,7 +189,8 @@ def fullness(client: Client) -> Iterator[str]:
 def watch(client: Client, workers: list[Any], results: Any) -> tuple[dict[int, list[float]], int, list[Done]]:
     """Allocates in all sizes, round and round, until every worker has reported."""
     latencies: dict[int, list[float]] = defaultdict(list)
-    failures, finished = 0, []
+    failures = 0
+    finished: list[Done] = []
     sizes, last = sizes_for(client), time.monotonic()
     while len(finished) < len(workers):
         for size in sizes:

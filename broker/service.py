@@ -82,12 +82,13 @@ class Service:
         be read).
         """
         self._bury(self.sessions.adopt_forked())
-        number = messages.request_number(frames)
-        if number is None:
-            self._refusals["ProtocolError"] += 1
-            return None
         try:
             request = messages.decode_request(frames, self._arena.geometry.page_size)
+        except messages.Malformed as error:
+            refusal = self._refuse(error.number or 0, error)
+            return None if error.number is None else refusal
+        number = request.number
+        try:
             self._requests[request.operation] += 1
             client = self.sessions.find(peer)
             if request.operation == "hello":
@@ -97,7 +98,7 @@ class Service:
             if request.operation in self._control:
                 return Reply(number, "ok", self._control[request.operation](client, request))
             self._submit(peer, client, request)
-        except (GcmaError, IndexError, ValueError) as error:
+        except Exception as error:  # one request must not end the broker
             return self._refuse(number, error)
         return None
 
@@ -215,8 +216,12 @@ class Service:
             raise ProtocolError("the broker's queue is full; try again later")
 
     def _refuse(self, number: int, error: Exception) -> Reply:
-        self._refusals[type(error).__name__] += 1
-        return messages.error_reply(number, error)
+        if not isinstance(error, GcmaError | IndexError | ValueError):
+            log.error("a request failed", exc_info=error)
+            error = GcmaError("the broker failed on this request; its log says why")
+        reply = messages.error_reply(number, error)
+        self._refusals[reply.status] += 1
+        return reply
 
     # --- on worker threads
 
@@ -224,7 +229,7 @@ class Service:
         try:
             results, pages = self._jobs[request.operation](request.parameters, request)
             reply = Reply(request.number, "ok", results, pages)
-        except (GcmaError, IndexError, ValueError) as error:
+        except Exception as error:  # one request must not end the broker
             reply = self._refuse(request.number, error)
         self._answer(peer, reply)
 

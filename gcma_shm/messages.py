@@ -143,37 +143,43 @@ def _encode(number: int, word: str, values: dict[str, Any], pages: Sequence[Fram
     return [msgpack.packb([VERSION, number, word, values]), *pages]
 
 
+class Malformed(errors.ProtocolError):
+    """A message that is no request. `number` is the request's, so that its sender can be answered; None: not even that."""
+
+    def __init__(self, message: str, number: int | None = None) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def _decode_header(frames: Sequence[Frame]) -> tuple[int, str, dict[str, Any]]:
     if not frames:
-        raise errors.ProtocolError("a message without frames: expected a header")
+        raise Malformed("a message without frames: expected a header")
     if len(frames[0]) > HEADER_BYTES_MAX:
-        raise errors.ProtocolError(f"a header of {len(frames[0])} bytes: expected at most {HEADER_BYTES_MAX}")
+        raise Malformed(f"a header of {len(frames[0])} bytes: expected at most {HEADER_BYTES_MAX}")
     try:
         header = msgpack.unpackb(frames[0], max_ext_len=0, strict_map_key=True)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
-        raise errors.ProtocolError(f"a header that is not msgpack: {type(error).__name__} {error}") from None
-    match header:
-        case [version, *_] if type(version) is not int or version != VERSION:
-            raise errors.ProtocolError(f"protocol version {version!r}: this gcma-shm speaks version {VERSION}")
-        case [_, int(number), str(word), dict(values)] if type(number) is int and 0 <= number <= NUMBER_MAX:
-            return number, word, values
-        case _:
-            raise errors.ProtocolError("a header of another shape: expected [version, number, word, map]")
-
-
-def request_number(frames: Sequence[Frame]) -> int | None:
-    """The number of a request that may be wrong in everything else, so that its sender can be answered; None: not even
-    that.
-    """
-    try:
-        return _decode_header(frames)[0]
-    except errors.ProtocolError:
-        return None
+        raise Malformed(f"a header that is not msgpack: {type(error).__name__} {error}") from None
+    if not (type(header) is list and len(header) > 1 and type(header[1]) is int and 0 <= header[1] <= NUMBER_MAX):
+        raise Malformed("a header of another shape: expected [version, number, word, map]")
+    number = header[1]
+    if type(header[0]) is not int or header[0] != VERSION:
+        raise Malformed(f"protocol version {header[0]!r}: this gcma-shm speaks version {VERSION}", number)
+    if not (len(header) == 4 and type(header[2]) is str and type(header[3]) is dict):
+        raise Malformed("a header of another shape: expected [version, number, word, map]", number)
+    return number, header[2], header[3]
 
 
 def decode_request(frames: Sequence[Frame], page_size: int) -> Request:
-    """Checks frames from a peer that nobody trusts. Raises ProtocolError."""
+    """Checks frames from a peer that nobody trusts. Raises Malformed, which is a ProtocolError."""
     number, name, values = _decode_header(frames)
+    try:
+        return _check_request(number, name, values, frames[1:], page_size)
+    except errors.ProtocolError as error:
+        raise Malformed(str(error), number) from None
+
+
+def _check_request(number: int, name: str, values: dict[str, Any], pages: Sequence[Frame], page_size: int) -> Request:
     operation = OPERATIONS.get(name)
     if operation is None:
         raise errors.ProtocolError(f"unknown operation {name[:40]!r}: expected one of {', '.join(OPERATIONS)}")
@@ -186,7 +192,6 @@ def decode_request(frames: Sequence[Frame], page_size: int) -> Request:
     for key, parameter in operation.parameters.items():
         if parameter.required and key not in values:
             raise errors.ProtocolError(f"{name} without {key}: expected {parameter.expected}")
-    pages = frames[1:]
     if len(pages) != operation.pages:
         raise errors.ProtocolError(f"{name} with {len(pages)} page frames: expected {operation.pages}")
     for page in pages:
@@ -206,10 +211,11 @@ _ATTRIBUTES = ("errno", "stored", "requested", "largest_free", "holders")
 
 
 def error_reply(number: int, error: Exception) -> Reply:
-    """An error as a reply: its name, its message, and what else it carries."""
-    name = type(error).__name__
-    if name not in errors.__all__ and name not in _PLAIN:
-        raise TypeError(f"{name} is no error that a peer may see")
+    """An error as a reply: the name of the first of its classes that peers know, its message, what else it carries."""
+    known = (
+        kind.__name__ for kind in type(error).__mro__ if kind.__name__ in errors.__all__ or kind.__name__ in _PLAIN
+    )
+    name = next(known, "GcmaError")
     results: dict[str, Any] = {"message": str(getattr(error, "strerror", None) or error)}
     for attribute in _ATTRIBUTES:
         value = getattr(error, attribute, None)

@@ -43,6 +43,11 @@
 #define STORES true
 #define TAKES  true
 #define STOPS  true
+#elif defined(SCENE_ALL)
+#define LOADS  true
+#define STORES true
+#define TAKES  true
+#define STOPS  false
 #endif
 
 #define LOADER  1

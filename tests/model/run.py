@@ -185,7 +185,8 @@ def verify(run: Run, tools: Tools) -> Outcome:
             shutil.copy(source, directory)
         call([tools.spin, *defines, "-a", f"{run.model.name}.pml"], directory)
         modes = ["-DNFAIR=4"] if liveness else ["-DSAFETY"]
-        call([tools.cc, "-O1", "-w", *modes, f"-DMEMLIM={MEMORY_MAX_MIB}", "-o", "pan", "pan.c"], directory)
+        level = "-O0" if run.fault else "-O1"  # a fault shows within a second; there the compiler is what takes time
+        call([tools.cc, level, "-w", *modes, f"-DMEMLIM={MEMORY_MAX_MIB}", "-o", "pan", "pan.c"], directory)
         report = call(["./pan", f"-m{DEPTH_MAX}", *(["-a", "-f"] if liveness else [])], directory)
         steps = set[str]()
         if run.fault is None:
@@ -224,21 +225,15 @@ def reached_steps(model: Model, report: str, table: str) -> set[str]:
             process = begins[1]
         elif state := re.match(r"\s+\S+\.pml:\d+, state (\d+),", line):
             unreached.add((process, state[1]))
-    lines: dict[str, dict[int, bool]] = {}
+    reached: dict[int, bool] = {}  # of each line that is listed
     for line in table.splitlines():
         if begins := re.match(r"(?:proctype |)(\S+)$", line):
             process = begins[1]
         elif state := re.match(rf"\s+state\s+(\d+) .*\b{model.name}\.pml:(\d+) => ", line):
-            of_process = lines.setdefault(process, {})
             number = int(state[2])
-            of_process[number] = of_process.get(number, False) or (process, state[1]) not in unreached
-    steps = set[str]()
-    for number, step in marked_steps(HERE / f"{model.name}.pml"):
-        for of_process in lines.values():
-            before = max((listed for listed in of_process if listed <= number), default=None)
-            if before is not None and of_process[before]:
-                steps.add(step)
-    return steps
+            reached[number] = reached.get(number, False) or (process, state[1]) not in unreached
+    marked = marked_steps(HERE / f"{model.name}.pml")
+    return {step for number, step in marked if reached[max(listed for listed in reached if listed <= number)]}
 
 
 def planned_runs(only: str | None) -> list[Run]:

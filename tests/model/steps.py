@@ -58,7 +58,7 @@ def cell(places: list[str] | None) -> str:
     for place in places or []:
         file, line = place.split(":")
         lines.setdefault(file, []).append(line)
-    return " · ".join(f"{file}:{', '.join(of_file)}" for file, of_file in lines.items()) or "–"  # noqa: RUF001
+    return " · ".join(f"{file}:{', '.join(of_file)}" for file, of_file in lines.items()) or "–"
 
 
 def with_table(document: str, new_table: str) -> str:

@@ -1,0 +1,174 @@
+"""The protocol as docs/protocol.md specifies it, spoken by a client that uses nothing of gcma-shm."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+import zmq
+
+from gcma_shm import errors, messages
+from gcma_shm._core import COUNTERS
+from gcma_shm.clients.embedded import EmbeddedClient
+
+SPECIFICATION = (Path(__file__).parent.parent / "docs" / "protocol.md").read_text()
+ANSWER_MS = 20_000
+
+
+class Stranger:
+    """A bare DEALER socket."""
+
+    def __init__(self, endpoint: str) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(endpoint)
+        self._number = 0
+
+    def send(self, *frames: bytes) -> None:
+        self._socket.send_multipart(frames)
+
+    def receive(self) -> list[bytes]:
+        assert self._socket.poll(ANSWER_MS), "no reply"
+        return self._socket.recv_multipart()
+
+    def request(
+        self, operation: str, parameters: dict[str, Any] | None = None, *pages: bytes
+    ) -> tuple[str, Any, list[bytes]]:
+        self._number += 1
+        self.send(msgpack.packb([1, self._number, operation, parameters or {}]), *pages)
+        header, *rest = self.receive()
+        version, number, status, results = msgpack.unpackb(header)
+        assert (version, number) == (1, self._number)
+        return status, results, rest
+
+    def hello(self) -> dict[str, Any]:
+        start = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+        status, results, _ = self.request("hello", {"pid": os.getpid(), "start": start, "mapped": False})
+        assert status == "ok"
+        assert isinstance(results, dict)
+        return results
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+@pytest.fixture
+def stranger(client: EmbeddedClient) -> Iterator[Stranger]:
+    peer = Stranger(client.endpoint)
+    yield peer
+    peer.close()
+
+
+def test_the_bytes_of_the_specification(stranger: Stranger) -> None:
+    stranger.hello()
+    request, reply = re.findall(r"`((?:[0-9a-f]{2} )+[0-9a-f]{2})`", SPECIFICATION)
+    stranger.send(bytes.fromhex(request))
+    assert stranger.receive() == [bytes.fromhex(reply)]
+
+
+def test_the_example_of_the_specification(client: EmbeddedClient) -> None:
+    code = SPECIFICATION.split("```python\n")[1].split("```")[0]
+    code = code.replace("zmq.Context.instance()", "context").replace(
+        "ipc:///run/user/1000/gcma/default", client.endpoint
+    )
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    names: dict[str, Any] = {"context": context}
+    exec(compile(code, "docs/protocol.md", "exec"), names)
+    assert client.swap(3, slots=1000).load(7) == b"x" * client.page_size
+    names["socket"].close()
+    context.term()
+
+
+def test_every_operation_parameter_error_and_counter_is_specified() -> None:
+    rows = {row.split("|")[1].strip(" `"): row for row in SPECIFICATION.splitlines() if row.startswith("| `")}
+    for name, operation in messages.OPERATIONS.items():
+        for parameter, meaning in operation.parameters.items():
+            assert f"`{parameter}`{'' if meaning.required else '?'}" in rows[name], f"{name}: {parameter}"
+    for name in set(errors.__all__) - {"GcmaError", "BrokerUnavailable", "StaleHandle"}:
+        assert f"`{name}`" in SPECIFICATION
+    for counter in COUNTERS:
+        assert f"`{counter}`" in SPECIFICATION
+
+
+def test_store_and_load_are_seen_by_mapped_clients(client: EmbeddedClient, stranger: Stranger) -> None:
+    size = stranger.hello()["page_size"]
+    _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 10, "write": "behind"})
+    slot = {"type": 1, "life": declared["life"], "offset": 4}
+    assert stranger.request("load", slot) == ("ok", {"hit": False}, [])
+    assert stranger.request("store", slot, b"a" * size) == ("ok", {}, [])
+    swap = client.swap(1, slots=10, write="behind")
+    assert swap.load(4) == b"a" * size
+    swap.store(4, b"b" * size)
+    assert stranger.request("load", slot) == ("ok", {"hit": True}, [b"b" * size])
+    assert stranger.request("count", {"type": 1, "life": declared["life"]})[1] == {"count": 1}
+    assert stranger.request("invalidate_page", slot)[0] == "ok"
+    assert swap.load(4) is None
+
+
+def test_hello_is_needed_first_and_again_after_bye(stranger: Stranger) -> None:
+    assert stranger.request("ping")[0] == "HelloNeeded"
+    stranger.hello()
+    assert stranger.request("ping")[0] == "ok"
+    assert stranger.request("bye")[0] == "ok"
+    assert stranger.request("ping")[0] == "HelloNeeded"
+
+
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ([2, 7, "ping", {}], "protocol version 2"),
+        ([1, 7, "ping"], "another shape"),
+        ([1, 7, "fly", {}], "unknown operation"),
+        ([1, 7, "store", {"type": 1}], "store without"),
+        ([1, 7, "load", {"type": 1, "life": True, "offset": 0}], "expected an integer"),
+        ([1, 7, "load", {"type": 256, "life": 1, "offset": 0}], "expected an integer from 0 to 255"),
+        ([1, 7, "ping", {"loud": 1}], "no parameter"),
+        ([1, 7, "alloc_contig", {"nbytes": -1}], "expected an integer from 1"),
+        ([1, 7, "hello", {"pid": 1, "start": 5, "mapped": False}], "sees no process"),
+    ],
+)
+def test_a_malformed_request_is_answered(stranger: Stranger, header: list[Any], said: str) -> None:
+    if header[2] != "hello":
+        stranger.hello()
+    stranger.send(msgpack.packb(header))
+    version, number, status, results = msgpack.unpackb(stranger.receive()[0])
+    assert (version, number, status) == (1, 7, "ProtocolError")
+    assert said in results["message"]
+
+
+def test_noise_is_not_answered_and_does_not_disturb(client: EmbeddedClient, stranger: Stranger) -> None:
+    for noise in (b"", b"\xc1", b"x" * 1000, msgpack.packb([1, "1", "ping", {}]), msgpack.packb({"number": 1})):
+        stranger.send(noise)
+    stranger.hello()
+    assert stranger.request("ping")[0] == "ok"
+    assert client.stats()["broker"]["refusals"] == {"ProtocolError": 5}
+
+
+def test_a_page_of_another_size_is_refused(stranger: Stranger) -> None:
+    size = stranger.hello()["page_size"]
+    _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 10, "write": "behind"})
+    slot = {"type": 1, "life": declared["life"], "offset": 4}
+    for pages in ((), (b"x" * (size - 1),), (b"x" * size, b"y" * size)):
+        status, results, _ = stranger.request("store", slot, *pages)
+        assert status == "ProtocolError", results
+    assert stranger.request("load", slot)[1] == {"hit": False}
+
+
+def test_more_requests_than_the_window_are_refused_not_queued(stranger: Stranger) -> None:
+    window = stranger.hello()["window"]
+    _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 10, "write": "behind"})
+    life = {"type": 1, "life": declared["life"]}
+    sent = 4 * window
+    for number in range(1000, 1000 + sent):
+        stranger.send(msgpack.packb([1, number, "count", life]))
+    statuses = [msgpack.unpackb(stranger.receive()[0])[2] for _ in range(sent)]
+    assert set(statuses) <= {"ok", "ProtocolError"}
+    assert statuses.count("ok") >= window
+    assert stranger.request("ping")[0] == "ok"
