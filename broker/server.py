@@ -38,7 +38,8 @@ class Server:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a full pipe is told, not passed over in silence
         self._socket.setsockopt(zmq.MAXMSGSIZE, max(page_size, messages.HEADER_BYTES_MAX))
         self._socket.setsockopt(zmq.RCVHWM, 2 * messages.WINDOW)
-        self._socket.setsockopt(zmq.SNDHWM, 2 * messages.WINDOW)
+        # libzmq learns in batches of half of this how much a peer has read, so the rest must hold a window and its refusals.
+        self._socket.setsockopt(zmq.SNDHWM, 4 * messages.WINDOW)
         self._answers: deque[tuple[bytes, Reply]] = deque()
         self._woken, self._wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._epoll = select.epoll()

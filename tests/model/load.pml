@@ -12,10 +12,11 @@
  * every client has stopped (who waits for a client hangs, and the verifier reports it as an invalid end state).
  *
  * Bounds: two slots, two nursery pages, one area page, one load, one store or invalidation, one allocation; not all at once,
- * but in three scenes:
+ * but in scenes:
  *   SCENE_STORE  a load against a store or an invalidation
  *   SCENE_TAKE   a load against an allocation; the loader may stop
  *   SCENE_STOP   a store or an invalidation against an allocation; the storer may stop
+ *   SCENE_ALL    all three, nobody stops; too large for every run, see docs/model.md
  * Abstracted: copying one half of a page is one step; so is looking at what a page holds (reclaim.pml); the claim of the side word
  * (store_clean.pml; only the reclaim thread cleans here); the type's life (type_life.pml); store buffers (claim.pml).
  */
