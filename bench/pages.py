@@ -45,6 +45,7 @@ from gcma_shm.sizes import format_size, parse_size
 Which = npt.NDArray[np.int64]
 PLACES = ("hits_nursery", "hits_area", "hits_spill", "hits_zero", "misses")
 PUT_BATCH = 64
+FILL_PASSES = 8
 THROUGH, BEHIND, FIRST = 0, 1, 2  # swap types
 
 
@@ -160,10 +161,21 @@ class Worker:
         return float(time.perf_counter_ns() - start)
 
     def fill(self, type_: int) -> None:
-        """The working set, in memory: stored, or loaded if it is there already."""
+        """Sees to it that the working set is stored and, as far as the arena takes it, in memory: a load brings back what was evicted."""
         swap = self._swap(type_)
         for n in range(self._setup.pages):
-            swap.store(n, self._page)
+            if n not in swap:
+                swap.store(n, self._page)
+        for _ in range(FILL_PASSES):
+            before = self._spill_hits()
+            for n in range(self._setup.pages):
+                swap.load(n)
+            if self._spill_hits() == before:
+                return
+            time.sleep(0.2)  # the broker's sweep makes room for what comes back
+
+    def _spill_hits(self) -> int:
+        return int(self._client.stats()["clients"][str(self._client.number)]["hits_spill"])
 
     def _swap(self, type_: int) -> gcma_shm.Swap:
         return self._client.swap(type_, self._setup.pages, write="behind" if type_ == BEHIND else "through")

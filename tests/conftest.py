@@ -1,8 +1,13 @@
-"""What every test gets: directories of its own, an embedded broker when it asks for one, and the check that nothing stays behind."""
+"""What every test gets: directories of its own, an embedded broker when it asks for one, and the check that nothing stays behind.
+
+Several test runs may share a machine, so what stays behind is looked for by whose it is: a broker of this test has the test's own cache
+directory in its environment, and an arena belongs to whom its lock belongs.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -18,20 +23,50 @@ GONE_S = 20.0  # a killed owner's broker takes a moment to notice
 
 
 def _objects() -> set[str]:
-    """Our shared-memory objects."""
+    """All arenas."""
     return {path.name for path in SHM.glob("gcma-*")}
 
 
-def _brokers() -> set[int]:
-    """Broker processes, whoever's child they are."""
+def _lock_holder(name: str) -> int | None:
+    """The process that holds an arena's lock: its broker. None: the arena has gone, or its broker has ended."""
+    try:
+        inode = (SHM / name).stat().st_ino
+    except FileNotFoundError:
+        return None
+    for line in Path("/proc/locks").read_text().splitlines():
+        words = line.split()
+        if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
+            return int(words[4])
+    return None
+
+
+def _is_of(pid: int, cache: Path) -> bool:
+    """Whether that process was started by the test that has this cache directory."""
+    if pid == os.getpid():
+        return True
+    try:
+        return f"XDG_CACHE_HOME={cache}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return False
+
+
+def _objects_of(cache: Path) -> set[str]:
+    """Arenas that this test's processes serve, or that nobody serves any more."""
+    holders = {name: _lock_holder(name) for name in _objects()}
+    return {name for name, holder in holders.items() if (SHM / name).exists() and (holder is None or _is_of(holder, cache))}
+
+
+def _brokers(cache: Path) -> set[int]:
+    """Broker processes that this test has started, whoever's child they are now."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
         except (FileNotFoundError, ProcessLookupError):
             continue
-        if b"gcma_shm.broker.cli" in words or any(word.endswith(b"/gcma") for word in words[:2]):
-            found.add(int(path.parent.name))
+        pid = int(path.parent.name)
+        if (b"gcma_shm.broker.cli" in words or any(word.endswith(b"/gcma") for word in words[:2])) and _is_of(pid, cache):
+            found.add(pid)
     return found
 
 
@@ -46,24 +81,25 @@ def _eventually(gone: Callable[[], bool]) -> bool:
 def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Private cache, runtime and temporary directories; afterwards no object, broker, socket or spill file of the test is left."""
     short = Path(tempfile.mkdtemp(prefix="gt-"))  # tmp_path is too long for a socket
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
     monkeypatch.delenv("GCMA_ENDPOINT", raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(short))
-    objects, brokers = _objects(), _brokers()
+    objects = _objects()
     yield
     gc.collect()
     try:
-        assert _eventually(lambda: _brokers() <= brokers), f"broker processes left: {_brokers() - brokers}"
-        assert _eventually(lambda: _objects() <= objects), f"shared-memory objects left: {_objects() - objects}"
-        cache = tmp_path / "cache" / "gcma"
-        assert not cache.exists() or not list(cache.iterdir()), f"spill files left: {list(cache.rglob('*'))}"
+        assert _eventually(lambda: not _brokers(cache)), f"broker processes left: {_brokers(cache)}"
+        assert _eventually(lambda: _objects_of(cache) <= objects), f"shared-memory objects left: {_objects_of(cache) - objects}"
+        spilled = cache / "gcma"
+        assert not spilled.exists() or not list(spilled.iterdir()), f"spill files left: {list(spilled.rglob('*'))}"
         left = [path for path in short.rglob("*") if path.is_socket() or path.name == "broker"]
         assert not left, f"sockets left: {left}"
     finally:
         for path in sorted(short.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        short.rmdir()
+        os.rmdir(short)
 
 
 @pytest.fixture

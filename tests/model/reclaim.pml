@@ -179,6 +179,7 @@ proctype client() {
 
 proctype undertaker() {
     byte page;
+    bool named;
     if
     :: killed = true
     :: skip
@@ -188,8 +189,9 @@ proctype undertaker() {
     :: page < PAGES ->
         if
         :: LIFE_STATE(life[page]) == GRANTED && OWNER(life[page]) == 1 ->
+            named = NAMES(word[key[page]], page);
             d_step {    /* @death.grants */
-                life[page] = (NAMES(word[key[page]], page) -> PUBLISH(life[page]) : ADVANCE(life[page], FREE, 0));
+                life[page] = (named -> PUBLISH(life[page]) : ADVANCE(life[page], FREE, 0));
                 check()
             }
         :: else

@@ -1,9 +1,10 @@
 /*
  * The end and the new life of a type, with a client of the old life in the middle of a store, a clean or a load.
  *
- * The old client does one operation with a handle of life 1. Meanwhile the broker ends that life and begins the next one (life 3). A
- * new client then stores, has its store written through, and loads it. Both are threads of one worker: they have the same client
- * number, so that only the tag tells their claims apart. The broker's writer cleans whatever is dirty, in either life.
+ * The old client does one operation with a handle of life 1. Meanwhile the broker ends that life and begins the next
+ * one (life 3). A new client then stores, has its store written through, and loads it. Both are threads of one worker: they
+ * have the same client number, so that only the tag tells their claims apart. The broker's writer cleans whatever is dirty,
+ * in either life.
  *
  * Shows: what the old client does when it goes on changes no word, file or claim of the new life; an operation that began after
  * the end of its life ends in Closed, and none returns a value of another life; the words stay CLOSED until the new life; a
@@ -45,7 +46,8 @@ byte  latest;           /* ghost: the value that the slot holds in the life that
 /* Holds after every step that changes the word, the side word or the file. */
 inline check() {
     assert(STATE(word) != CACHED || (IN_USE(life[PAGE(word)]) && page_value[PAGE(word)] == latest));
-    assert(!(IS_CLEAN(word) || STATE(word) == SPILLED) || (file_value[FILE((closed -> NEW_LIFE : OLD_LIFE))] == latest && CRC(side) == latest));
+    assert(!(IS_CLEAN(word) || STATE(word) == SPILLED) ||
+           (file_value[FILE((closed -> NEW_LIFE : OLD_LIFE))] == latest && CRC(side) == latest));
     assert(!closed || type_life == NEW_LIFE || STATE(word) == CLOSED || STATE(word) == EMPTY)
 }
 

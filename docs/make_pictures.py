@@ -1,0 +1,64 @@
+"""Draws docs/arena.svg, the picture of the README: run it again after changing it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+WIDTH, HEIGHT = 860, 330
+INK, PALE = "#1f2933", "#7b8794"
+BUFFER, CACHE, NURSERY, FREE = "#f0b429", "#8ed1b2", "#a3c8f0", "#eef1f4"
+
+
+def text(x: float, y: float, words: str, size: int = 13, colour: str = INK, anchor: str = "middle", weight: str = "normal") -> str:
+    return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}">{words}</text>'
+
+
+def box(x: float, y: float, width: float, height: float, colour: str, words: str = "", size: int = 13) -> str:
+    shape = f'<rect x="{x}" y="{y}" width="{width}" height="{height}" rx="3" fill="{colour}" stroke="{INK}"/>'
+    return shape + (text(x + width / 2, y + height / 2 + 5, words, size) if words else "")
+
+
+def arrow(x1: float, y1: float, x2: float, y2: float, dashed: bool = False) -> str:
+    dash = ' stroke-dasharray="5 4"' if dashed else ""
+    return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{INK}" stroke-width="1.5"{dash} marker-end="url(#tip)"/>'
+
+
+def picture() -> str:
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">',
+        f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0 0 8 4 0 8z" fill="{INK}"/></marker></defs>',
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+        *(box(40 + 150 * n, 20, 120, 40, "white", f"worker {n + 1}") for n in range(3)),
+        box(660, 20, 160, 40, "white", "broker"),
+        arrow(460, 40, 660, 40, dashed=True),
+        text(560, 32, "ZeroMQ + msgpack", 12, PALE),
+        text(560, 56, "alloc_contig, types, statistics", 11, PALE),
+        f'<text x="26" y="168" font-size="14" font-weight="bold" fill="{INK}" text-anchor="middle" transform="rotate(-90 26 168)">arena</text>',
+        box(40, 140, 90, 56, FREE, "tables"),
+        box(130, 140, 150, 56, NURSERY, "nursery"),
+        box(280, 140, 170, 56, BUFFER, "buffer 64 MiB"),
+        box(450, 140, 60, 56, BUFFER, "buffer", 12),
+        *(box(510 + 15.5 * n, 140, 15.5, 56, CACHE if n != 3 else FREE) for n in range(20)),
+        text(650, 215, "cached pages: dropped at once for a buffer", 12, PALE),
+        text(205, 215, "clients write here", 12, PALE),
+        text(365, 215, "whoever holds it reads and writes", 12, PALE),
+        arrow(110, 60, 190, 138),
+        text(104, 100, "store", 12, PALE, "end"),
+        arrow(590, 138, 410, 62),
+        text(545, 100, "load: no broker, no lock", 12, PALE, "start"),
+        arrow(250, 60, 330, 138),
+        text(308, 92, "view", 12, PALE, "start"),
+        arrow(740, 60, 740, 138),
+        text(750, 92, "promotes,", 12, PALE, "start"),
+        text(750, 108, "evicts, takes", 12, PALE, "start"),
+        box(130, 262, 690, 44, "white"),
+        text(475, 289, "spill files: one per swap type, slot n at n × page size; every page is here before it enters an area", 13),
+        arrow(205, 224, 205, 260),
+        text(214, 248, "written through, or behind in batches", 12, PALE, "start"),
+        "</svg>",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "arena.svg").write_text(picture())
