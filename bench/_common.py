@@ -22,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
@@ -320,15 +321,17 @@ class Crew:
     """Worker processes that do what the parent tells them, all at once."""
 
     connections: list[Connection] = field(default_factory=list)
+    processes: list[SpawnProcess] = field(default_factory=list)
 
     def ask(self, *command: Any) -> list[Any]:
         """Sends the same command to all; their answers in order. Raises RuntimeError when one fails or dies."""
         for connection in self.connections:
             connection.send(command)
-        return [self._answer(connection) for connection in self.connections]
+        return [self.answer(connection) for connection in self.connections]
 
     @staticmethod
-    def _answer(connection: Connection) -> Any:
+    def answer(connection: Connection) -> Any:
+        """Of one of them, to what was sent before."""
         if not connection.poll(REPLY_S):
             raise RuntimeError(f"a worker process gave no answer within {REPLY_S:g} s")
         try:
@@ -344,7 +347,6 @@ class Crew:
 def crew(count: int, make: Callable[..., Callable[..., Any]], *arguments: Any) -> Iterator[Crew]:
     """`count` processes; each calls `make(index, stack, *arguments)` once, then what that returned for each command."""
     context = multiprocessing.get_context("spawn")
-    processes = []
     team = Crew()
     try:
         for index in range(count):
@@ -352,15 +354,15 @@ def crew(count: int, make: Callable[..., Callable[..., Any]], *arguments: Any) -
             process = context.Process(target=_work, args=(theirs, index, make, arguments), daemon=True)
             process.start()
             theirs.close()
-            processes.append(process)
+            team.processes.append(process)
             team.connections.append(ours)
         for connection in team.connections:
-            team._answer(connection)
+            team.answer(connection)
         yield team
     finally:
         for connection in team.connections:
             connection.close()
-        for process in processes:
+        for process in team.processes:
             process.join(STOP_S)
             if process.is_alive():
                 process.kill()

@@ -31,8 +31,9 @@ PLACES = ("hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses")
 TOLD_MAX = 20  # errors that are told in full
 DRAW = 8192  # operations that are drawn at once, before they are timed
 TYPE = 0
-SEQUENCE_BITS, WRITER_BITS, SLOT_BITS = 28, 12, 24
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no two stamps give one word
+WRITER_BITS = 12
+MASK = (1 << 64) - 1
+MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)  # odd, so that every bit of a stamp reaches the words
 GUEST_MIN_BYTES = 64 << 10
 
 Words = npt.NDArray[np.uint64]
@@ -80,25 +81,31 @@ class Report:
 
 
 class Stamp:
-    """Makes pages that tell what they are in every word, and reads them."""
+    """Makes pages that tell what they are in every word, and reads them.
+
+    The first word is the slot and the writer, the second the sequence; every other one is noise of its place and of the two.
+    """
 
     def __init__(self, page_size: int, seed: int) -> None:
-        self.base: Words = np.random.default_rng(seed).integers(1, 1 << 64, page_size // 8, np.uint64)
-        self.base[0] = 0
+        self._base: Words = np.random.default_rng(seed).integers(1, 1 << 64, page_size // 8, np.uint64)
+        self._base[:2] = 0
 
     def write(self, page: Words, slot: int, writer: int, sequence: int) -> None:
-        """Fills `page`: its first word is the stamp, each other one depends on it and on its place."""
-        stamp = np.uint64(slot << SEQUENCE_BITS + WRITER_BITS | writer << SEQUENCE_BITS | sequence & (1 << SEQUENCE_BITS) - 1)
-        np.bitwise_xor(self.base, stamp * MULTIPLIER, out=page)
-        page[0] = stamp
+        """Fills `page`."""
+        who = slot << WRITER_BITS | writer
+        np.bitwise_xor(self._base, self._noise(who, sequence), out=page)
+        page[0], page[1] = who, sequence
 
     def read(self, page: Words) -> tuple[int, int, int] | None:
         """Slot, writer and sequence; None: the page is not whole."""
-        stamp = page[0]
-        if not np.array_equal(page[1:] ^ (stamp * MULTIPLIER), self.base[1:]):
+        who, sequence = int(page[0]), int(page[1])
+        if not np.array_equal(page[2:] ^ self._noise(who, sequence), self._base[2:]):
             return None
-        value = int(stamp)
-        return value >> SEQUENCE_BITS + WRITER_BITS, value >> SEQUENCE_BITS & (1 << WRITER_BITS) - 1, value & (1 << SEQUENCE_BITS) - 1
+        return who >> WRITER_BITS, who & (1 << WRITER_BITS) - 1, sequence
+
+    @staticmethod
+    def _noise(who: int, sequence: int) -> np.uint64:
+        return np.uint64(who * MULTIPLIERS[0] + sequence * MULTIPLIERS[1] & MASK)
 
 
 class Draws:
@@ -336,7 +343,7 @@ def stress(options: argparse.Namespace, endpoint: str) -> tuple[Report, Report, 
             guests.run(options.guests, options.duration)
         report = Report()
         for connection in team.connections:
-            report.merge(team._answer(connection))
+            report.merge(team.answer(connection))
         after = watcher.stats()["counters"]
         start = time.perf_counter_ns()
         watcher.swap(TYPE, slots, write="behind" if options.write == "behind" else "through").sync(timeout=60)

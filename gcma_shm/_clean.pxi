@@ -22,6 +22,9 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
     if not (load_acquire(&slot.word) & DIRTY):
         c.status = OK
         return
+    # The life before the claim and again after the word: word, file and claim belong to one life. Read after the claim, it
+    # could be that of a new life, whose beginning has taken this claim off: we would write its file holding nothing.
+    c.life = load_acquire(&a.types[type_].life)                          # @clean.life
     side = load_acquire(&slot.side)
     if side >> 32:
         c.status = BUSY
@@ -34,8 +37,6 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
         c.status = BUSY
         return
     c.side = mine
-    # The life on both sides of the word: the word belongs to this life, and so does the file that we are going to open.
-    c.life = load_acquire(&a.types[type_].life)
     c.word = load_acquire(&slot.word)                                    # @clean.read
     c.status = CLAIMED
     if not (c.life & 1) or load_acquire(&a.types[type_].life) != c.life:

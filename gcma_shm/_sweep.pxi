@@ -73,7 +73,9 @@ cdef bint promote(Arena *a, AreaEntry *area, uint64_t from_, uint64_t key, uint6
         page = area.first + area.pages - 1 - area.clock % area.pages  # down from the top; buffers grow from the bottom
         area.clock += 1
         state = life_state(load_relaxed(&a.life[page]))
-        if state == BUFFER or (room and state != FREE):
+        # Looking before announcing as well: announcing page after page of a range that is being taken could keep the
+        # control thread waiting. Safety rests on the look after the fence.
+        if state == BUFFER or (room and state != FREE) or is_taken(a, page):
             continue
         store_relaxed(a.filling, page + 1)                                # @promote.announce
         fence_full()

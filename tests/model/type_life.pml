@@ -101,7 +101,7 @@ inline store(handle, stored) {
  */
 inline clean(client, tag, handle) {
 #ifndef FAULT_LIFE_AFTER_CLAIM
-    t = type_life;
+    t = type_life;                              /* @clean.life */
 #endif
     c = side;
     mine = SIDE(WRITER(client, tag), CRC(c));

@@ -1,0 +1,208 @@
+"""Where everything lies in an arena: bounds of a plan, the header there and back, and every kind of damage to it."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import fields
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from gcma_shm import layout
+from gcma_shm.errors import ArenaError
+from gcma_shm.layout import Geometry, plan, read_header, write_header
+
+M = 1 << 20
+ID = bytes(range(16))
+page_sizes = st.sampled_from([1 << n for n in range(12, 22)])
+
+
+def check(geometry: Geometry, areas: list[layout.Area]) -> None:
+    """No table overlaps another, everything is aligned, and the pages fit."""
+    g = geometry
+    sizes = [
+        (0, layout.HEADER_BYTES),
+        (g.areas_at, layout.AREAS_MAX * layout.AREA_BYTES),
+        (g.types_at, g.types_max * layout.TYPE_BYTES),
+        (g.clients_at, (g.clients_max + 1) * layout.CLIENT_BYTES),
+        (g.allocations_at, g.allocations_max * layout.ALLOCATION_BYTES),
+        (g.holders_at, g.allocations_max * g.holder_bytes),
+        (g.slots_at, g.slots * layout.SLOT_BYTES),
+        (g.life_at, 8 * g.pages),
+        (g.key_at, 8 * g.pages),
+        (g.visited_at, g.pages),
+        (g.pages_at, g.pages * g.page_size),
+        (g.size, 0),
+    ]
+    for (at, size), (after, _) in pairwise(sizes):
+        assert at + size <= after, "tables overlap"
+        assert at % 8 == 0
+    assert g.pages_at % g.page_size == 0
+    assert g.slots_at % layout.CACHE_LINE == g.life_at % layout.CACHE_LINE == g.key_at % layout.CACHE_LINE == 0
+    assert g.clients_max * g.grants_max <= g.nursery_pages // 2, "clients could starve one another by stopping"
+    assert 1 <= g.grants_max <= layout.GRANTS_MAX
+    assert g.holder_bytes * 8 > g.clients_max
+    assert 64 <= g.allocations_max <= 65536
+    assert areas[0].first == g.nursery_pages
+    for area, after_area in pairwise(areas):
+        assert area.first + area.pages == after_area.first
+    assert areas[-1].first + areas[-1].pages == g.pages
+    assert g.areas_count == len(areas)
+    assert g.client_at(g.clients_max) + layout.CLIENT_BYTES <= g.allocations_at
+    assert g.page_at(g.pages) <= g.size
+
+
+@settings(max_examples=300)
+@given(
+    size=st.integers(64 << 10, 1 << 40),
+    page_size=page_sizes,
+    slots=st.none() | st.integers(1, 1 << 30),
+    clients=st.none() | st.integers(2, layout.CLIENTS_MAX),
+    shares=st.lists(st.integers(1, 40), max_size=6),
+)
+@example(size=1 << 20, page_size=4096, slots=None, clients=None, shares=[])
+@example(size=(1 << 20) + 1, page_size=4096, slots=1, clients=2, shares=[99])
+def test_a_plan_is_sound_or_refused(size: int, page_size: int, slots: int | None, clients: int | None, shares: list[int]) -> None:
+    wanted = {f"area {i}": max(size * share // 100, 1) for i, share in enumerate(shares)}
+    try:
+        geometry, areas = plan(size, page_size, wanted, slots, clients)
+    except ArenaError as error:
+        assert "make it about" in str(error)
+        return
+    check(geometry, areas)
+    assert geometry.size == size
+    assert geometry.page_size == page_size
+    if slots is not None:
+        assert geometry.slots == slots
+    if clients is not None:
+        assert geometry.clients_max == clients
+    for area in areas:
+        if wanted:
+            assert area.pages == -(-wanted[area.name] // page_size), "sizes are rounded up to pages"
+
+
+@pytest.mark.parametrize("size", [64 * M, 100 * M, 256 * M, 1024 * M, 4 << 30, 64 << 30, 1 << 40])
+def test_descriptors_take_less_than_one_percent(size: int) -> None:
+    geometry, areas = plan(size)
+    check(geometry, areas)
+    slot_bytes = geometry.slots * layout.SLOT_BYTES
+    assert geometry.pages_at - slot_bytes < size / 100
+    assert geometry.slots == size // 4096 * 4
+    unused = size - geometry.pages_at - geometry.pages * 4096
+    assert 0 <= unused < 2 * 4096 + geometry.pages
+
+
+def test_what_an_error_recommends_is_enough() -> None:
+    with pytest.raises(ArenaError) as raised:
+        plan(4 * M, areas={"a": 6 * M}, slots=1000, clients_max=8)
+    recommended = float(str(raised.value).split("make it about ")[1].split()[0])
+    geometry, _ = plan(int(recommended * M) + (1 << 17), areas={"a": 6 * M}, slots=1000, clients_max=8)
+    assert geometry.pages * 4096 >= 6 * M
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 1000, 2048, 4097, 12288, 4 * M])
+def test_page_sizes_refused(page_size: int) -> None:
+    with pytest.raises(ValueError, match="page size"):
+        plan(64 * M, page_size)
+
+
+@pytest.mark.parametrize(
+    "areas",
+    [
+        {"": M},
+        {"x" * 49: M},
+        {"é" * 25: M},
+        {"a\n": M},
+        {"a": 0},
+        {"a": -1},
+        {f"area{i}": 4096 for i in range(65)},
+    ],
+    ids=["no name", "long", "long in bytes", "not printable", "nothing", "negative", "65"],
+)
+def test_areas_refused(areas: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="area"):
+        plan(64 * M, areas=areas)
+
+
+@pytest.mark.parametrize(("slots", "clients"), [(0, None), (-1, None), (1 << 41, None), (None, 1), (None, 0), (None, 4096)])
+def test_counts_refused(slots: int | None, clients: int | None) -> None:
+    with pytest.raises(ValueError):
+        plan(64 * M, slots=slots, clients_max=clients)
+
+
+@pytest.mark.parametrize("size", [-1, 0, 1, 4096, 65536])
+def test_too_small(size: int) -> None:
+    with pytest.raises((ArenaError, ValueError)):
+        plan(size)
+
+
+def written(areas: dict[str, int] | None = None) -> tuple[bytearray, Geometry, list[layout.Area]]:
+    geometry, placed = plan(2 * M, areas=areas, slots=500, clients_max=8)
+    memory = bytearray(geometry.size)
+    write_header(memoryview(memory), geometry, placed, ID)
+    return memory, geometry, placed
+
+
+@pytest.mark.parametrize("areas", [None, {"frames": 300_000, "é" * 24: 4096}])
+def test_there_and_back(areas: dict[str, int] | None) -> None:
+    memory, geometry, placed = written(areas)
+    assert read_header(memoryview(memory), len(memory)) == (geometry, placed, ID)
+    if areas:
+        assert [area.name for area in placed] == list(areas)
+
+
+def test_the_header_leaves_the_words_that_change_alone() -> None:
+    memory, _, _ = written()
+    assert not any(memory[layout.EPOCH_AT : layout.HEADER_BYTES])
+
+
+def checked_bytes() -> int:
+    return struct.calcsize("<8sII16s") + 8 * len(fields(Geometry)) + 4
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xFF])
+def test_each_flip_in_the_checked_header_is_found(mask: int) -> None:
+    memory, _, _ = written()
+    for at in range(checked_bytes()):
+        memory[at] ^= mask
+        with pytest.raises(ArenaError):
+            read_header(memoryview(memory), len(memory))
+        memory[at] ^= mask
+    read_header(memoryview(memory), len(memory))
+
+
+def test_another_version_is_said_so() -> None:
+    memory, _, _ = written()
+    memory[8:12] = struct.pack("<I", layout.LAYOUT_VERSION + 1)
+    with pytest.raises(ArenaError, match="version 2.*version 1"):
+        read_header(memoryview(memory), len(memory))
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, 4095, 4096, 2 * M - 4096, 2 * M - 1])
+def test_truncated(size: int) -> None:
+    memory, _, _ = written()
+    with pytest.raises(ArenaError):
+        read_header(memoryview(memory)[:size], size)
+
+
+def test_grown() -> None:
+    memory, _, _ = written()
+    memory += bytes(4096)
+    with pytest.raises(ArenaError):
+        read_header(memoryview(memory), len(memory))
+
+
+@given(st.binary(min_size=4096, max_size=4096))
+def test_any_bytes_are_no_arena(data: bytes) -> None:
+    with pytest.raises(ArenaError):
+        read_header(memoryview(data), len(data))
+
+
+@settings(max_examples=50)
+@given(st.binary(min_size=0, max_size=400))
+def test_any_bytes_behind_the_magic_are_no_arena(data: bytes) -> None:
+    head = layout.MAGIC + struct.pack("<I", layout.LAYOUT_VERSION) + data
+    with pytest.raises(ArenaError):
+        read_header(memoryview(head.ljust(8192, b"\0")), 8192)
