@@ -22,6 +22,7 @@ test: all
 lint: all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python tests/model/steps.py --check
 
 types: all
 	$(BIN)/mypy -p gcma_shm

@@ -132,7 +132,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], title: str = ""
     cells = [list(head), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     lines = [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in cells
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
@@ -148,7 +151,8 @@ def _cell(value: object) -> str:
 def machine() -> dict[str, Any]:
     """What the figures were taken on."""
     model = next(
-        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
     )
     memory_kb = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     return {
@@ -187,7 +191,9 @@ def _version(name: str) -> str:
         return "-"
 
 
-def write_json(path: Path, question: str, found: Mapping[str, Any], options: Mapping[str, Any], results: object) -> None:
+def write_json(
+    path: Path, question: str, found: Mapping[str, Any], options: Mapping[str, Any], results: object
+) -> None:
     """The run's record, written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"question": question, "machine": found, "options": options, "results": results}
@@ -369,7 +375,9 @@ def crew(count: int, make: Callable[..., Callable[..., Any]], *arguments: Any) -
                 process.join()
 
 
-def _work(connection: Connection, index: int, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
+def _work(
+    connection: Connection, index: int, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us by closing the pipe
     with ExitStack() as stack:
         try:

@@ -1,7 +1,8 @@
 """What does a contiguous buffer cost? Under a full cache, against a bare echo of the same messages and against SharedMemory.
 
 Two latencies told apart: hand-over (request to address) and usable (the first byte of every 4 KiB written), the latter with and without
-`prefault` at connect; then the sweep by itself, per page. All in one run, in turns.
+`prefault` at connect. Hand-over and echo are both told cold (the first message after the cache was filled) and warm (after some others). Then
+the sweep by itself, per page. All in one run, in turns.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ SIZES = [64 << 10 << 2 * step for step in range(7)]  # 64 KiB to 256 MiB
 CACHE_TYPE = 1
 FULL = 0.97  # of what no buffer holds: the cache counts as full
 FILL_S = 60.0
-ECHOES = 20  # echoes timed for each sample of ours
+WARM_UP = 5  # messages before the one that is timed warm
 PUBLISHED = 2 << 62
 SWEEP_PAGES = [16, 256, 4096, 16384, 65536]
 DEALER_ROUTER_LINGER_MS = 0
@@ -120,6 +121,8 @@ class Times:
 
     echo: list[float] = field(default_factory=list)
     hand_over: list[float] = field(default_factory=list)
+    echo_cold: list[float] = field(default_factory=list)
+    hand_over_cold: list[float] = field(default_factory=list)
     free: list[float] = field(default_factory=list)
     usable: list[float] = field(default_factory=list)
     usable_prefault: list[float] = field(default_factory=list)
@@ -171,7 +174,13 @@ class Buffers:
     def sample(self, nbytes: int, times: Times) -> None:
         """One of each, in turn."""
         times.lent.append(self._refill())
-        times.echo.append(float(np.median(self._echo.run(ECHOES))))
+        cold, *_ = self._echo.run(1)
+        times.echo_cold.append(float(cold))
+        times.hand_over_cold.append(self._allocate(self._client, nbytes, times)[0])
+        self._refill()
+        times.echo.append(float(self._echo.run(WARM_UP + 1)[-1]))
+        for _ in range(WARM_UP):
+            self._client.areas()
         hand_over, usable, free = self._allocate(self._client, nbytes, times)
         times.hand_over.append(hand_over)
         times.usable_prefault.append(usable)
@@ -217,15 +226,22 @@ class Buffers:
 
 
 JOBS = {
-    "echo": "bare echo",
+    "echo_cold": "echo, cold",
+    "hand_over_cold": "hand-over, cold",
+    "echo": "echo",
     "hand_over": "hand-over",
     "free": "free",
-    "usable_prefault": "usable, prefault",
+    "usable_prefault": "usable, prefaulted",
     "usable": "usable",
-    "shared_memory_create": "SharedMemory create",
-    "shared_memory": "SharedMemory usable",
+    "shared_memory_create": "shm create",
+    "shared_memory": "shm usable",
 }
-RATIOS = (("hand_over", "echo"), ("usable", "shared_memory"), ("usable_prefault", "shared_memory"))
+RATIOS = (
+    ("hand_over_cold", "echo_cold"),
+    ("hand_over", "echo"),
+    ("usable", "shared_memory"),
+    ("usable_prefault", "shared_memory"),
+)
 
 
 def tell(sizes: list[int], taken: dict[int, Times]) -> dict[str, Any]:
@@ -235,10 +251,14 @@ def tell(sizes: list[int], taken: dict[int, Times]) -> dict[str, Any]:
     for nbytes in sizes:
         times = taken[nbytes]
         summaries = {name: Summary.of(np.asarray(getattr(times, name))) for name in JOBS}
-        ratios = {f"{ours} / {theirs}": Ratio.of(getattr(times, ours), getattr(times, theirs)) for ours, theirs in RATIOS}
+        ratios = {
+            f"{ours} / {theirs}": Ratio.of(getattr(times, ours), getattr(times, theirs)) for ours, theirs in RATIOS
+        }
         rows.append([format_size(nbytes), *(f"{s.median / 1e3:.0f} / {s.p99 / 1e3:.0f}" for s in summaries.values())])
         lent = float(np.mean(times.lent))
-        ratio_rows.append([format_size(nbytes), *(str(ratio) for ratio in ratios.values()), f"{lent:.0%}", times.failures])
+        ratio_rows.append(
+            [format_size(nbytes), *(str(ratio) for ratio in ratios.values()), f"{lent:.0%}", times.failures]
+        )
         results[format_size(nbytes)] = {
             "nbytes": nbytes,
             "ns": {name: asdict(summary) for name, summary in summaries.items()},
@@ -246,7 +266,7 @@ def tell(sizes: list[int], taken: dict[int, Times]) -> dict[str, Any]:
             "lent_before": lent,
             "failures": times.failures,
         }
-    print("\n" + table(["us, median / p99", *JOBS.values()], rows))
+    print("\n" + table(["us, median / p99; shm: SharedMemory", *JOBS.values()], rows))
     names = [f"{JOBS[ours]} / {JOBS[theirs]}" for ours, theirs in RATIOS]
     print("\n" + table(["median (middle 80 %)", *names, "lent before", "failures"], ratio_rows))
     sys.stdout.flush()
@@ -326,7 +346,10 @@ def sweep(options: argparse.Namespace, directory: Path, floor: Floor) -> dict[st
         summaries = {name: Summary.of(np.asarray(values)) for name, values in times.items()}
         ratio = Ratio.of(times["take PUBLISHED"], times["C loop"])
         rows.append([pages, *(f"{s.median:.2f} / {s.p99:.2f}" for s in summaries.values()), str(ratio)])
-        results[str(pages)] = {"ns_per_page": {k: asdict(s) for k, s in summaries.items()}, "take PUBLISHED / C loop": asdict(ratio)}
+        results[str(pages)] = {
+            "ns_per_page": {k: asdict(s) for k, s in summaries.items()},
+            "take PUBLISHED / C loop": asdict(ratio),
+        }
     print("\n" + table(["pages; ns a page, median / p99", *times, "take PUBLISHED / C loop"], rows))
     return results
 
@@ -341,9 +364,13 @@ def _each(pages: int, repeats: int, call: Callable[[], object]) -> float:
 def main(argv: list[str] | None = None) -> int:
     """Runs the comparison; returns the exit status: 1 when an allocation failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=parse_size, nargs="+", default=SIZES, metavar="SIZE", help="default: 64K to 256M, times 4")
+    parser.add_argument(
+        "--size", type=parse_size, nargs="+", default=SIZES, metavar="SIZE", help="default: 64K to 256M, times 4"
+    )
     parser.add_argument("--arena", type=parse_size, default=320 << 20, metavar="SIZE")
-    parser.add_argument("--load", type=int, default=0, metavar="N", help="worker processes that store and load at full speed meanwhile")
+    parser.add_argument(
+        "--load", type=int, default=0, metavar="N", help="worker processes that store and load at full speed meanwhile"
+    )
     parser.add_argument("--rounds", type=int, default=20, metavar="N")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--out", type=Path, default=OUT / "alloc.json", metavar="FILE")

@@ -194,9 +194,11 @@ class Worker:
             for at in positions:
                 bytes(view[at : at + size])
 
-        def python_into(positions: list[int], out: memoryview = memoryview(self._out)[:size]) -> None:
+        target = memoryview(self._out)[:size]
+
+        def python_into(positions: list[int]) -> None:
             for at in positions:
-                out[:] = view[at : at + size]
+                target[:] = view[at : at + size]
 
         def python_in(positions: list[int], page: bytes = self._page) -> None:
             for at in positions:
@@ -218,7 +220,13 @@ class Worker:
         }
 
     def _files(self) -> dict[str, Contender]:
-        size, batch, page, fd, first = self._setup.page_size, self._setup.batch, self._page, self._file, self._first_file
+        size, batch, page, fd, first = (
+            self._setup.page_size,
+            self._setup.batch,
+            self._page,
+            self._file,
+            self._first_file,
+        )
         floor, source, out = self._floor, address_of(self._source), [memoryview(self._out)[:size]]
         fresh = Fresh(self._setup.pages, lambda: os.ftruncate(first, 0))
 
@@ -338,7 +346,9 @@ class Worker:
             "load_into": Plain(_offsets, load_into),
             "load_many": Plain(_offsets, load_many, single=False),
             "store through": store_by(through),
-            "store through, first": Plain(lambda which: fresh.next(which.size).tolist(), store_first, renew=fresh.renew),
+            "store through, first": Plain(
+                lambda which: fresh.next(which.size).tolist(), store_first, renew=fresh.renew
+            ),
             "store_many through": store_many_by(through),
             "store behind": store_by(behind),
             "store_many behind": store_many_by(behind),
@@ -425,7 +435,6 @@ PHASES = (
         sustained=True,
     ),
 )  # fmt: skip
-OURS = ("load", "store")
 
 
 @dataclass
@@ -442,14 +451,16 @@ class Figures:
 class Measurement:
     """One page size with one number of processes."""
 
-    def __init__(self, options: argparse.Namespace, client: gcma_shm.Client, broker_pid: int, team: Crew, setup: Setup) -> None:
+    def __init__(
+        self, options: argparse.Namespace, client: gcma_shm.Client, broker_pid: int, team: Crew, setup: Setup
+    ) -> None:
         self._options = options
         self._client = client
         self._broker_pid = broker_pid
         self._team = team
         self._setup = setup
         self._processes = len(team.connections)
-        self._nursery_pages = client.stats()["arena"]["nursery"] // setup.page_size
+        self._nursery_pages: int = client.stats()["arena"]["nursery"] // setup.page_size
 
     def run(self, phase: Phase) -> dict[str, Any]:
         """All rounds of one phase; prints its table."""
@@ -473,9 +484,9 @@ class Measurement:
         return self._tell(phase, figures, places)
 
     def _batches(self, phase: Phase) -> int:
-        pages = self._options.block_bytes // self._setup.page_size
+        pages: int = self._options.block_bytes // self._setup.page_size
         if phase.sustained:
-            pages = max(self._options.wraps * self._nursery_pages // self._processes, pages)
+            pages = max(-(-self._options.wraps * self._nursery_pages // self._processes), pages)
         elif "first" in phase.name:
             pages = min(pages, self._setup.pages // 2)
         return max(-(-pages // self._setup.batch), 4)
@@ -490,7 +501,9 @@ class Measurement:
             figures.rounds.append(float(np.mean([mean for _, mean in answers])))
         else:
             figures.rounds.append(float(np.median([time for times, _ in answers for time in times])))
-        if phase.sustained and name.endswith("behind"):  # before the next one's turn, or our writing would be at its cost
+        if phase.sustained and name.endswith(
+            "behind"
+        ):  # before the next one's turn, or our writing would be at its cost
             figures.sync.append(max(self._team.ask("sync")) / pages * self._processes)
             figures.broker_cpu.append((cpu_seconds(self._broker_pid) - cpu) * 1e9 / pages)
 
@@ -509,7 +522,13 @@ class Measurement:
             ratios = {other: Ratio.of(found.rounds, figures[other].rounds) for other in phase.against}
             whole = float(np.median(found.rounds))
             rows.append(
-                [name, whole / 1e3, summary.median / 1e3, p99 / 1e3 if p99 is not None else "-", *(str(r) for r in ratios.values())]
+                [
+                    name,
+                    whole / 1e3,
+                    summary.median / 1e3,
+                    p99 / 1e3 if p99 is not None else "-",
+                    *(str(r) for r in ratios.values()),
+                ]
             )
             results[name] = {
                 "us_per_page": whole / 1e3,
@@ -519,7 +538,10 @@ class Measurement:
                 "rounds_ns": found.rounds,
             }
             if found.sync:
-                results[name] |= {"sync_us_per_page": np.median(found.sync) / 1e3, "broker_cpu_us_per_page": np.mean(found.broker_cpu) / 1e3}
+                results[name] |= {
+                    "sync_us_per_page": np.median(found.sync) / 1e3,
+                    "broker_cpu_us_per_page": np.mean(found.broker_cpu) / 1e3,
+                }
         print("\n" + table(head, rows))
         for name, found in figures.items():
             if found.sync:
@@ -529,7 +551,9 @@ class Measurement:
                 )
         loads = sum(places.values())
         if phase.name.startswith("load"):
-            shares = ", ".join(f"{name.removeprefix('hits_')} {count / loads:.1%}" for name, count in places.items() if count)
+            shares = ", ".join(
+                f"{name.removeprefix('hits_')} {count / loads:.1%}" for name, count in places.items() if count
+            )
             print(f"loads by place: {shares} of {loads}")
         sys.stdout.flush()
         return {
@@ -545,7 +569,11 @@ class Measurement:
 
 def _open_lmdb(setup: Setup) -> lmdb.Environment:
     return lmdb.open(
-        str(setup.directory / "lmdb"), map_size=4 * setup.pages * setup.page_size + (64 << 20), sync=False, writemap=True, max_dbs=0
+        str(setup.directory / "lmdb"),
+        map_size=4 * setup.pages * setup.page_size + (64 << 20),
+        sync=False,
+        writemap=True,
+        max_dbs=0,
     )
 
 
@@ -576,7 +604,9 @@ def measure(options: argparse.Namespace, page_size: int, floor_directory: Path, 
         client = stack.enter_context(
             gcma_shm.embedded(options.arena, page_size=page_size, slots=8 * pages, spill_dir=directory, prefault=True)
         )
-        setup = Setup(page_size, pages, batch, client.endpoint, directory, library, f"/proc/{os.getpid()}/fd/{fd}", options.seed)
+        setup = Setup(
+            page_size, pages, batch, client.endpoint, directory, library, f"/proc/{os.getpid()}/fd/{fd}", options.seed
+        )
         _lay(setup)
         for processes in options.processes:
             with crew(processes, make_worker, setup) as team:
@@ -591,13 +621,23 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page-size", type=parse_size, nargs="+", default=[4 << 10, 64 << 10, 1 << 20], metavar="SIZE")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="how many at once (default: 1 2)")
-    parser.add_argument("--phase", nargs="+", metavar="WORD", help="only the comparisons whose name holds one of these words")
+    parser.add_argument(
+        "--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="how many at once (default: 1 2)"
+    )
+    parser.add_argument(
+        "--phase", nargs="+", metavar="WORD", help="only the comparisons whose name holds one of these words"
+    )
     parser.add_argument("--working-set", type=parse_size, default=80 << 20, metavar="SIZE")
-    parser.add_argument("--arena", type=parse_size, default=224 << 20, metavar="SIZE", help="must hold the working set well")
+    parser.add_argument(
+        "--arena", type=parse_size, default=224 << 20, metavar="SIZE", help="must hold the working set well"
+    )
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
-    parser.add_argument("--wraps", type=int, default=12, metavar="N", help="of the nursery, in a sustained block (default: 12)")
-    parser.add_argument("--block-bytes", type=parse_size, default=16 << 20, metavar="SIZE", help="that a contender moves in its turn")
+    parser.add_argument(
+        "--wraps", type=int, default=12, metavar="N", help="of the nursery, in a sustained block (default: 12)"
+    )
+    parser.add_argument(
+        "--block-bytes", type=parse_size, default=16 << 20, metavar="SIZE", help="that a contender moves in its turn"
+    )
     parser.add_argument("--singles", type=int, default=8192, metavar="N", help="calls timed one by one (default: 8192)")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--out", type=Path, default=OUT / "pages.json", metavar="FILE")
@@ -606,7 +646,9 @@ def main(argv: list[str] | None = None) -> int:
     print(describe_machine(found))
     with scratch() as directory:
         library = compile_floor(directory)
-        results = [result for page_size in options.page_size for result in measure(options, page_size, directory, library)]
+        results = [
+            result for page_size in options.page_size for result in measure(options, page_size, directory, library)
+        ]
     write_json(options.out, "What does one page cost?", found, vars(options), results)
     return 0
 

@@ -15,7 +15,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +255,9 @@ class Worker:
         if found != slot or writer >= self._load.workers:
             self._report.wrong(f"slot {slot} {where}: the page of slot {found}, writer {writer}, sequence {sequence}")
         elif sequence < self._seen[writer][slot]:
-            self._report.wrong(f"slot {slot} {where}: sequence {sequence} of writer {writer} after {self._seen[writer][slot]} was seen")
+            self._report.wrong(
+                f"slot {slot} {where}: sequence {sequence} of writer {writer} after {self._seen[writer][slot]} was seen"
+            )
         else:
             self._seen[writer][slot] = sequence
             self._held[slot] = 1
@@ -305,7 +307,9 @@ class Guests:
         time.sleep(0.002)
         changed = int(np.count_nonzero(at_pages != np.arange(at_pages.size) ^ mark))
         if changed:
-            self.report.wrong(f"a buffer of {format_size(nbytes)}: {changed} of its pages were changed by somebody else")
+            self.report.wrong(
+                f"a buffer of {format_size(nbytes)}: {changed} of its pages were changed by somebody else"
+            )
         del at_pages, words
         start = clock()
         buffer.free()
@@ -328,7 +332,15 @@ def stress(options: argparse.Namespace, endpoint: str) -> tuple[Report, Report, 
         watcher = stack.enter_context(gcma_shm.connect(endpoint))
         slots = options.slots or 2 * watcher.stats()["arena"]["size"] // watcher.page_size
         load = Load(
-            endpoint, options.workers, slots, options.write, options.mix, options.zipf, options.batch, options.seed, not options.messages
+            endpoint,
+            options.workers,
+            slots,
+            options.write,
+            options.mix,
+            options.zipf,
+            options.batch,
+            options.seed,
+            not options.messages,
         )
         guests = Guests(endpoint, options.seed, stack)
         team = stack.enter_context(crew(options.workers, make_worker, load))
@@ -367,13 +379,27 @@ def tell(report: Report, guests: Report, failures: int, counted: dict[str, Any])
             found = times.describe()
             pages = part.pages[name if name != "free" else "alloc"]
             rows.append(
-                [name, pages, pages / part.seconds, found["median_us"], found["p99_us"], found["p99.9_us"], found["worst_us"]]
+                [
+                    name,
+                    pages,
+                    pages / part.seconds,
+                    found["median_us"],
+                    found["p99_us"],
+                    found["p99.9_us"],
+                    found["worst_us"],
+                ]
             )
             results[name] = found | {"pages": pages, "per_second": pages / part.seconds}
     print("\n" + table(["operation", "count", "a second", "median us", "p99", "p99.9", "worst"], rows))
     counters = counted["counters"]
     loads = sum(counters[name] for name in PLACES) or 1
-    print("\n" + table(["loads by place", "count", "share"], [[name, counters[name], f"{counters[name] / loads:.1%}"] for name in PLACES]))
+    print(
+        "\n"
+        + table(
+            ["loads by place", "count", "share"],
+            [[name, counters[name], f"{counters[name] / loads:.1%}"] for name in PLACES],
+        )
+    )
     others = {name: value for name, value in counters.items() if value and name not in PLACES}
     print("\n" + ", ".join(f"{name} {value}" for name, value in others.items()))
     print(f"sync at the end {counted['sync_ms']:.1f} ms")
@@ -394,7 +420,9 @@ def tell(report: Report, guests: Report, failures: int, counted: dict[str, Any])
 def main(argv: list[str] | None = None) -> int:
     """Runs the stress; returns the exit status: 1 when anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--endpoint", help="of a broker that runs already (type 0 must be undeclared or alike); default: one of its own")
+    parser.add_argument(
+        "--endpoint", help="of a broker that runs already (type 0 must be undeclared or alike); default: one of its own"
+    )
     parser.add_argument("--workers", type=int, default=2, metavar="N")
     parser.add_argument("--mix", type=parse_mix, default=(50.0, 45.0, 5.0), metavar="STORE:LOAD:INVALIDATE")
     parser.add_argument("--zipf", type=float, default=0.0, metavar="S", help="skew; 0: uniform (default)")
@@ -402,10 +430,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arena", type=parse_size, default=64 << 20, metavar="SIZE")
     parser.add_argument("--slots", type=int, metavar="N", help="default: twice as many as the arena would hold")
     parser.add_argument("--write", choices=("through", "behind"), default="through")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pages per store_many and load_many (default: 1, page by page)")
-    parser.add_argument("--messages", action="store_true", help="workers do not map the arena; every page travels in a message")
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pages per store_many and load_many (default: 1, page by page)",
+    )
+    parser.add_argument(
+        "--messages", action="store_true", help="workers do not map the arena; every page travels in a message"
+    )
     parser.add_argument("--duration", type=float, default=5.0, metavar="SECONDS")
-    parser.add_argument("--guests", type=float, default=0.0, metavar="PER_SECOND", help="contiguous allocations by the parent")
+    parser.add_argument(
+        "--guests", type=float, default=0.0, metavar="PER_SECOND", help="contiguous allocations by the parent"
+    )
     parser.add_argument("--no-fill", action="store_true", help="do not store every slot once before")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--out", type=Path, default=OUT / "stress.json", metavar="FILE")

@@ -154,9 +154,6 @@ class Worker:
         values = [self._next() for _ in range(count)]
         slots = [slot + step * n for n in range(count)]
         pages = b"".join(make_page(s, v, self._plan.page_size) for s, v in zip(slots, values, strict=True))
-        if step == 0:
-            # Of equal offsets the last wins; in between each was there for a moment. Ended one after another, begun together.
-            pass
         begun = [self._log.begin(Kind.STORE, s, v) for s, v in zip(slots, values, strict=True)]
         try:
             swap.store_many([first + step * n for n in range(count)], pages)
