@@ -21,6 +21,9 @@ from gcma_shm.errors import ArenaError
 from gcma_shm.process import start_time
 from gcma_shm.records import Records, State
 
+SLOTS_MAX = 1 << 40  # of a type, in the protocol
+BYTES_MAX = 1 << 62  # of a buffer, in the protocol; whatever is larger is refused like this
+
 
 @dataclass(frozen=True)
 class AreaInfo:
@@ -116,8 +119,8 @@ class Client:
         type_, slots = operator.index(type), operator.index(slots)
         if not 0 <= type_ < layout.TYPES_MAX:
             raise ValueError(f"type {type_}: expected 0 to {layout.TYPES_MAX - 1}")
-        if slots < 1:
-            raise ValueError(f"{slots} slots: expected at least 1")
+        if not 1 <= slots <= SLOTS_MAX:
+            raise ValueError(f"{slots} slots: expected 1 to {SLOTS_MAX}")
         if write not in ("through", "behind"):
             raise ValueError(f"write={write!r}: expected 'through' or 'behind'")
         declared = self._channel.request("swap_init", {"type": type_, "slots": slots, "write": write}).results
@@ -147,7 +150,7 @@ class Client:
         Raises ArenaExhausted, NoSuchArea, ValueError; ArenaError for a client that does not map the arena;
         BrokerUnavailable, Closed.
         """
-        wanted: dict[str, Any] = {"nbytes": operator.index(nbytes)}
+        wanted: dict[str, Any] = {"nbytes": min(operator.index(nbytes), BYTES_MAX)}
         if wanted["nbytes"] < 1:
             raise ValueError(f"{nbytes} bytes: expected at least 1")
         if area is not None:
@@ -156,7 +159,7 @@ class Client:
             wanted["area"] = area
         for name, value, least in (("offset", offset, 0), ("align", align, 1)):
             if value is not None:
-                wanted[name] = operator.index(value)
+                wanted[name] = min(operator.index(value), BYTES_MAX)
                 if wanted[name] < least:
                     raise ValueError(f"{name} {value}: expected at least {least}")
         if self._plane is None:

@@ -58,9 +58,12 @@ cdef enum:
     LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
 
-# Counters of one client, in its record; `COUNTERS` names them in this order.
+# Counters of one client, in its record; `COUNTERS` names them in this order. The first HOT of them are counted up by
+# `Slots` alone, under the GIL, by plain stores: a locked instruction would wait until all of a page's copy has left the
+# store buffer. The others may be counted up by any thread.
 cdef enum:
-    C_STORES
+    HOT = 8
+    C_STORES = 0
     C_STORES_ZERO
     C_OVERWRITES_SAVED
     C_HITS_NURSERY
@@ -70,6 +73,7 @@ cdef enum:
     C_MISSES
     C_INVALIDATIONS
     C_CLEANED
+    C_SPILL_FAILURES
     C_REFAULTS
     C_PROMOTIONS
     C_EVICTIONS
@@ -88,7 +92,7 @@ cdef enum:
 
 COUNTERS = (
     "stores", "stores_zero", "overwrites_saved", "hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses",
-    "invalidations", "cleaned", "refaults", "promotions", "evictions", "discards", "orphans_freed", "heals", "retries",
+    "invalidations", "cleaned", "spill_failures", "refaults", "promotions", "evictions", "discards", "orphans_freed", "heals", "retries",
     "direct_reclaims", "refused_closed", "refused_nursery_full", "refused_slot_busy", "refused_spill_error",
     "refused_spill_corrupt", "refused_damaged",
 )  # fmt: skip
@@ -158,8 +162,6 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t slots_count
     uint64_t areas_count
     uint64_t next_area      # broker: whose turn it is to take a promoted page
-    int32_t grants_max
-    int32_t grants          # nursery pages that this process holds just now
     uint32_t spill_lock
     int spill_dir           # directory descriptor
     SpillFile spill[256]
@@ -170,10 +172,22 @@ cdef struct Handle:  # one life of one type
     uint64_t life
     uint64_t base
     uint64_t slots
+    int fd              # its spill file
+
+cdef struct Tally:      # what one call adds to the hot counters
+    uint64_t counts[HOT]
 
 
 cdef inline void count(Arena *a, int counter) noexcept nogil:
     fetch_add(&a.me.counters[counter], 1)
+
+
+cdef inline void add_tally(Arena *a, Tally *tally) noexcept:
+    """Under the GIL."""
+    cdef int i
+    for i in range(HOT):
+        if tally.counts[i]:
+            store_relaxed(&a.me.counters[i], load_relaxed(&a.me.counters[i]) + tally.counts[i])
 
 
 cdef inline uint64_t state_of(uint64_t word) noexcept nogil:

@@ -22,8 +22,9 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
     if not (load_acquire(&slot.word) & DIRTY):
         c.status = OK
         return
-    # The life before the claim and again after the word: word, file and claim belong to one life. Read after the claim, it
-    # could be that of a new life, whose beginning has taken this claim off: we would write its file holding nothing.
+    # The life before the claim and again after the word: word, file and claim belong to one life. Read after the
+    # claim, it could be that of a new life, whose beginning has taken this claim off: we would write its file holding
+    # nothing.
     c.life = load_acquire(&a.types[type_].life)                          # @clean.life
     side = load_acquire(&slot.side)
     if side >> 32:
@@ -53,6 +54,8 @@ cdef void clean_finish(Arena *a, Clean *c, uint32_t crc, int written) noexcept n
     cdef Slot *slot = &a.slots[c.key & SLOT]
     cdef uint64_t summed = (c.side & ~CRC) | crc
     c.status = written
+    if written < 0:
+        count(a, C_SPILL_FAILURES)
     if written == OK:
         # The checksum first: from the CAS below on the slot may be evicted and read from the file by anybody, also
         # when we die here.
@@ -68,12 +71,16 @@ cdef void clean_finish(Arena *a, Clean *c, uint32_t crc, int written) noexcept n
     cas(&slot.side, c.side, c.side & CRC)                                # @clean.release
 
 
-cdef void clean_batch(Arena *a, Clean *batch, int n) noexcept nogil:
-    """Cleans up to BATCH_MAX slots, in order of their keys; neighbours go in one write. Never waits for a claim."""
+cdef void clean_batch(Arena *a, Clean *batch, int n, const Handle *own) noexcept nogil:
+    """Cleans up to BATCH_MAX slots, in order of their keys; neighbours go in one write. Never waits for a claim.
+
+    `own`: a handle whose file is open already, or NULL.
+    """
     cdef iovec parts[RUN_MAX]
     cdef uint32_t crcs[RUN_MAX]
     cdef uint64_t type_, offset
     cdef int i, k, first, run, fd, written
+    cdef bint is_own
     for i in range(n):
         clean_claim(a, &batch[i])
     first = 0
@@ -92,7 +99,8 @@ cdef void clean_batch(Arena *a, Clean *batch, int n) noexcept nogil:
             run += 1
         type_ = batch[first].key >> KEY_SHIFT
         offset = (batch[first].key & SLOT) - load_acquire(&a.types[type_].base)
-        fd = spill_open(a, type_, batch[first].life)
+        is_own = own != NULL and own.type == type_ and own.life == batch[first].life
+        fd = own.fd if is_own else spill_open(a, type_, batch[first].life)
         # The base is this life's as long as the life is; when both have moved on, the file of the old life has gone
         # with them.
         if load_acquire(&a.types[type_].life) != batch[first].life:
@@ -105,14 +113,14 @@ cdef void clean_batch(Arena *a, Clean *batch, int n) noexcept nogil:
                 parts[k].iov_len = a.page_size
                 crcs[k] = crc32c_page(&a.crc, <uint8_t *>parts[k].iov_base)
             written = spill_write(fd, parts, run, offset * a.page_size)  # @clean.write
-        if fd >= 0:
+        if fd >= 0 and not is_own:
             spill_done(a, type_)
         for k in range(run):
             clean_finish(a, &batch[first + k], crcs[k], written)
         first += run
 
 
-cdef int clean_wait(Arena *a, uint64_t key, uint64_t word, uint64_t deadline) noexcept nogil:
+cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, uint64_t deadline) noexcept nogil:
     """Until `word` of that slot is clean or superseded: OK, BUSY at the deadline, ENDED, or -errno. Holds nothing
     while it waits.
     """
@@ -120,7 +128,7 @@ cdef int clean_wait(Arena *a, uint64_t key, uint64_t word, uint64_t deadline) no
     cdef unsigned step = 0
     one.key = key
     while load_acquire(&a.slots[key & SLOT].word) == word:
-        clean_batch(a, &one, 1)
+        clean_batch(a, &one, 1, t)
         if one.status != BUSY:
             return one.status
         if now_ns() >= deadline:

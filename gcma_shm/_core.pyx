@@ -13,7 +13,7 @@ from cpython.number cimport PyNumber_AsSsize_t
 from libc.errno cimport EINTR, ENOENT, ENOSPC, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset
 
 from gcma_shm._atomics cimport *
@@ -70,6 +70,8 @@ cdef class Plane:
     cdef readonly Py_ssize_t page_size
     cdef readonly bint closed
     cdef int users      # operations under way in threads of this process; changed under the GIL
+    cdef int permits    # of those, the ones that may hold a nursery page
+    cdef int grants_max
     cdef object __weakref__
 
     def __cinit__(self, memory, geometry, int number, spill_dir, *, bint crc_hardware=True):
@@ -108,7 +110,7 @@ cdef class Plane:
         a.nursery = geometry.nursery_pages
         a.slots_count = geometry.slots
         a.areas_count = geometry.areas_count
-        a.grants_max = geometry.grants_max
+        self.grants_max = geometry.grants_max
         for i in range(layout.TYPES_MAX):
             a.spill[i].fd = -1
         crc32c_init(&a.crc, a.page_size, crc_hardware)
@@ -135,8 +137,7 @@ cdef class Plane:
             raise ValueError(f"client number {number}: expected 1 to {self.geometry.clients_max}")
         self.a.number = number
         self.a.me = &self.a.clients[number]
-        self.users = 0
-        self.a.grants = 0
+        self.users = self.permits = 0
         self.a.spill_lock = 0
         for i in range(256):
             self.a.spill[i].users = 0
@@ -148,13 +149,41 @@ cdef class Plane:
         Only then may the client say goodbye: the broker takes back what a client was granted as soon as it has.
         """
         cdef uint64_t deadline = deadline_after(timeout)
-        cdef unsigned step = 0
+        cdef unsigned step = 64
         self.closed = True
         while self.users and now_ns() < deadline:
             with nogil:
-                back_off(64 + step)
+                back_off(step)
             step += 1
         return self.users == 0
+
+    cdef bint await_permit(self, uint64_t deadline) except -1:
+        """Waits until `enter` will give a permit: for other threads of this process, whose stores come to an end by
+        themselves. False at the deadline.
+        """
+        cdef unsigned step = 64
+        while self.permits >= self.grants_max:
+            if now_ns() >= deadline:
+                return False
+            with nogil:
+                back_off(step)
+            step += 1
+            if self.closed:
+                raise Closed("this client is closed")
+        return True
+
+    cdef bint enter(self, bint grants) noexcept:
+        """An operation begins; `grants`: it would hold a nursery page. Whether it may. To be ended with `leave`."""
+        cdef bint permit = grants and self.permits < self.grants_max
+        self.users += 1
+        self.permits += permit
+        return permit
+
+    cdef void leave(self, bint permit, Tally *tally) noexcept:
+        """Under the GIL, as `enter`."""
+        self.users -= 1
+        self.permits -= permit
+        add_tally(self.a, tally)
 
     @property
     def number(self):

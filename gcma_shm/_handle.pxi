@@ -4,6 +4,7 @@
 cdef int refuse(Plane plane, Handle *t, int status, offset, stored) except -1:
     """Raises what `status` means, and counts it."""
     if status < 0:
+        count(plane.a, C_REFUSED_SPILL_ERROR)
         raise SpillError(
             -status,
             f"{os.strerror(-status)}: the spill file of type {t.type} could not be {'written' if stored else 'read'} at slot {offset}; "
@@ -55,6 +56,16 @@ cdef class Slots:
         self.write_through = not plane.a.types[type_].flags & 1
         if not living(plane.a, &self.t) or self.t.base + self.t.slots > plane.a.slots_count:
             refuse(plane, &self.t, ENDED, None, False)
+        self.t.fd = open_life(plane.a, type_, life)
+        if self.t.fd < 0:
+            refuse(plane, &self.t, self.t.fd if living(plane.a, &self.t) else ENDED, "(any)", False)
+
+    def __cinit__(self):
+        self.t.fd = -1
+
+    def __dealloc__(self):
+        if self.t.fd >= 0:
+            close(self.t.fd)
 
     @property
     def type(self):
@@ -105,12 +116,7 @@ cdef class Slots:
         """
         cdef uint64_t n = self.offset_of(offset)
         cdef bytes out = PyBytes_FromStringAndSize(NULL, self.plane.page_size)
-        cdef uint8_t *to = <uint8_t *>PyBytes_AS_STRING(out)
-        cdef int status
-        self.plane.users += 1
-        with nogil:
-            status = load_page(self.plane.a, &self.t, n, to)
-        self.plane.users -= 1
+        cdef int status = self.load_to(n, <uint8_t *>PyBytes_AS_STRING(out))
         if status == OK:
             return out
         if status != MISS:
@@ -127,14 +133,21 @@ cdef class Slots:
         cdef Py_buffer out
         cdef int status
         self.open_buffer(buffer, &out, True, 1)
-        self.plane.users += 1
-        with nogil:
-            status = load_page(self.plane.a, &self.t, n, <uint8_t *>out.buf)
-        self.plane.users -= 1
+        status = self.load_to(n, <uint8_t *>out.buf)
         PyBuffer_Release(&out)
         if status > MISS or status < 0:
             refuse(self.plane, &self.t, status, offset, False)
         return status == OK
+
+    cdef int load_to(self, uint64_t n, uint8_t *out) noexcept:
+        cdef Tally tally
+        cdef int status
+        cdef bint permit = self.plane.enter(True)
+        memset(&tally, 0, sizeof(Tally))
+        with nogil:
+            status = load_page(self.plane.a, &self.t, n, out, permit, &tally)
+        self.plane.leave(permit, &tally)
+        return status
 
     def store(self, offset, page):
         """Stores `page`, bytes-like and exactly one page long, at `offset`, in place of what was there.
@@ -147,17 +160,22 @@ cdef class Slots:
         cdef uint64_t deadline = deadline_after(self.timeout)
         cdef uint64_t word = 0
         cdef Py_buffer source
-        cdef int status
-        cdef bint stored = False
+        cdef Tally tally
+        cdef int status = FULL
+        cdef bint permit, stored = False
+        memset(&tally, 0, sizeof(Tally))
         self.open_buffer(page, &source, False, 1)
-        self.plane.users += 1
-        with nogil:
-            status = store_page(self.plane.a, &self.t, n, <uint8_t *>source.buf, deadline, &word)
-            if status == OK and self.write_through and word & DIRTY:
-                stored = True
-                status = clean_wait(self.plane.a, key_of(&self.t, n), word, deadline)
-        self.plane.users -= 1
-        PyBuffer_Release(&source)
+        try:
+            if self.plane.await_permit(deadline):
+                permit = self.plane.enter(True)
+                with nogil:
+                    status = store_page(self.plane.a, &self.t, n, <uint8_t *>source.buf, deadline, &word, &tally)
+                    if status == OK and self.write_through and word & DIRTY:
+                        stored = True
+                        status = clean_wait(self.plane.a, &self.t, key_of(&self.t, n), word, deadline)
+                self.plane.leave(permit, &tally)
+        finally:
+            PyBuffer_Release(&source)
         if status != OK:
             refuse(self.plane, &self.t, status, offset, stored)
 
@@ -165,10 +183,8 @@ cdef class Slots:
         """Forgets what is stored at `offset`; loads miss until the next store. Nothing stored there: no error."""
         cdef uint64_t n = self.offset_of(offset)
         cdef int status
-        self.plane.users += 1
         with nogil:
             status = invalidate(self.plane.a, &self.t, n)
-        self.plane.users -= 1
         if status != OK:
             refuse(self.plane, &self.t, status, offset, False)
 
@@ -179,12 +195,14 @@ cdef class Slots:
         SpillError when the file took a page not, after all others were tried; Closed.
         """
         cdef uint64_t deadline = deadline_after(timeout)
+        cdef Tally tally
         cdef int status
         self.offset_of(0)
-        self.plane.users += 1
+        memset(&tally, 0, sizeof(Tally))
+        self.plane.enter(False)
         with nogil:
             status = sync_slots(self.plane.a, &self.t, deadline)
-        self.plane.users -= 1
+        self.plane.leave(False, &tally)
         if status != OK:
             refuse(self.plane, &self.t, status, "(any)", True)
 
@@ -192,12 +210,10 @@ cdef class Slots:
         """How many slots hold a page: counted exactly, in one pass."""
         cdef int64_t held
         self.offset_of(0)
-        self.plane.users += 1
         with nogil:
             held = count_pages(self.plane.a, &self.t)
             if not living(self.plane.a, &self.t):
                 held = -1
-        self.plane.users -= 1
         if held < 0:
             refuse(self.plane, &self.t, ENDED, None, False)
         return held
@@ -219,8 +235,19 @@ cdef class Slots:
         """A handle is true, also when nothing is stored; `len` counts."""
         return True
 
-    cdef list offsets_of(self, offsets):
-        return [self.offset_of(offset) for offset in offsets]
+    cdef uint64_t *offsets_of(self, list wanted) except NULL:
+        """The checked offsets, to be freed."""
+        cdef Py_ssize_t i
+        cdef uint64_t *offsets = <uint64_t *>malloc(max(len(wanted), 1) * sizeof(uint64_t))
+        if offsets == NULL:
+            raise MemoryError
+        try:
+            for i in range(len(wanted)):
+                offsets[i] = self.offset_of(wanted[i])
+        except BaseException:
+            free(offsets)
+            raise
+        return offsets
 
     def load_many(self, offsets, out):
         """Loads page after page into `out`, one contiguous writable buffer of `len(offsets)` pages.
@@ -228,26 +255,39 @@ cdef class Slots:
         Returns the mask of hits, a list of bool; the pages of misses are undefined. Each page is atomic by itself. An
         error tells in `.done` how many pages were loaded before it.
         """
-        cdef list wanted = self.offsets_of(offsets)
-        cdef Py_ssize_t i, n = len(wanted)
-        cdef uint64_t offset
+        cdef list wanted = list(offsets), hits = [False] * len(wanted)
+        cdef Py_ssize_t i, k, first, n = len(wanted)
         cdef Py_buffer target
-        cdef int status
-        cdef list hits = [False] * n
-        self.open_buffer(out, &target, True, n)
+        cdef Tally tally
+        cdef int status[BATCH_MAX]
+        cdef bint permit
+        cdef uint64_t *slots = self.offsets_of(wanted)
         try:
-            for i in range(n):
-                offset = wanted[i]
-                self.plane.users += 1
+            self.open_buffer(out, &target, True, n)
+        except BaseException:
+            free(slots)
+            raise
+        try:
+            for first in range(0, n, BATCH_MAX):
+                memset(&tally, 0, sizeof(Tally))
+                permit = self.plane.enter(True)
                 with nogil:
-                    status = load_page(self.plane.a, &self.t, offset, <uint8_t *>target.buf + i * self.plane.page_size)
-                self.plane.users -= 1
-                if status > MISS or status < 0:
-                    with done(i):
-                        refuse(self.plane, &self.t, status, wanted[i], False)
-                hits[i] = status == OK
+                    for k in range(min(BATCH_MAX, n - first)):
+                        status[k] = load_page(
+                            self.plane.a, &self.t, slots[first + k],
+                            <uint8_t *>target.buf + (first + k) * self.plane.page_size, permit, &tally,
+                        )  # fmt: skip
+                        if status[k] > MISS or status[k] < 0:
+                            break
+                self.plane.leave(permit, &tally)
+                for k in range(min(BATCH_MAX, n - first)):
+                    if status[k] > MISS or status[k] < 0:
+                        with done(first + k):
+                            refuse(self.plane, &self.t, status[k], wanted[first + k], False)
+                    hits[first + k] = status[k] == OK
         finally:
             PyBuffer_Release(&target)
+            free(slots)
         return hits
 
     def store_many(self, offsets, pages):
@@ -257,35 +297,41 @@ cdef class Slots:
         Each page is atomic by itself. Neighbours go to the spill file in one write. An error tells in `.done` how many
         pages, from the first on, were stored as the type's way of writing demands.
         """
-        cdef list wanted = self.offsets_of(offsets)
-        cdef Py_ssize_t i, first, n = len(wanted)
+        cdef list wanted = list(offsets)
+        cdef Py_ssize_t first, n = len(wanted)
+        # A batch must not fill the nursery with pages that only its own end would clean.
+        cdef Py_ssize_t batch_max = max(1, min(BATCH_MAX, <Py_ssize_t>self.plane.a.nursery // 4))
         cdef uint64_t deadline = deadline_after(self.timeout)
-        cdef uint64_t targets[BATCH_MAX]
         cdef Py_buffer source
-        cdef int status, k, size, failed
-        cdef bint stored = False
-        self.open_buffer(pages, &source, False, n)
+        cdef Tally tally
+        cdef int status, failed, size
+        cdef bint permit, stored
+        cdef uint64_t *slots = self.offsets_of(wanted)
         try:
-            for first in range(0, n, self.batch_max()):
-                size = <int>min(self.batch_max(), n - first)
-                for k in range(size):
-                    targets[k] = wanted[first + k]
-                self.plane.users += 1
-                with nogil:
-                    status = store_batch(
-                        self.plane.a, &self.t, targets, size, <uint8_t *>source.buf + first * self.plane.page_size,
-                        self.write_through, deadline, &failed, &stored,
-                    )  # fmt: skip
-                self.plane.users -= 1
+            self.open_buffer(pages, &source, False, n)
+        except BaseException:
+            free(slots)
+            raise
+        try:
+            for first in range(0, n, batch_max):
+                size = <int>min(batch_max, n - first)
+                memset(&tally, 0, sizeof(Tally))
+                status, failed, stored = FULL, 0, False
+                if self.plane.await_permit(deadline):
+                    permit = self.plane.enter(True)
+                    with nogil:
+                        status = store_batch(
+                            self.plane.a, &self.t, slots + first, size,
+                            <uint8_t *>source.buf + first * self.plane.page_size,
+                            self.write_through, deadline, &tally, &failed, &stored,
+                        )  # fmt: skip
+                    self.plane.leave(permit, &tally)
                 if status != OK:
                     with done(first + failed):
                         refuse(self.plane, &self.t, status, wanted[first + failed], stored)
         finally:
             PyBuffer_Release(&source)
-
-    cdef Py_ssize_t batch_max(self):
-        # A batch must not fill the nursery with pages that only its own end would clean.
-        return max(1, min(<uint64_t>BATCH_MAX, self.plane.a.nursery // 4))
+            free(slots)
 
 
 class done:

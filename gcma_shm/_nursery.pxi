@@ -5,22 +5,16 @@
 # - head` is how much is left.
 
 
-cdef inline void release_grant(Arena *a) noexcept nogil:
-    add32(&a.grants, -1)
-
-
 cdef void abandon(Arena *a, uint64_t page) noexcept nogil:
     """Gives a granted page back unpublished. Only we change its life while it is granted to us, so a plain store
     does.
     """
     store_release(&a.life[page], next_life(load_relaxed(&a.life[page]), FREE, 0))  # @store.abandon
-    release_grant(a)
 
 
 cdef void publish(Arena *a, uint64_t page) noexcept nogil:
     """After the swing, never before: a sweep frees a PUBLISHED page whose slot word points elsewhere."""
     store_release(&a.life[page], published(load_relaxed(&a.life[page])))  # @store.publish
-    release_grant(a)
 
 
 cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
@@ -66,7 +60,7 @@ cdef bint reclaim(Arena *a, uint64_t page) noexcept nogil:
         return False
     if names(word, page) and word & DIRTY:
         one.key = key
-        clean_batch(a, &one, 1)
+        clean_batch(a, &one, 1, NULL)
         if one.status != OK or not look_up(a, page, &life, &key, &word):
             return False
     if not names(word, page):
@@ -87,21 +81,13 @@ cdef inline void wake_sweeper(Arena *a) noexcept nogil:
 cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
     """A nursery page of ours, or -1: none within the bound (`insist`), or none at hand.
 
-    This process holds no more than `grants_max` at once, and all clients together no more than half of the nursery, so
-    none starves the others by stopping. Who waits here for its own threads waits for stores to end, which takes no one
-    else.
+    The caller has a permit (`Slots`): this process holds no more pages than `grants_max` at once, and all clients
+    together no more than half of the nursery, so no one starves the others by stopping.
     """
     cdef uint64_t ticket, page, life
     cdef int64_t room
     cdef uint64_t tries = 0
     cdef unsigned step = 0
-    while add32(&a.grants, 1) > a.grants_max:
-        release_grant(a)
-        if not insist or now_ns() >= deadline:
-            return -1
-        back_off(step)
-        step += 1
-    step = 0
     while True:
         ticket = fetch_add(a.head, 1)
         page = ticket % a.nursery
@@ -119,11 +105,9 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
         tries += 1
         if not insist:
             if tries >= GRANT_TRIES:
-                break
+                return -1
         elif tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, or being cleaned by somebody
             if now_ns() >= deadline:
-                break
+                return -1
             back_off(64 + step)
             step += 1
-    release_grant(a)
-    return -1

@@ -33,7 +33,9 @@ cdef bint all_zero(const uint8_t *page, size_t size) noexcept nogil:
     return page[0] == 0 and memcmp(page, page + 1, size - 1) == 0
 
 
-cdef int store_page(Arena *a, Handle *t, uint64_t offset, const uint8_t *data, uint64_t deadline, uint64_t *stored) noexcept nogil:
+cdef int store_page(
+    Arena *a, Handle *t, uint64_t offset, const uint8_t *data, uint64_t deadline, uint64_t *stored, Tally *tally
+) noexcept nogil:
     """Makes `data` the slot's value, visible to all: OK, and in `stored` the word that names it; FULL or ENDED:
     nothing changed.
     """
@@ -43,7 +45,7 @@ cdef int store_page(Arena *a, Handle *t, uint64_t offset, const uint8_t *data, u
     if all_zero(data, a.page_size):
         if swing(a, t, slot, ZERO, 0, &before, stored) != OK:             # @store.zero
             return ENDED
-        count(a, C_STORES_ZERO)
+        tally.counts[C_STORES_ZERO] += 1
     else:
         page = grant(a, True, deadline)
         if page < 0:
@@ -56,13 +58,12 @@ cdef int store_page(Arena *a, Handle *t, uint64_t offset, const uint8_t *data, u
             abandon(a, page)
             return ENDED
         publish(a, page)
-    count(a, C_STORES)
-    if before & DIRTY:
-        count(a, C_OVERWRITES_SAVED)
+    tally.counts[C_STORES] += 1
+    tally.counts[C_OVERWRITES_SAVED] += before & DIRTY != 0
     return OK
 
 
-cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t *out) noexcept nogil:
+cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t *out, Tally *tally) noexcept nogil:
     """OK; or BUSY: start over."""
     cdef uint64_t page = word & PAYLOAD
     cdef uint64_t life, state
@@ -92,7 +93,7 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
         return BUSY
     if not load_byte(&a.visited[page]):  # most hits write nothing, so the line stays shared between the caches
         store_byte(&a.visited[page], 1)
-    count(a, C_HITS_NURSERY if page < a.nursery else C_HITS_AREA)
+    tally.counts[C_HITS_NURSERY if page < a.nursery else C_HITS_AREA] += 1
     return OK
 
 
@@ -111,15 +112,12 @@ cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, const uint8
         abandon(a, page)
 
 
-cdef int load_spilled(Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out) noexcept nogil:
+cdef int load_spilled(
+    Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out, bint may_grant, Tally *tally
+) noexcept nogil:
     """OK; BUSY: start over; CORRUPT; or -errno."""
     cdef uint64_t side = load_acquire(&slot.side)                         # @load.file
-    cdef int64_t got
-    cdef int fd = spill_open(a, t.type, t.life)
-    got = fd
-    if fd >= 0:
-        got = spill_read(fd, out, a.page_size, offset * a.page_size)
-        spill_done(a, t.type)
+    cdef int64_t got = spill_read(t.fd, out, a.page_size, offset * a.page_size)
     fence_acquire()
     # While the word says SPILLED nobody writes this place: a write under way holds the writer since before the word
     # became clean. So with the word unchanged, file and checksum belong together.
@@ -129,13 +127,13 @@ cdef int load_spilled(Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t
         return <int>got
     if got < <int64_t>a.page_size or crc32c_page(&a.crc, out) != <uint32_t>(side & CRC):
         return CORRUPT
-    count(a, C_HITS_SPILL)
-    if recently_evicted(a, word):
+    tally.counts[C_HITS_SPILL] += 1
+    if may_grant and recently_evicted(a, word):
         refault(a, key_of(t, offset), slot, word, out)
     return OK
 
 
-cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out) noexcept nogil:
+cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, bint may_grant, Tally *tally) noexcept nogil:
     """Copies the slot's value to `out`: OK, MISS, ENDED, CORRUPT, DAMAGED or -errno. After anything but OK, `out` is
     undefined.
     """
@@ -148,16 +146,16 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out) noexcept 
         if state == CLOSED or not living(a, t):
             return ENDED
         if state == EMPTY:
-            count(a, C_MISSES)
+            tally.counts[C_MISSES] += 1
             return MISS
         if state == ZERO:
             memset(out, 0, a.page_size)
-            count(a, C_HITS_ZERO)
+            tally.counts[C_HITS_ZERO] += 1
             return OK
         if state == CACHED:
-            status = load_cached(a, key_of(t, offset), slot, word, out)
+            status = load_cached(a, key_of(t, offset), slot, word, out, tally)
         elif state == SPILLED:
-            status = load_spilled(a, t, offset, slot, word, out)
+            status = load_spilled(a, t, offset, slot, word, out, may_grant, tally)
             if status < 0 and not living(a, t):
                 return ENDED
         else:
@@ -213,11 +211,11 @@ cdef int sync_slots(Arena *a, Handle *t, uint64_t deadline) noexcept nogil:
             offset += 1
         if not living(a, t):
             return ENDED
-        clean_batch(a, batch, n)
+        clean_batch(a, batch, n, t)
         for i in range(n):
             status = batch[i].status
             if status == BUSY:  # we hold no claim here, so waiting for this one slot keeps nobody from anything
-                status = clean_wait(a, batch[i].key, words[i], deadline)
+                status = clean_wait(a, t, batch[i].key, words[i], deadline)
             if status == ENDED:
                 return ENDED
             if status != OK and result >= OK:
@@ -226,7 +224,8 @@ cdef int sync_slots(Arena *a, Handle *t, uint64_t deadline) noexcept nogil:
 
 
 cdef int store_batch(
-    Arena *a, Handle *t, const uint64_t *offsets, int n, const uint8_t *data, bint through, uint64_t deadline, int *failed, bint *stored
+    Arena *a, Handle *t, const uint64_t *offsets, int n, const uint8_t *data, bint through, uint64_t deadline,
+    Tally *tally, int *failed, bint *stored,
 ) noexcept nogil:
     """Stores n pages (at most BATCH_MAX) in order, then cleans them together: OK, or the first failure and the page
     that it hit.
@@ -237,7 +236,7 @@ cdef int store_batch(
     cdef int i, k, status = OK, done = 0, dirty = 0
     stored[0] = False
     while done < n:
-        status = store_page(a, t, offsets[done], data + done * a.page_size, deadline, &words[done])
+        status = store_page(a, t, offsets[done], data + done * a.page_size, deadline, &words[done], tally)
         if status != OK:
             break
         done += 1
@@ -255,11 +254,11 @@ cdef int store_batch(
         batch[k].key = key_of(t, offsets[i])
         order[k] = i
         dirty += 1
-    clean_batch(a, batch, dirty)
+    clean_batch(a, batch, dirty, t)
     for k in range(dirty):
         i = order[k]
         if batch[k].status == BUSY:
-            batch[k].status = clean_wait(a, batch[k].key, words[i], deadline)
+            batch[k].status = clean_wait(a, t, batch[k].key, words[i], deadline)
         if batch[k].status != OK and i < failed[0]:
             failed[0] = i
             status = batch[k].status

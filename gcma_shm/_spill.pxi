@@ -1,15 +1,24 @@
 # Spill files: one per life of a type, slot n at byte n × page size.
 #
-# Each process opens the file of a type when it first needs it, also of types that it never declared: direct reclaim
-# cleans whatever it finds. Files are opened by (type, life), so that a client that slept through the end of a life
-# writes into a file that nobody reads. A descriptor is replaced only while no thread of this process uses it.
+# A handle has its life's file open for as long as it exists. Direct reclaim and the broker's sweep clean whatever they
+# find, also of types that this process never declared; for them there is a table of files, one per type, where a
+# descriptor is replaced only while no thread uses it. Files are opened by (type, life), so that a client that slept
+# through the end of a life writes into a file that nobody reads.
+
+
+cdef int open_life(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
+    """A new descriptor for that life's file; negative: errno."""
+    cdef char name[32]
+    cdef int fd
+    snprintf(name, sizeof(name), b"%03llu.%llu", <unsigned long long>type_, <unsigned long long>life)
+    fd = openat(a.spill_dir, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW)
+    return fd if fd >= 0 else -errno
 
 
 cdef int spill_open(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
     """A descriptor for that life's file, to be given back with spill_done; negative: errno."""
     cdef SpillFile *f = &a.spill[type_]
-    cdef char name[32]
-    cdef int fd = -1
+    cdef int fd
     cdef unsigned step = 0
     while True:
         while exchange32(&a.spill_lock, 1):  # held for one open() at the most, by threads of this process only
@@ -20,11 +29,8 @@ cdef int spill_open(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
         elif f.users == 0:
             if f.fd >= 0:
                 close(f.fd)
-            snprintf(name, sizeof(name), b"%03llu.%llu", <unsigned long long>type_, <unsigned long long>life)
-            fd = f.fd = openat(a.spill_dir, name, O_RDWR | O_CLOEXEC | O_NOFOLLOW)
+            fd = f.fd = open_life(a, type_, life)
             f.life = life
-            if fd < 0:
-                fd = -errno
         else:  # another thread is inside a write to an older life's file
             store32(&a.spill_lock, 0)
             back_off(step)

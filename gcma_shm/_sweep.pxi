@@ -124,7 +124,7 @@ cdef int clean_tickets(Arena *a, uint64_t ticket, int n) noexcept nogil:
                 k -= 1
             batch[k].key = key
             dirty += 1
-    clean_batch(a, batch, dirty)
+    clean_batch(a, batch, dirty, NULL)
     return dirty
 
 

@@ -11,11 +11,15 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import gcma_shm
+from gcma_shm import arena as arenas
+from gcma_shm import layout
+from gcma_shm._core import Plane
 from gcma_shm.clients.embedded import EmbeddedClient
 
 SHM = Path("/dev/shm")
@@ -107,3 +111,24 @@ def client() -> Iterator[EmbeddedClient]:
     """The owner of a broker with a 16 MiB arena: 4 KiB pages, about 400 in the nursery, one area."""
     with gcma_shm.embedded("16M") as owner:
         yield owner
+
+
+@dataclass
+class Bare:
+    """An arena of this process without a broker around it."""
+
+    arena: arenas.Arena
+    plane: Plane
+    spill_dir: Path
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Iterator[Bare]:
+    """The broker's view of an arena of 2 MiB: 600 slots, 8 clients, areas `a` (100 pages) and `b` (200 pages)."""
+    geometry, areas = layout.plan(2 << 20, areas={"a": 100 * 4096, "b": 200 * 4096}, slots=600, clients_max=8)
+    arena = arenas.create(f"/gcma-test-{os.getpid()}", geometry, areas)
+    (tmp_path / "spill").mkdir()
+    try:
+        yield Bare(arena, Plane(arena.memory, geometry, layout.BROKER, os.fsencode(tmp_path / "spill")), tmp_path / "spill")
+    finally:
+        arena.destroy()

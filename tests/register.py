@@ -21,7 +21,9 @@ from pathlib import Path
 MISS = 0  # the value of a slot that holds nothing
 ZEROS = 1  # a page of zeros: the one page that several stores share
 UNIQUE = 1 << 32  # from here on: writer << 32 | sequence, stored once
-NEVER = (1 << 64) - 1  # the end of an operation that failed or whose process was killed: it may have happened, also later
+NEVER = (
+    1 << 64
+) - 1  # the end of an operation that failed or whose process was killed: it may have happened, also later
 
 LINE_BYTES = 64
 _HEAD = struct.Struct("<8sQQ")
@@ -58,7 +60,12 @@ def read_page(slot: int, page: bytes) -> int:
     else:
         magic, found, value = _HEAD.unpack_from(first)
         assert isinstance(value, int)
-        if magic == _MAGIC and found == slot and first == _line(slot, value) and page == first * (len(page) // LINE_BYTES):
+        if (
+            magic == _MAGIC
+            and found == slot
+            and first == _line(slot, value)
+            and page == first * (len(page) // LINE_BYTES)
+        ):
             return value
     raise TornPage(f"slot {slot}: {describe(page)}")
 
@@ -72,7 +79,13 @@ def describe(page: bytes) -> str:
         count = len(list(equal))
         magic, slot, value = _HEAD.unpack_from(line)
         whole = magic == _MAGIC and line == _line(slot, value)
-        what = f"slot {slot} value {value >> 32}.{value & 0xFFFFFFFF}" if whole else "zeros" if not any(line) else f"{line[:24]!r}"
+        what = (
+            f"slot {slot} value {value >> 32}.{value & 0xFFFFFFFF}"
+            if whole
+            else "zeros"
+            if not any(line)
+            else f"{line[:24]!r}"
+        )
         runs.append(f"lines {at}-{at + count - 1}: {what}")
         at += count
     return "; ".join(runs[:8]) + (f"; and {len(runs) - 8} more" if len(runs) > 8 else "")
@@ -106,7 +119,9 @@ class Operation:
 class Log:
     """The operations of one process, in a mapped file: what it has begun and ended is there also when SIGKILL ends it."""
 
-    _RECORD = struct.Struct("<QQQQQ")  # kind, slot, value, start, end: kind is written last, end (0 till then) when it has ended
+    _RECORD = struct.Struct(
+        "<QQQQQ"
+    )  # kind, slot, value, start, end: kind is written last, end (0 till then) when it has ended
 
     def __init__(self, path: Path, writer: int, operations_max: int = 0) -> None:
         """Makes a log for `operations_max` operations; 0: opens the one that is there."""
@@ -155,8 +170,9 @@ class Log:
         found = []
         for place in range(5, 5 * (1 + self.operations_max), 5):
             kind, slot, value, start, end = self._words[place : place + 5]
-            if kind:
-                found.append(Operation(Kind(kind), slot, value, start, end or NEVER, self.writer))
+            if not kind:
+                break
+            found.append(Operation(Kind(kind), slot, value, start, end or NEVER, self.writer))
         return found
 
     def close(self) -> None:
@@ -190,7 +206,9 @@ def _check_slot(history: list[Operation]) -> list[str]:
     ended = sorted((o for same in stores.values() for o in same if o.end_ns != NEVER), key=lambda o: o.end_ns)
     ends = [o.end_ns for o in ended]
     latest = list(itertools.accumulate((o.start_ns for o in ended), max))
-    starts: dict[int, tuple[list[int], list[int]]] = {}  # value -> starts in order, and the latest end of those up to there
+    starts: dict[
+        int, tuple[list[int], list[int]]
+    ] = {}  # value -> starts in order, and the latest end of those up to there
     for value, same in stores.items():
         same.sort(key=lambda o: o.start_ns)
         starts[value] = [o.start_ns for o in same], list(itertools.accumulate((o.end_ns for o in same), max))

@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -29,12 +29,18 @@ from gcma_shm.clients.swap import Swap
 from tests.processes import WAIT_S, Child, Said, eventually, forked
 from tests.register import ZEROS, Kind, Log, TornPage, check, make_page, read_page, value_id
 
-How = Literal["inherited", "mapped", "messages"]  # the forked owner's client; a client of its own; one that sends its pages
+How = Literal[
+    "inherited", "mapped", "messages"
+]  # the forked owner's client; a client of its own; one that sends its pages
 HOWS: tuple[How, ...] = ("inherited", "mapped", "messages")
 TYPES: tuple[Literal["through", "behind"], ...] = ("through", "behind")
 TYPE_STEP = 1 << 32  # a register's number is type * TYPE_STEP + offset
 BATCH_MAX = 6
-EXPECTED = (gcma_shm.NurseryFull, gcma_shm.SlotBusy, gcma_shm.BrokerUnavailable)  # bounds that a stopped process may use up
+EXPECTED = (
+    gcma_shm.NurseryFull,
+    gcma_shm.SlotBusy,
+    gcma_shm.BrokerUnavailable,
+)  # bounds that a stopped process may use up
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Plan:
     area_pages: tuple[int, ...] = (48, 24)
     hot: int = 4  # slots of each type that all fight for
     wide: int = 200  # slots of each type, hot ones included
-    clients: int = 8
+    clients: int = 14
     timeout_s: float = 20.0
     store_share: float = 0.35
     types: int = 2
@@ -104,7 +110,9 @@ class Worker:
             (self._sync, 0.005),
         ]
         done, weights = zip(*steps, strict=True)
-        while self.report.operations < operations and self._log.room > BATCH_MAX and not self.report.torn and not stop():
+        while (
+            self.report.operations < operations and self._log.room > BATCH_MAX and not self.report.torn and not stop()
+        ):
             (step,) = self._rng.choices(done, weights)
             try:
                 step()
@@ -280,7 +288,9 @@ class Storm:
         self.swaps: list[Swap] = [self.owner.swap(type_, plan.wide, TYPES[type_]) for type_ in range(plan.types)]
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.__exit__(kind, error, trace)
         for log in (*self._logs, self._over):
             log.close()
@@ -306,7 +316,8 @@ class Storm:
         """A process that allocates buffers; its last word is how many it had."""
 
         def work(said: Said) -> int:
-            with _client(self.owner, "mapped", self.plan) as client:
+            # Guests are refused nothing and wait for nobody but a stopped broker.
+            with _client(self.owner, "mapped", replace(self.plan, timeout_s=WAIT_S)) as client:
                 return Guest(client, self.plan, self.seed).run(rounds, self.over)
 
         with _forked(work) as child:
@@ -386,10 +397,14 @@ def _forked(work: Callable[[Said], Any]) -> Iterator[Child]:
             yield child
 
 
-def progress(log: Log, more: int) -> None:
+def progress(worker: tuple[Child, Log], more: int) -> None:
     """Waits until a worker has done so many more operations."""
+    child, log = worker
     goal = log.progress + more
-    assert eventually(lambda: log.progress >= goal), f"worker {log.writer} has done {log.progress} operations, and no more"
+    came = eventually(lambda: log.progress >= goal or child.talk.poll())
+    if log.progress < goal:
+        assert came, f"worker {log.writer} has done {log.progress} operations, and stands still"
+        raise AssertionError(f"worker {log.writer} ended with {child.receive()}")
 
 
 def rage(storm: Storm, hows: tuple[How, ...], operations: int, guests: int = 1, seconds: float | None = None) -> None:
@@ -414,6 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Rages in rounds of fresh arenas until the time is over; 1 when something was wrong, and says what."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--rounds", type=int, default=1 << 30)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
     parser.add_argument("--page-size", type=int, default=4096)
     parser.add_argument("--operations", type=int, default=4000, help="of each worker, in each round")
@@ -438,7 +454,10 @@ def main(arguments: list[str] | None = None) -> int:
     deadline = time.monotonic() + parsed.seconds
     operations = rounds = 0
     while time.monotonic() < deadline:
-        with tempfile.TemporaryDirectory(dir="/var/tmp") as directory, Storm(plan, Path(directory), parsed.seed + rounds) as storm:
+        with (
+            tempfile.TemporaryDirectory(prefix="gs-") as directory,
+            Storm(plan, Path(directory), parsed.seed + rounds) as storm,
+        ):
             hows = [HOWS[n % 3] if parsed.how == "mixed" else parsed.how for n in range(parsed.workers)]
             try:
                 rage(storm, tuple(hows), parsed.operations, parsed.guests)
@@ -455,7 +474,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-assert WAIT_S >= 2 * Plan.timeout_s, "a wait for a process outlasts each of its own waits"
+assert 2 * Plan.timeout_s <= WAIT_S, "a wait for a process outlasts each of its own waits"
 
 if __name__ == "__main__":
     sys.exit(main())

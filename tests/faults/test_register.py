@@ -10,7 +10,20 @@ from pathlib import Path
 import pytest
 
 from tests.processes import Said, forked
-from tests.register import MISS, NEVER, UNIQUE, ZEROS, Kind, Log, Operation, TornPage, check, make_page, read_page, value_id
+from tests.register import (
+    MISS,
+    NEVER,
+    UNIQUE,
+    ZEROS,
+    Kind,
+    Log,
+    Operation,
+    TornPage,
+    check,
+    make_page,
+    read_page,
+    value_id,
+)
 
 A, B, C = (value_id(1, n) for n in range(3))
 SIZE = 4096
@@ -99,7 +112,12 @@ def test_pages_prove_what_they_are() -> None:
     assert read_page(3, page) == A
     assert read_page(3, bytes(SIZE)) == ZEROS
     for at in (64, SIZE // 2, SIZE - 64):
-        for mixed in (page[:at] + other[at:], page[:at] + bytes(SIZE - at), bytes(at) + page[at:], page[:at] + b"G" * (SIZE - at)):
+        for mixed in (
+            page[:at] + other[at:],
+            page[:at] + bytes(SIZE - at),
+            bytes(at) + page[at:],
+            page[:at] + b"G" * (SIZE - at),
+        ):
             with pytest.raises(TornPage, match="lines 0-"):
                 read_page(3, mixed)
     with pytest.raises(TornPage):

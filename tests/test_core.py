@@ -1,0 +1,470 @@
+"""The extension module: checksums, single words, argument errors, counters, and the memory of a buffer."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gcma_shm import arena as arenas
+from gcma_shm import layout
+from gcma_shm._core import COUNTERS, Plane, Slots
+from gcma_shm.errors import ArenaError, Closed, NurseryFull, SpillCorrupt, SpillError
+from gcma_shm.layout import Geometry
+from gcma_shm.records import Records
+from tests.conftest import Bare
+from tests.invariants import check_at_rest
+
+PAGE_SIZES = {"4K": 4 << 10, "64K": 64 << 10, "2M": 2 << 20}
+
+
+# --- CRC32C
+
+
+def table() -> list[int]:
+    entries = []
+    for n in range(256):
+        for _ in range(8):
+            n = n >> 1 ^ (0x82F63B78 if n & 1 else 0)  # noqa: PLW2901 - the definition's own loop
+        entries.append(n)
+    return entries
+
+
+TABLE = table()
+
+
+def crc32c(data: bytes) -> int:
+    """By the definition, a byte at a time."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = TABLE[(crc ^ byte) & 0xFF] ^ crc >> 8
+    return crc ^ 0xFFFFFFFF
+
+
+def test_the_naive_one_knows_the_vectors_of_rfc_3720() -> None:
+    """Appendix B.4, which lists the bytes in the order of the wire; and the check value of the Rocksoft catalogue."""
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    assert crc32c(b"\xff" * 32) == 0x62A8AB43
+    assert crc32c(bytes(range(32))) == 0x46DD794E
+    assert crc32c(bytes(range(31, -1, -1))) == 0x113FDB5C
+    assert crc32c(b"123456789") == 0xE3069283
+
+
+def checksums(page_size: int, tmp_path: Path) -> tuple[Plane, Plane]:
+    """The CPU's way (where it has one) and the table's."""
+    geometry, areas = layout.plan(24 * page_size + (1 << 20), page_size, slots=100, clients_max=2)
+    memory = bytearray(geometry.size)
+    layout.write_header(memoryview(memory), geometry, areas, bytes(16))
+    return tuple(Plane(memory, geometry, 1, os.fsencode(tmp_path), crc_hardware=hardware) for hardware in (True, False))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES.values(), ids=PAGE_SIZES)
+def test_known_patterns_as_pages(page_size: int, tmp_path: Path) -> None:
+    hard, soft = checksums(page_size, tmp_path)
+    ramp = bytes(range(256)) * (page_size // 256)
+    pages = [bytes(page_size), b"\xff" * page_size, ramp, ramp[::-1], b"\1" + bytes(page_size - 1), bytes(page_size - 1) + b"\1"]
+    pages += [bytes(page_size // 4 - 1) + b"\2" + bytes(page_size - page_size // 4)]  # at the seam of two quarters
+    pages += [np.random.default_rng(seed).bytes(page_size) for seed in range(3)]
+    for page in pages:
+        assert soft.checksum(page) == hard.checksum(page)
+    for page in pages if page_size < 1 << 20 else pages[-2:]:
+        assert soft.checksum(page) == crc32c(page)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_hardware_and_software_agree(data: st.DataObject) -> None:
+    page_size = data.draw(st.sampled_from([4 << 10, 8 << 10, 64 << 10]))
+    hard, soft = checksums(page_size, Path("/"))
+    piece = data.draw(st.binary(min_size=1, max_size=200))
+    page = (piece * (page_size // len(piece) + 1))[:page_size]
+    assert hard.checksum(page) == soft.checksum(page) == crc32c(page)
+
+
+def test_checksum_of_what_is_no_page(bare: Bare) -> None:
+    for wrong in (b"", bytes(4095), bytes(4097)):
+        with pytest.raises(ValueError, match="4096"):
+            bare.plane.checksum(wrong)
+    with pytest.raises(TypeError):
+        bare.plane.checksum("x" * 4096)  # type: ignore[arg-type] # on purpose
+
+
+# --- Plane
+
+
+def test_what_a_plane_refuses_to_be(bare: Bare, tmp_path: Path) -> None:
+    geometry, memory, directory = bare.arena.geometry, bare.arena.memory, os.fsencode(bare.spill_dir)
+    for number in (-1, 0, geometry.clients_max + 1):
+        with pytest.raises(ValueError, match="client number"):
+            Plane(memory, geometry, number, directory)
+    with pytest.raises(ArenaError):
+        Plane(bytearray(4096), geometry, 1, directory)
+    with pytest.raises(BufferError):
+        Plane(bytes(geometry.size), geometry, 1, directory)
+    with pytest.raises(FileNotFoundError):
+        Plane(memory, geometry, 1, os.fsencode(tmp_path / "missing"))
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        Plane(memory, geometry, 1, os.fsencode(tmp_path / "file"))
+
+
+def test_a_plane_that_was_never_begun_leaves_no_descriptor(bare: Bare) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        plane = Plane(bare.arena.memory, bare.arena.geometry, 2, os.fsencode(bare.spill_dir))
+        plane.become(3)
+        assert plane.number == 3
+        del plane
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_words(bare: Bare) -> None:
+    plane, at = bare.plane, layout.EPOCH_AT
+    plane.write(at, 41)
+    assert plane.add(at, 1) == 41
+    assert plane.read(at) == 42
+    assert not plane.swap_word(at, 41, 7)
+    assert plane.swap_word(at, 42, 2**64 - 1)
+    assert plane.add(at, 2) == 2**64 - 1
+    assert plane.read(at) == 1
+    assert struct.unpack_from("<Q", bare.arena.memory, at) == (1,)
+    for wrong in (-8, 1, 4, bare.arena.geometry.size, bare.arena.geometry.size - 4, 2**62):
+        for call in (
+            lambda w=wrong: plane.read(w),
+            lambda w=wrong: plane.write(w, 1),
+            lambda w=wrong: plane.swap_word(w, 0, 1),
+            lambda w=wrong: plane.add(w, 1),
+        ):
+            with pytest.raises(IndexError):
+                call()
+    plane.write(bare.arena.geometry.size - 8, 5)
+
+
+def test_ranges(bare: Bare) -> None:
+    first, pages = bare.arena.areas[0].first, bare.arena.areas[0].pages
+    for call in (bare.plane.take, bare.plane.give):
+        for area, start, count in ((2, first, 1), (-1, first, 1), (0, first - 1, 1), (0, first, 0), (0, first, pages + 1), (0, first + pages, 1)):
+            with pytest.raises(IndexError):
+                call(area, start, count)
+    assert bare.plane.take(0, first, pages) == 0, "nothing was lent"
+    bare.plane.give(0, first, pages)
+
+
+def test_types_and_handles_that_are_none(bare: Bare) -> None:
+    for type_ in (256, 2**40):
+        with pytest.raises(IndexError):
+            bare.plane.begin_type(type_)
+        with pytest.raises(IndexError):
+            bare.plane.end_type(type_)
+        with pytest.raises(IndexError):
+            bare.plane.slots(type_, 1, None)
+    for life in (0, 1, 2):  # never declared
+        with pytest.raises(Closed):
+            bare.plane.slots(0, life, None)
+
+
+def test_spans(bare: Bare) -> None:
+    geometry = bare.arena.geometry
+    span = bare.plane.span(geometry.pages - 2, 2 * 4096)
+    assert span.nbytes == 8192
+    with memoryview(span) as view:
+        assert span.exports == 1
+        assert not view.readonly
+        view[:] = b"\7" * 8192
+        assert bare.arena.memory[geometry.page_at(geometry.pages - 1)] == 7
+        with memoryview(span):
+            assert span.exports == 2
+        array = np.frombuffer(span, np.uint8)
+        assert span.exports == 2
+        del array
+    assert span.exports == 0
+    span.zero()
+    assert bytes(memoryview(span)) == bytes(8192)
+    for first, nbytes in ((geometry.pages, 1), (geometry.pages - 1, 4097), (2**40, 0), (0, 2**63)):
+        with pytest.raises(IndexError):
+            bare.plane.span(first, nbytes)
+
+
+# --- Slots
+
+
+def declared(bare: Bare, slots: int = 100, flags: int = 0, type_: int = 0, base: int = 0, timeout: float | None = 5.0) -> Slots:
+    """Begins a life of a type as the registry does."""
+    at = bare.arena.geometry.type_at(type_)
+    for offset, value in ((layout.TYPE_BASE_AT, base), (layout.TYPE_SLOTS_AT, slots), (layout.TYPE_FLAGS_AT, flags)):
+        bare.plane.write(at + offset, value)
+    life = bare.plane.read(at) + 1
+    (bare.spill_dir / f"{type_:03}.{life}").touch(0o600)
+    assert bare.plane.begin_type(type_) == life
+    return bare.plane.slots(type_, life, timeout)
+
+
+def counts(bare: Bare, number: int = 1) -> dict[str, int]:
+    return {name: count for name, count in Records(bare.plane).counters(number).items() if count}
+
+
+def test_counters_tell_each_way_that_an_operation_went(bare: Bare) -> None:
+    swap = declared(bare)
+    swap.store(1, b"a" * 4096)
+    swap.store(2, bytes(4096))
+    assert counts(bare) == {"stores": 2, "stores_zero": 1, "cleaned": 1}
+    swap.load(1)
+    swap.load(2)
+    swap.load(3)
+    swap.invalidate_page(3)
+    swap.invalidate_page(2)
+    expected = {"stores": 2, "stores_zero": 1, "cleaned": 1, "hits_nursery": 1, "hits_zero": 1, "misses": 1, "invalidations": 1}
+    assert counts(bare) == expected
+    assert set(expected) <= set(COUNTERS)
+    swap.close()
+    with pytest.raises(Closed):
+        swap.load(1)
+
+
+def test_an_overwrite_of_a_dirty_page_costs_no_write(bare: Bare) -> None:
+    swap = declared(bare, flags=layout.WRITE_BEHIND)
+    for value in range(1, 6):
+        swap.store(1, bytes([value]) * 4096)
+    assert counts(bare) == {"stores": 5, "overwrites_saved": 4}
+    assert (bare.spill_dir / "000.1").read_bytes() == b""
+    swap.sync()
+    assert counts(bare)["cleaned"] == 1
+    assert (bare.spill_dir / "000.1").read_bytes() == bytes(4096) + b"\5" * 4096
+
+
+def test_counters_stay_within_their_record() -> None:
+    assert layout.CLIENT_COUNTERS_AT + 8 * len(COUNTERS) <= layout.CLIENT_BYTES
+    assert len(set(COUNTERS)) == len(COUNTERS)
+
+
+def test_the_sweep_promotes_and_evicts_and_loads_find_it_all(bare: Bare) -> None:
+    """No thread sweeps here but this one, so every step of the way is known."""
+    swap = declared(bare, slots=600)
+    nursery = bare.arena.geometry.nursery_pages
+    pages = {n: struct.pack("<Q", n + 1) * 512 for n in range(600)}
+    for n in range(nursery):
+        swap.store(n, pages[n])
+    for _ in range(3):
+        bare.plane.sweep(0)
+    after = counts(bare)
+    assert after["promotions"] >= nursery // 4, "there was room in the areas"
+    assert "evictions" not in after
+    for n in range(nursery, 600):
+        swap.store(n, pages[n])
+        bare.plane.sweep(0)
+    for n, page in pages.items():
+        assert swap.load(n) == page
+    after = counts(bare)
+    for name in ("hits_nursery", "hits_area", "hits_spill", "promotions", "evictions", "refaults"):
+        assert after[name], f"no {name}"
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_without_a_sweep_stores_reclaim_for_themselves(bare: Bare) -> None:
+    swap = declared(bare, slots=600)
+    for n in range(600):
+        swap.store(n, struct.pack("<Q", n + 1) * 512)
+    after = counts(bare)
+    assert after["direct_reclaims"] >= 600 - bare.arena.geometry.nursery_pages
+    assert all(swap.load(n) == struct.pack("<Q", n + 1) * 512 for n in range(600))
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_a_buffer_over_cached_pages_leaves_them_in_the_file(bare: Bare) -> None:
+    swap = declared(bare, slots=600)
+    for n in range(600):
+        swap.store(n, struct.pack("<Q", n + 1) * 512)
+        bare.plane.sweep(0)
+    lent = sum(bare.plane.read(bare.arena.geometry.area_at(i) + layout.AREA_LENT_AT) for i in range(2))
+    assert lent > 200
+    discards = 0
+    for index, area in enumerate(bare.arena.areas):
+        discards += bare.plane.take(index, area.first, area.pages)
+        memoryview(bare.plane.span(area.first, area.pages * 4096))[:] = b"\xbb" * area.pages * 4096
+    assert discards == lent
+    assert all(swap.load(n) == struct.pack("<Q", n + 1) * 512 for n in range(600))
+    assert counts(bare)["heals"] > 0
+    for area in bare.arena.areas:
+        assert bytes(memoryview(bare.plane.span(area.first, area.pages * 4096))) == b"\xbb" * area.pages * 4096
+    for index, area in enumerate(bare.arena.areas):
+        bare.plane.give(index, area.first, area.pages)
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_a_page_damaged_in_the_file_is_found(bare: Bare) -> None:
+    swap = declared(bare, slots=600)
+    for n in range(600):
+        swap.store(n, struct.pack("<Q", n + 1) * 512)
+    geometry = bare.arena.geometry
+    spilled = [n for n in range(600) if bare.plane.read(geometry.slots_at + 16 * n) >> 33 & 7 == 2]
+    with (bare.spill_dir / "000.1").open("r+b") as file:
+        file.seek(spilled[0] * 4096 + 100)
+        file.write(b"\xff")
+    with pytest.raises(SpillCorrupt):
+        swap.load(spilled[0])
+    with pytest.raises(SpillCorrupt) as raised:
+        swap.load_many([spilled[1], spilled[2], spilled[0]], bytearray(3 * 4096))
+    assert raised.value.done == 2
+    assert counts(bare)["refused_spill_corrupt"] == 2
+    os.truncate(bare.spill_dir / "000.1", spilled[-1] * 4096 + 5)
+    with pytest.raises(SpillCorrupt):
+        swap.load(spilled[-1])
+    swap.store(spilled[0], b"n" * 4096)
+    assert swap.load(spilled[0]) == b"n" * 4096, "a new value heals the slot"
+
+
+def test_a_nursery_of_pages_that_no_file_takes(bare: Bare) -> None:
+    """Stores fail before they have changed anything, zeros go on, and all is well once the file is there again."""
+    swap = declared(bare, slots=600, flags=layout.WRITE_BEHIND, timeout=0.0)
+    (bare.spill_dir / "000.1").rename(bare.spill_dir / "away")
+    nursery = bare.arena.geometry.nursery_pages
+    for n in range(nursery):
+        swap.store(n, struct.pack("<Q", n + 1) * 512)
+    for n in (0, nursery):
+        with pytest.raises(NurseryFull):
+            swap.store(n, b"x" * 4096)
+    assert swap.load(0) == struct.pack("<Q", 1) * 512
+    assert swap.load(nursery) is None
+    with pytest.raises(NurseryFull) as raised:
+        swap.store_many([nursery + 1, nursery], bytes(4096) + b"x" * 4096)
+    assert raised.value.done == 1
+    assert swap.load(nursery + 1) == bytes(4096)
+    assert swap.load(nursery) is None
+    with pytest.raises(SpillError) as failed:
+        swap.sync(0)
+    assert failed.value.errno == 2
+    assert counts(bare)["refused_nursery_full"] == 3
+    (bare.spill_dir / "away").rename(bare.spill_dir / "000.1")
+    swap.sync()
+    swap.store(nursery, b"x" * 4096)
+    assert all(swap.load(n) == struct.pack("<Q", n + 1) * 512 for n in range(nursery))
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_the_end_of_a_type_and_its_next_life(bare: Bare) -> None:
+    old = declared(bare)
+    old.store(1, b"a" * 4096)
+    other = declared(bare, type_=1, base=100)
+    other.store(1, b"b" * 4096)
+    bare.plane.end_type(0)
+    with pytest.raises(Closed):
+        old.load(1)
+    check_at_rest(bare.arena.name, bare.spill_dir)
+    anew = declared(bare)
+    assert (old.life, anew.life) == (1, 3)
+    assert anew.load(1) is None
+    with pytest.raises(Closed):
+        old.store(1, b"c" * 4096)
+    assert anew.load(1) is None
+    assert other.load(1) == b"b" * 4096
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_bury_takes_back_grants_and_claims_of_the_dead_alone(bare: Bare) -> None:
+    """The words that a client leaves when it is killed between two steps, written by hand."""
+    g, plane = bare.arena.geometry, bare.plane
+    swap = declared(bare, flags=layout.WRITE_BEHIND)
+    swap.store(5, b"a" * 4096)
+    word = plane.read(g.slots_at + 16 * 5)
+    page = word & 0xFFFFFFFF
+    granted = 1 << 62 | 3 << 46
+    plane.write(g.life_at + 8 * page, granted | plane.read(g.life_at + 8 * page) & (1 << 46) - 1)  # killed before it published
+    empty = (page + 1) % g.nursery_pages
+    plane.write(g.life_at + 8 * empty, granted | 9)  # killed before the word named it
+    theirs = (page + 2) % g.nursery_pages
+    plane.write(g.life_at + 8 * theirs, 1 << 62 | 4 << 46 | 9)  # another client's
+    plane.write(g.slots_at + 16 * 7 + 8, 3 << 52 | 11 << 32 | 0xABCD)
+    plane.write(g.slots_at + 16 * 8 + 8, 4 << 52 | 11 << 32 | 0xABCD)
+    plane.bury(3)
+    assert plane.read(g.life_at + 8 * page) >> 62 == 2
+    assert plane.read(g.life_at + 8 * empty) == 10
+    assert plane.read(g.life_at + 8 * theirs) == 1 << 62 | 4 << 46 | 9
+    assert plane.read(g.slots_at + 16 * 7 + 8) == 0xABCD
+    assert plane.read(g.slots_at + 16 * 8 + 8) == 4 << 52 | 11 << 32 | 0xABCD
+    assert swap.load(5) == b"a" * 4096
+    plane.bury(4)
+    swap.sync()
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_a_claim_that_nobody_gives_back_bounds_the_store(bare: Bare) -> None:
+    from gcma_shm.errors import SlotBusy
+
+    g, plane = bare.arena.geometry, bare.plane
+    swap = declared(bare, timeout=0.0)
+    side = g.slots_at + 16 * 3 + 8
+    plane.write(side, 3 << 52 | 1 << 32)
+    with pytest.raises(SlotBusy):
+        swap.store(3, b"a" * 4096)
+    assert swap.load(3) == b"a" * 4096, "stored and visible"
+    with pytest.raises(SlotBusy) as raised:
+        swap.store_many([1, 2, 3, 4], b"b" * 4 * 4096)
+    assert raised.value.done == 2
+    with pytest.raises(SlotBusy):
+        swap.sync(0)
+    assert counts(bare)["refused_slot_busy"] == 3
+    plane.bury(3)
+    swap.sync(0)
+    assert [swap.load(n) for n in range(1, 5)] == [b"b" * 4096] * 4
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_a_closed_plane(bare: Bare) -> None:
+    swap = declared(bare)
+    assert bare.plane.close(1.0)
+    assert bare.plane.closed
+    with pytest.raises(Closed):
+        swap.load(1)
+
+
+_words = st.integers(0, 2**64 - 1)
+
+
+@settings(max_examples=200, deadline=None)
+@given(word=_words, side=_words, life=_words, key=_words)
+def test_no_content_of_the_tables_breaks_the_process(word: int, side: int, life: int, key: int) -> None:
+    """A peer may write anything anywhere: a value, a miss or a typed error, never a crash."""
+    g, plane, swap = _damaged()
+    for state in range(8):
+        plane.write(g.slots_at, word & ~(7 << 33) | state << 33)
+        plane.write(g.slots_at + 8, side)
+        page = word & 0xFFFFFFFF
+        if page >= g.pages:
+            page = 0
+            plane.write(g.slots_at, word >> 33 << 33 & ~(7 << 33) | state << 33)
+        plane.write(g.life_at + 8 * page, life)
+        plane.write(g.key_at + 8 * page, key)
+        try:
+            found = swap.load(0)
+        except (ArenaError, Closed, SpillError):
+            pass
+        else:
+            assert found is None or len(found) == 4096
+        plane.sweep(0)
+        plane.bury(7)
+    plane.write(g.slots_at + 8, 0)
+    plane.write(g.slots_at, 0)
+    swap.store(0, b"a" * 4096)
+    assert swap.load(0) == b"a" * 4096
+
+
+def _damaged() -> tuple[Geometry, Plane, Slots]:
+    geometry, areas = layout.plan(1 << 20, slots=64, clients_max=8)
+    memory = bytearray(geometry.size)
+    layout.write_header(memoryview(memory), geometry, areas, bytes(16))
+    struct.pack_into("<QQQQ", memory, geometry.type_at(0), 1, 0, 64, layout.WRITE_BEHIND)
+    plane = Plane(memory, geometry, 1, b"/tmp")
+    return geometry, plane, plane.slots(0, 1, 0.1)
+
+
+def test_one_process_with_two_planes_is_two_clients(bare: Bare) -> None:
+    declared(bare)
+    second = Plane(arenas.open_arena(bare.arena.name).memory, bare.arena.geometry, 2, os.fsencode(bare.spill_dir))
+    second.slots(0, 1, None).store(1, b"a" * 4096)
+    assert counts(bare, 2) == {"stores": 1, "cleaned": 1}
+    assert counts(bare, 1) == {}

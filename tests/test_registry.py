@@ -1,0 +1,156 @@
+"""Which swap types are declared, their slots and their files."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from gcma_shm.broker.registry import TypeRegistry
+from gcma_shm.errors import Closed, NoSuchType, SpillError
+from tests.conftest import Bare
+from tests.invariants import check_at_rest
+
+
+@pytest.fixture
+def registry(bare: Bare) -> TypeRegistry:
+    return TypeRegistry(bare.plane, bare.spill_dir)
+
+
+def test_declared_and_found(registry: TypeRegistry, bare: Bare) -> None:
+    slots = registry.declare(3, 100, "through")
+    assert (slots.type, slots.life, slots.slots, slots.write_through) == (3, 1, 100, True)
+    assert registry.find(3, 1) is slots
+    assert registry.declare(3, 100, "through") is slots
+    behind = registry.declare(4, 50, "behind")
+    assert not behind.write_through
+    assert registry.describe() == {3: {"slots": 100, "life": 1, "write": "through"}, 4: {"slots": 50, "life": 1, "write": "behind"}}
+    files = sorted(bare.spill_dir.iterdir())
+    assert [file.name for file in files] == ["003.1", "004.1"]
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
+
+
+@pytest.mark.parametrize(("slots", "write"), [(99, "through"), (101, "through"), (100, "behind")])
+def test_declared_otherwise(registry: TypeRegistry, slots: int, write: str) -> None:
+    registry.declare(3, 100, "through")
+    with pytest.raises(ValueError, match="100 slots"):
+        registry.declare(3, slots, write)
+
+
+def test_what_is_not_declared(registry: TypeRegistry) -> None:
+    with pytest.raises(NoSuchType):
+        registry.find(3, 1)
+    registry.declare(3, 100, "through")
+    registry.end(3, 1)
+    with pytest.raises(Closed):
+        registry.find(3, 1)
+    with pytest.raises(NoSuchType):
+        registry.find(3, 3)  # a life that never was
+    with pytest.raises(Closed):
+        registry.end(3, 1)
+
+
+def test_the_lives_of_a_type(registry: TypeRegistry, bare: Bare) -> None:
+    for life in (1, 3, 5):
+        slots = registry.declare(3, 100, "through")
+        assert slots.life == life
+        assert [file.name for file in bare.spill_dir.iterdir()] == [f"003.{life}"]
+        assert len(slots) == 0
+        slots.store(0, b"x" * 4096)
+        registry.end(3, life)
+        assert not list(bare.spill_dir.iterdir())
+        with pytest.raises(Closed):
+            slots.load(0)
+        check_at_rest(bare.arena.name)
+
+
+def test_slots_are_bounded_and_given_back(registry: TypeRegistry) -> None:
+    registry.declare(0, 400, "through")
+    with pytest.raises(ValueError, match="at most 200"):
+        registry.declare(1, 201, "through")
+    assert registry.describe().keys() == {0}
+    registry.declare(1, 200, "through")
+    registry.end(0, 1)
+    registry.declare(2, 400, "behind")
+
+
+def test_a_file_that_cannot_be_made_changes_nothing(registry: TypeRegistry, bare: Bare) -> None:
+    (bare.spill_dir / "003.1").mkdir()
+    with pytest.raises(SpillError) as raised:
+        registry.declare(3, 600, "through")
+    assert raised.value.errno == 17
+    assert registry.describe() == {}
+    (bare.spill_dir / "003.1").rmdir()
+    registry.declare(3, 600, "through")
+
+
+def test_a_file_that_has_gone_is_no_obstacle_to_the_end(registry: TypeRegistry, bare: Bare) -> None:
+    registry.declare(3, 10, "through")
+    (bare.spill_dir / "003.1").unlink()
+    registry.end(3, 1)
+    assert registry.declare(3, 10, "through").life == 3
+
+
+def test_end_all(registry: TypeRegistry, bare: Bare) -> None:
+    handles = [registry.declare(type_, 50, "behind") for type_ in range(10)]
+    for handle in handles:
+        handle.store(1, b"x" * 4096)
+    registry.end_all()
+    registry.end_all()
+    assert registry.describe() == {}
+    assert not list(bare.spill_dir.iterdir())
+    for handle in handles:
+        with pytest.raises(Closed):
+            handle.load(1)
+
+
+class Machine(RuleBasedStateMachine):
+    """Any order of declaring and ending."""
+
+    bare: Bare
+    begun: dict[int, int]  # over all examples: lives go on counting in one arena
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.registry = TypeRegistry(self.bare.plane, self.bare.spill_dir)
+        self.living: dict[int, int] = {}
+
+    @rule(type_=st.integers(0, 5), slots=st.sampled_from([1, 60, 100, 250]))
+    def declare(self, type_: int, slots: int) -> None:
+        try:
+            handle = self.registry.declare(type_, slots, "through")
+        except ValueError:
+            assert self.living.get(type_, slots) != slots or type_ not in self.living
+            return
+        assert self.living.get(type_, slots) == slots
+        if type_ not in self.living:
+            assert handle.life == self.begun.get(type_, -1) + 2
+            assert len(handle) == 0
+            self.begun[type_] = handle.life
+            self.living[type_] = slots
+        handle.store(slots - 1, bytes([type_ + 1]) * 4096)
+
+    @rule(type_=st.integers(0, 5))
+    def end(self, type_: int) -> None:
+        if type_ in self.living:
+            self.registry.end(type_, self.begun[type_])
+            del self.living[type_]
+        else:
+            with pytest.raises((Closed, NoSuchType)):
+                self.registry.end(type_, self.begun.get(type_, 1))
+
+    @invariant()
+    def agree(self) -> None:
+        assert {type_: d["slots"] for type_, d in self.registry.describe().items()} == self.living
+        for type_, slots in self.living.items():
+            assert self.registry.find(type_, self.begun[type_]).load(slots - 1) == bytes([type_ + 1]) * 4096
+        check_at_rest(self.bare.arena.name, self.bare.spill_dir)
+
+    def teardown(self) -> None:
+        self.registry.end_all()
+
+
+def test_any_order_keeps_the_slots(bare: Bare) -> None:
+    Machine.bare, Machine.begun = bare, {}
+    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=20, deadline=None))  # type: ignore[no-untyped-call]
