@@ -61,7 +61,7 @@ def embedded(
     Raises ArenaError when there is too little memory or the broker cannot start, ValueError for what is no size.
     """
     endpoint = f"ipc://{tempfile.gettempdir()}/gcma-{os.getuid()}-{secrets.token_hex(8)}/broker"
-    command = [sys.executable, "-m", "gcma_shm.broker.cli", "broker", "--log-level", "warning", "--endpoint", endpoint]
+    command = [sys.executable, "-P", "-m", "gcma_shm.broker.cli", "broker", "--log-level", "warning", "--endpoint", endpoint]
     command += ["--size", str(parse_size(size)), "--page-size", str(parse_size(page_size))]
     for name, area_size in (areas or {}).items():
         command += ["--area", f"{name}={parse_size(area_size)}"]

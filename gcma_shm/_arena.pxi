@@ -54,7 +54,7 @@ cdef enum:
     RUN_MAX = 16            # neighbours in one write: longer runs lay the file in folios that make overwrites dearer
     GRANT_TRIES = 8         # tickets that a refault may draw: it must never cost more than the read that it saves
     SEEK_MAX = 1024         # pages of an area that one promotion passes on its way to a FREE one
-    SCRUB_MAX = 16          # pages of a full area that a cold page looks at in search of an orphan
+    SCRUB_MAX = 2           # pages of a full area that a cold page looks at in search of an orphan
     LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
 

@@ -51,11 +51,12 @@ assert sizeof(ClientRecord) == layout.CLIENT_BYTES
 assert sizeof(Slot) == layout.SLOT_BYTES
 assert layout.TYPES_MAX == 256 and layout.CLIENTS_MAX < 1 << 12
 
-cdef uint64_t deadline_after(timeout) except? 0:
-    """CLOCK_MONOTONIC nanoseconds `timeout` seconds from now; None: never."""
-    if timeout is None:
-        return <uint64_t>-1
-    return now_ns() + <uint64_t>(max(float(timeout), 0.0) * 1e9)
+cdef uint64_t NEVER = <uint64_t>-1 >> 1  # in nanoseconds; added to any time of day it does not overflow
+
+
+cdef uint64_t nanoseconds(timeout) except? 0:
+    """A timeout in seconds; None: for ever."""
+    return NEVER if timeout is None else <uint64_t>min(max(float(timeout), 0.0) * 1e9, <double>NEVER / 2)
 
 
 cdef class Plane:
@@ -148,7 +149,7 @@ cdef class Plane:
 
         Only then may the client say goodbye: the broker takes back what a client was granted as soon as it has.
         """
-        cdef uint64_t deadline = deadline_after(timeout)
+        cdef uint64_t deadline = now_ns() + nanoseconds(timeout)
         cdef unsigned step = 64
         self.closed = True
         while self.users and now_ns() < deadline:

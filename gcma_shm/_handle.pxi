@@ -41,14 +41,14 @@ cdef class Slots:
     cdef Plane plane
     cdef Handle t
     cdef readonly bint write_through
-    cdef object timeout
+    cdef uint64_t timeout_ns
     cdef bint closed
 
     def __init__(self, Plane plane, uint64_t type_, uint64_t life, timeout):
         if type_ >= <uint64_t>layout.TYPES_MAX:
             raise IndexError(f"type {type_}: expected 0 to {layout.TYPES_MAX - 1}")
         self.plane = plane
-        self.timeout = timeout
+        self.timeout_ns = nanoseconds(timeout)
         self.t.type = type_
         self.t.life = life
         self.t.base = plane.a.types[type_].base
@@ -157,7 +157,7 @@ cdef class Slots:
         SpillError or SlotBusy (stored and visible, but not yet in the file).
         """
         cdef uint64_t n = self.offset_of(offset)
-        cdef uint64_t deadline = deadline_after(self.timeout)
+        cdef uint64_t deadline = now_ns() + self.timeout_ns
         cdef uint64_t word = 0
         cdef Py_buffer source
         cdef Tally tally
@@ -194,7 +194,7 @@ cdef class Slots:
         `timeout`: seconds, None: no bound. Raises SlotBusy when another process wrote one slot for longer than that;
         SpillError when the file took a page not, after all others were tried; Closed.
         """
-        cdef uint64_t deadline = deadline_after(timeout)
+        cdef uint64_t deadline = now_ns() + nanoseconds(timeout)
         cdef Tally tally
         cdef int status
         self.offset_of(0)
@@ -301,7 +301,7 @@ cdef class Slots:
         cdef Py_ssize_t first, n = len(wanted)
         # A batch must not fill the nursery with pages that only its own end would clean.
         cdef Py_ssize_t batch_max = max(1, min(BATCH_MAX, <Py_ssize_t>self.plane.a.nursery // 4))
-        cdef uint64_t deadline = deadline_after(self.timeout)
+        cdef uint64_t deadline = now_ns() + self.timeout_ns
         cdef Py_buffer source
         cdef Tally tally
         cdef int status, failed, size
