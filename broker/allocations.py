@@ -96,7 +96,7 @@ class Allocations:
             raise NoSuchBuffer(f"buffer {number} is not held by this client: freed before, or never allocated by it")
         allocation.holders.discard(client)
         self._held[client].discard(number)
-        self._write_holders(allocation)
+        self._write_holder(allocation, client)
         if not allocation.holders:
             self._release(allocation)
 
@@ -236,14 +236,13 @@ class Allocations:
     def _hold(self, allocation: Allocation, client: int) -> None:
         allocation.holders.add(client)
         self._held[client].add(allocation.number)
-        self._write_holders(allocation)
+        self._write_holder(allocation, client)
 
-    def _write_holders(self, allocation: Allocation) -> None:
-        width = self._geometry.holder_bytes
-        at = self._geometry.holders_at + allocation.index * width
-        bits = sum(1 << client for client in allocation.holders)
-        for word in range(width // 8):
-            self._plane.write(at + 8 * word, bits >> (64 * word) & (1 << 64) - 1)
+    def _write_holder(self, allocation: Allocation, client: int) -> None:
+        """Writes the word of the entry's holders that `client` has a bit in."""
+        word = client // 64
+        bits = sum(1 << holder % 64 for holder in allocation.holders if holder // 64 == word)
+        self._plane.write(self._geometry.holders_at + allocation.index * self._geometry.holder_bytes + 8 * word, bits)
 
     def _check(self) -> None:
         """Raises AssertionError when an invariant is broken."""

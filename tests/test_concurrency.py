@@ -1,7 +1,7 @@
 """Several processes on the same slots while buffers come and go over their pages, some of them stopped or killed meanwhile.
 
 Each load is checked to be a whole value that was current at some moment between its start and its end (tests/register.py), and no buffer's
-bytes may change. GCMA_SOAK_S=600 makes each test rage that many seconds instead of a few thousand operations.
+bytes may change. Each test is one round over a fresh arena; GCMA_SOAK_S=600 makes it as many as fit into that many seconds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.processes import Child, eventually
 from tests.register import Log
 
 SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))
-OPERATIONS = 100_000 if SOAK_S else 1500
+OPERATIONS = 1500
 ENDLESS = 100_000  # of a worker that is told when to stop
 pytestmark = pytest.mark.timeout(120 + 3 * SOAK_S)
 
@@ -35,10 +35,14 @@ OCCURRED = (
 NEVER_OCCURRED = ("refused_closed", "refused_spill_error", "refused_spill_corrupt", "refused_damaged")
 
 
-@pytest.fixture
-def seed() -> int:
-    """Printed by the storm; GCMA_SEED repeats one."""
-    return int(os.environ.get("GCMA_SEED", random.SystemRandom().randrange(1 << 32)))
+def seeds() -> Iterator[int]:
+    """One seed, or seeds until the time of a soak is over. GCMA_SEED repeats the one that a storm printed."""
+    deadline = time.monotonic() + SOAK_S
+    seed = int(os.environ.get("GCMA_SEED", random.SystemRandom().randrange(1 << 32)))
+    yield seed
+    while time.monotonic() < deadline:
+        seed += 1
+        yield seed
 
 
 def finish(storm: Storm) -> None:
@@ -53,10 +57,6 @@ def finish(storm: Storm) -> None:
     check_at_rest(storm.owner.stats()["arena"]["name"], storm.spill_dir())
     counters = storm.counters()
     assert not {name: counters[name] for name in NEVER_OCCURRED if counters[name]}
-
-
-def soak_s() -> float | None:
-    return SOAK_S or None
 
 
 @contextlib.contextmanager
@@ -74,82 +74,76 @@ def _state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def rounds(count: int) -> Iterator[int]:
-    """So many, or as many as fit into the time of a soak."""
-    deadline = time.monotonic() + SOAK_S
-    number = 0
-    while number < count or time.monotonic() < deadline:
-        yield number
-        number += 1
-
-
 @pytest.mark.parametrize("page_size", [4096, 65536])
-def test_every_load_returns_a_whole_value_that_was_current(page_size: int, tmp_path: Path, seed: int) -> None:
+def test_every_load_returns_a_whole_value_that_was_current(page_size: int, tmp_path: Path) -> None:
     plan = Plan(page_size=page_size, wide=200 if page_size == 4096 else 120)
-    with Storm(plan, tmp_path, seed) as storm:
-        for _ in rounds(1):
-            rage(storm, (*HOWS, "mapped"), OPERATIONS, seconds=soak_s())
-        for _ in range(10):
-            if all(storm.counters()[name] for name in OCCURRED):
-                break
-            rage(storm, ("mapped", "inherited"), 500)
-        finish(storm)
-        missing = [name for name in OCCURRED if not storm.counters()[name]]
-        assert not missing, f"did not occur: {missing}"
-        refused = sum((report.refused for report in storm.reports), Counter())
-        assert not refused, "nobody was stopped, so nobody had to be waited for"
+    for seed in seeds():
+        rng = random.Random(seed)
+        with Storm(plan, tmp_path / str(seed), seed) as storm:
+            rage(storm, (*HOWS, "mapped"), OPERATIONS)
+            for _ in range(10):
+                if all(storm.counters()[name] for name in OCCURRED):
+                    break
+                rage(storm, ("mapped", "inherited"), 500)
+            finish(storm)
+            missing = [name for name in OCCURRED if not storm.counters()[name]]
+            assert not missing, f"did not occur: {missing}"
+            refused = sum((report.refused for report in storm.reports), Counter())
+            assert not refused, "nobody was stopped, so nobody had to be waited for"
 
 
-def test_whole_areas_are_to_be_had_while_clients_are_stopped(tmp_path: Path, seed: int) -> None:
+def test_whole_areas_are_to_be_had_while_clients_are_stopped(tmp_path: Path) -> None:
     """Promise 1, and 5: a client stopped at any point of a store or load, often in the middle of a page's copy, is in nobody's way."""
     plan = Plan(page_size=65536, wide=100, store_share=0.7, timeout_s=2.0)
-    rng = random.Random(seed)
-    with Storm(plan, tmp_path, seed) as storm, contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(storm.worker(how, ENDLESS)) for how in ("mapped", "inherited", "mapped")]
-        for worker in workers:
-            progress(worker, 20)
-        for number in rounds(60):
-            worker, other = rng.sample(workers, 2)
-            progress(worker, rng.randrange(3))
-            with stopped(worker[0].pid), contextlib.ExitStack() as held:
-                for area, pages in enumerate(plan.area_pages):
-                    buffer = held.enter_context(storm.owner.alloc_contig(pages * plan.page_size, f"a{area}"))
-                    with buffer.view as view:
-                        view[:] = b"stop" * (buffer.nbytes // 4)
-                        if number % 5 == 0:
-                            progress(other, 20)
-                        assert view == b"stop" * (buffer.nbytes // 4), (
-                            "a stopped client's store, or another's, went into a buffer"
-                        )
-        storm.end()
-        for child, _ in workers:
-            storm.report(child)
-        finish(storm)
+    for seed in seeds():
+        rng = random.Random(seed)
+        with Storm(plan, tmp_path / str(seed), seed) as storm, contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(storm.worker(how, ENDLESS)) for how in ("mapped", "inherited", "mapped")]
+            for worker in workers:
+                progress(worker, 20)
+            for number in range(60):
+                worker, other = rng.sample(workers, 2)
+                progress(worker, rng.randrange(3))
+                with stopped(worker[0].pid), contextlib.ExitStack() as held:
+                    for area, pages in enumerate(plan.area_pages):
+                        buffer = held.enter_context(storm.owner.alloc_contig(pages * plan.page_size, f"a{area}"))
+                        with buffer.view as view:
+                            view[:] = b"stop" * (buffer.nbytes // 4)
+                            if number % 5 == 0:
+                                progress(other, 20)
+                            assert view == b"stop" * (buffer.nbytes // 4), (
+                                "a stopped client's store, or another's, went into a buffer"
+                            )
+            storm.end()
+            for child, _ in workers:
+                storm.report(child)
+            finish(storm)
 
 
-def test_kill_at_any_moment_loses_nothing_stored_and_leaks_nothing(tmp_path: Path, seed: int) -> None:
+def test_kill_at_any_moment_loses_nothing_stored_and_leaks_nothing(tmp_path: Path) -> None:
     """More processes die than there are client numbers, workers with grants and claims in their hands and guests with buffers."""
     plan = Plan(wide=120, clients=12, store_share=0.6)
-    rng = random.Random(seed)
-    with Storm(plan, tmp_path, seed) as storm:
-        for number in rounds(12):
-            storm.begin()
-            with contextlib.ExitStack() as stack:
-                guest = stack.enter_context(storm.guest(1 << 30))
-                workers = [stack.enter_context(storm.worker(how, ENDLESS)) for how in _pick(rng, number)]
-                for worker in workers[1:]:
-                    _kill_soon(worker, rng)
-                if number % 2:
-                    guest.kill()
-                storm.end()
-                storm.report(workers[0][0])
-                if not number % 2:
-                    guest.receive()
-                    guest.wait()
-            assert eventually(storm.alone), (
-                f"clients or buffers are left: {storm.owner.stats()['broker']}, {storm.owner.areas()}"
-            )
-        finish(storm)
+    for seed in seeds():
+        rng = random.Random(seed)
+        with Storm(plan, tmp_path / str(seed), seed) as storm:
+            for number in range(12):
+                storm.begin()
+                with contextlib.ExitStack() as stack:
+                    guest = stack.enter_context(storm.guest(1 << 30))
+                    workers = [stack.enter_context(storm.worker(how, ENDLESS)) for how in _pick(rng, number)]
+                    for worker in workers[1:]:
+                        _kill_soon(worker, rng)
+                    if number % 2:
+                        guest.kill()
+                    storm.end()
+                    storm.report(workers[0][0])
+                    if not number % 2:
+                        guest.receive()
+                        guest.wait()
+                assert eventually(storm.alone), (
+                    f"clients or buffers are left: {storm.owner.stats()['broker']}, {storm.owner.areas()}"
+                )
+            finish(storm)
 
 
 def _pick(rng: random.Random, number: int) -> tuple[How, ...]:
@@ -163,55 +157,59 @@ def _kill_soon(worker: tuple[Child, Log], rng: random.Random) -> None:
     worker[0].kill()
 
 
-def test_pages_go_on_while_the_broker_is_stopped(tmp_path: Path, seed: int) -> None:
+def test_pages_go_on_while_the_broker_is_stopped(tmp_path: Path) -> None:
     """Mapped clients reclaim nursery pages themselves; clients by messages wait, and their failed stores may land later, whole."""
     plan = Plan(page_size=65536, wide=100, timeout_s=1.0)
-    rng = random.Random(seed)
-    with Storm(plan, tmp_path, seed) as storm, contextlib.ExitStack() as stack:
-        mapped = [stack.enter_context(storm.worker(how, ENDLESS)) for how in ("mapped", "inherited")]
-        by_messages = stack.enter_context(storm.worker("messages", ENDLESS))
-        for worker in (*mapped, by_messages):
-            progress(worker, 20)
-        for _ in rounds(8):
-            before = storm.counters()["direct_reclaims"]
-            with stopped(storm.owner.broker_pid):
-                for worker in mapped:
-                    progress(worker, 2 * plan.nursery_pages + rng.randrange(100))
-            assert storm.counters()["direct_reclaims"] > before
-            progress(by_messages, 1)
-        storm.end()
-        for child, _ in (*mapped, by_messages):
-            storm.report(child)
-        finish(storm)
+    for seed in seeds():
+        rng = random.Random(seed)
+        with Storm(plan, tmp_path / str(seed), seed) as storm, contextlib.ExitStack() as stack:
+            mapped = [stack.enter_context(storm.worker(how, ENDLESS)) for how in ("mapped", "inherited")]
+            by_messages = stack.enter_context(storm.worker("messages", ENDLESS))
+            for worker in (*mapped, by_messages):
+                progress(worker, 20)
+            for _ in range(8):
+                before = storm.counters()["direct_reclaims"]
+                with stopped(storm.owner.broker_pid):
+                    for worker in mapped:
+                        progress(worker, 6 * plan.nursery_pages + rng.randrange(100))
+                assert storm.counters()["direct_reclaims"] > before
+                progress(by_messages, 1)
+            storm.end()
+            for child, _ in (*mapped, by_messages):
+                storm.report(child)
+            finish(storm)
 
 
 @pytest.mark.parametrize("page_size", [4096, 65536])
-def test_stops_and_kills_of_everyone_at_once(page_size: int, tmp_path: Path, seed: int) -> None:
+def test_stops_and_kills_of_everyone_at_once(page_size: int, tmp_path: Path) -> None:
     """Clients stopped and killed, also while stopped, the broker stopped, guests coming and going: the whole history holds."""
     plan = Plan(page_size=page_size, wide=100, timeout_s=2.0, store_share=0.5)
-    rng = random.Random(seed)
-    with Storm(plan, tmp_path, seed) as storm:
-        for number in rounds(6):
-            storm.begin()
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(storm.guest(1 << 30))  # killed in the end, whatever it holds
-                workers = [stack.enter_context(storm.worker(how, ENDLESS)) for how in ("mapped", *HOWS)]
-                killed = set()
-                for worker in workers:
-                    progress(worker, 1)  # connected
-                for worker in workers[1:]:
-                    child = worker[0]
-                    progress(worker, rng.randrange(1, 30))
-                    with stopped(storm.owner.broker_pid if rng.random() < 0.3 else child.pid):
-                        if rng.random() < 0.5:
-                            os.kill(child.pid, signal.SIGKILL)
-                            killed.add(child)
-                        progress(workers[0], 5)
-                    if child in killed:
-                        child.wait()
-                storm.end()
-                for child, _ in workers:
-                    if child not in killed:
-                        storm.report(child)
-            assert eventually(storm.alone), f"round {number}: {storm.owner.stats()['broker']}, {storm.owner.areas()}"
-        finish(storm)
+    for seed in seeds():
+        rng = random.Random(seed)
+        with Storm(plan, tmp_path / str(seed), seed) as storm:
+            for number in range(6):
+                storm.begin()
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(storm.guest(1 << 30))  # killed in the end, whatever it holds
+                    workers = [stack.enter_context(storm.worker(how, ENDLESS)) for how in ("mapped", *HOWS)]
+                    killed = set()
+                    for worker in workers:
+                        progress(worker, 1)  # connected
+                    for worker in workers[1:]:
+                        child = worker[0]
+                        progress(worker, rng.randrange(1, 30))
+                        with stopped(storm.owner.broker_pid if rng.random() < 0.3 else child.pid):
+                            if rng.random() < 0.5:
+                                os.kill(child.pid, signal.SIGKILL)
+                                killed.add(child)
+                            progress(workers[0], 5)
+                        if child in killed:
+                            child.wait()
+                    storm.end()
+                    for child, _ in workers:
+                        if child not in killed:
+                            storm.report(child)
+                assert eventually(storm.alone), (
+                    f"round {number}: {storm.owner.stats()['broker']}, {storm.owner.areas()}"
+                )
+            finish(storm)

@@ -32,8 +32,10 @@ def storm(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str
 def test_build_without_the_recheck_returns_torn_pages_and_they_are_seen(tmp_path: Path) -> None:
     core = build(tmp_path, "-DGCMA_FAULT_NO_RECHECK")
     done = storm(environment(core), "--seconds", "240", "--rounds", str(ROUNDS_MAX))
-    assert done.returncode == 1, f"{ROUNDS_MAX} rounds without the recheck, and nothing was seen: {done.stdout}{done.stderr}"
-    assert "torn pages: ['slot" in done.stdout, f"something else was wrong: {done.stdout}{done.stderr}"
+    assert done.returncode == 1, (
+        f"{ROUNDS_MAX} rounds without the recheck, and nothing was seen: {done.stdout}{done.stderr}"
+    )
+    assert "torn pages: [" in done.stdout, f"something else was wrong: {done.stdout}{done.stderr}"
 
 
 def test_regular_build_returns_none() -> None:

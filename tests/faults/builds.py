@@ -41,7 +41,18 @@ def build(directory: Path, *flags: str) -> Path:
         )
     compiler = shlex.split(sysconfig.get_config_var("CC")) + shlex.split(sysconfig.get_config_var("CCSHARED"))
     include = sysconfig.get_paths()["include"]
-    compiler += ["-shared", "-O1", "-std=c11", "-w", f"-I{include}", f"-I{package}", *flags, str(source), "-o", str(target)]
+    compiler += [
+        "-shared",
+        "-O1",
+        "-std=c11",
+        "-w",
+        f"-I{include}",
+        f"-I{package}",
+        *flags,
+        str(source),
+        "-o",
+        str(target),
+    ]
     for command in (*commands, compiler):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"

@@ -12,7 +12,6 @@ import os
 import random
 import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections import Counter
@@ -270,6 +269,7 @@ class Storm:
         self._logs: list[Log] = []
         self.children: list[Child] = []
         self.reports: list[Report] = []
+        directory.mkdir(exist_ok=True)
         self._over = Log(directory / "over", 0, 1)  # a word that all processes see
 
     def __enter__(self) -> Self:
@@ -407,16 +407,12 @@ def progress(worker: tuple[Child, Log], more: int) -> None:
         raise AssertionError(f"worker {log.writer} ended with {child.receive()}")
 
 
-def rage(storm: Storm, hows: tuple[How, ...], operations: int, guests: int = 1, seconds: float | None = None) -> None:
-    """Workers and guests at once, until each worker has done its operations, or so many seconds are over."""
+def rage(storm: Storm, hows: tuple[How, ...], operations: int, guests: int = 1) -> None:
+    """Workers and guests at once, until each worker has done its operations."""
     storm.begin()
     with contextlib.ExitStack() as stack:
         guests_ = [stack.enter_context(storm.guest(1 << 30)) for _ in range(guests)]
         workers = [stack.enter_context(storm.worker(how, operations)) for how in hows]
-        if seconds is not None:
-            timer = threading.Timer(seconds, storm.end)
-            timer.start()
-            stack.callback(timer.cancel)
         for child, _ in workers:
             storm.report(child)
         storm.end()
@@ -453,7 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     deadline = time.monotonic() + parsed.seconds
     operations = rounds = 0
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and rounds < parsed.rounds:
         with (
             tempfile.TemporaryDirectory(prefix="gs-") as directory,
             Storm(plan, Path(directory), parsed.seed + rounds) as storm,
