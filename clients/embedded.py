@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from gcma_shm.clients.client import Client
 from gcma_shm.errors import ArenaError
 from gcma_shm.sizes import parse_size
 
-START_S = 60.0  # a large arena takes half a second a GiB to commit
+START_S = 300.0  # a large arena takes half a second a GiB to commit
 STOP_S = 30.0
 
 
@@ -90,14 +91,23 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
     finally:
         os.close(owner)
         os.close(write_end)
-    with open(read_end, "rb") as ready:
-        words = ready.read().decode()
+    try:
+        words = _first_words(read_end)
+    except BaseException:  # Ctrl-C, too
+        broker.kill()
+        broker.wait()
+        raise
     if words == "ready":
         return broker
-    broker.wait(START_S)
-    raise ArenaError(
-        words or f"the broker ended with status {broker.returncode} before it served; its words are on stderr"
-    )
+    broker.kill()
+    broker.wait()
+    raise ArenaError(words or f"the broker did not start (status {broker.returncode}); its words are on standard error")
+
+
+def _first_words(fd: int) -> str:
+    """What the broker says when it serves, or why it does not; empty when it ends, or says nothing in time."""
+    with open(fd, "rb") as ready:
+        return ready.read().decode() if select.select([ready], [], [], START_S)[0] else ""
 
 
 def _stop(broker: subprocess.Popen[bytes], owner_pid: int) -> None:

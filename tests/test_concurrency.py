@@ -78,7 +78,6 @@ def _state(pid: int) -> str:
 def test_every_load_returns_a_whole_value_that_was_current(page_size: int, tmp_path: Path) -> None:
     plan = Plan(page_size=page_size, wide=200 if page_size == 4096 else 120)
     for seed in seeds():
-        rng = random.Random(seed)
         with Storm(plan, tmp_path / str(seed), seed) as storm:
             rage(storm, (*HOWS, "mapped"), OPERATIONS)
             for _ in range(10):
