@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import sys
@@ -32,18 +31,20 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(settings, ready)
     except (GcmaError, OSError, ValueError) as error:
-        print(f"gcma broker: {error}", file=sys.stderr)
-        _tell(parsed.ready_fd, str(error))
+        if not _tell(parsed.ready_fd, str(error)):
+            print(f"gcma broker: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _tell(fd: int, words: str) -> None:
-    """To the owner of an embedded broker, once: "ready", or why not."""
-    if fd >= 0:
-        with contextlib.suppress(OSError):  # told before
-            os.write(fd, words.encode())
-            os.close(fd)
+def _tell(fd: int, words: str) -> bool:
+    """To the owner of an embedded broker, once: "ready", or why not. False: nobody asked, or it was told before."""
+    try:
+        os.write(fd, words.encode())
+        os.close(fd)
+    except OSError:
+        return False
+    return True
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:

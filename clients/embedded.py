@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 from gcma_shm.clients.client import Client
 from gcma_shm.errors import ArenaError
+from gcma_shm.layout import plan
 from gcma_shm.sizes import parse_size
 
 START_S = 300.0  # a large arena takes half a second a GiB to commit
@@ -61,11 +62,24 @@ def embedded(
 
     Raises ArenaError when there is too little memory or the broker cannot start, ValueError for what is no size.
     """
+    area_sizes = {name: parse_size(area_size) for name, area_size in (areas or {}).items()}
+    size_bytes, page_bytes = parse_size(size), parse_size(page_size)
+    plan(size_bytes, page_bytes, area_sizes, slots, clients)  # refuses here what the broker would refuse
     endpoint = f"ipc://{tempfile.gettempdir()}/gcma-{os.getuid()}-{secrets.token_hex(8)}/broker"
-    command = [sys.executable, "-P", "-m", "gcma_shm.broker.cli", "broker", "--log-level", "warning", "--endpoint", endpoint]
-    command += ["--size", str(parse_size(size)), "--page-size", str(parse_size(page_size))]
-    for name, area_size in (areas or {}).items():
-        command += ["--area", f"{name}={parse_size(area_size)}"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "gcma_shm.broker.cli",
+        "broker",
+        "--log-level",
+        "warning",
+        "--endpoint",
+        endpoint,
+    ]
+    command += ["--size", str(size_bytes), "--page-size", str(page_bytes)]
+    for name, area_bytes in area_sizes.items():
+        command += ["--area", f"{name}={area_bytes}"]
     for option, value in (("--slots", slots), ("--clients", clients), ("--spill-dir", spill_dir)):
         if value is not None:
             command += [option, os.fspath(value) if isinstance(value, os.PathLike | str) else str(value)]

@@ -197,8 +197,8 @@ def _refuse_areas(areas: dict[str, int]) -> None:
     if len(areas) > AREAS_MAX:
         raise ValueError(f"{len(areas)} areas: an arena has at most {AREAS_MAX}")
     for name, size in areas.items():
-        if not name or len(name.encode()) > NAME_BYTES or not name.isprintable():
-            raise ValueError(f"area name {name!r}: expected 1 to {NAME_BYTES} bytes of printable text")
+        if not name or len(name.encode()) > NAME_BYTES or not name.isprintable() or "=" in name:
+            raise ValueError(f"area name {name!r}: expected 1 to {NAME_BYTES} bytes of printable text without `=`")
         if size <= 0:
             raise ValueError(f"area {name!r} of {size} bytes: expected more than zero")
 
