@@ -52,6 +52,9 @@ static inline void fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE)
 static inline void fence_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
 static inline void fence_full(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
+/* Asks for a cache line that will be read soon; harmless for any address. */
+static inline void prefetch(const void *p) { __builtin_prefetch(p); }
+
 static inline void cpu_relax(void)
 {
 #if defined(__x86_64__) || defined(__i386__)

@@ -20,6 +20,7 @@ cdef extern from "_atomics.h" nogil:
     void fence_acquire()
     void fence_release()
     void fence_full()
+    void prefetch(const void *p)
     uint64_t now_ns()
     void back_off(unsigned step)
     void futex_wait(uint32_t *word, uint32_t expected, uint64_t timeout_ns)
