@@ -323,12 +323,13 @@ def sweep(options: argparse.Namespace, directory: Path, floor: Floor) -> dict[st
     area = areas[0]
     life: npt.NDArray[np.uint64] = np.frombuffer(memory, np.uint64, area.pages, geometry.life_at + 8 * area.first)
     own: npt.NDArray[np.uint64] = np.zeros(pages_max, np.uint64)
+    own_at = own.ctypes.data
     rows, results = [], {}
     for pages in SWEEP_PAGES:
         repeats = max(8, 65536 // pages // 8)
         times: dict[str, list[float]] = {name: [] for name in ("C loop", "take FREE", "take PUBLISHED", "give")}
         for _ in range(options.rounds):
-            times["C loop"].append(_each(pages, repeats, lambda pages=pages: floor.sweep(own.ctypes.data, pages)))  # type: ignore[misc]
+            times["C loop"].append(_each(pages, repeats, lambda pages=pages: floor.sweep(own_at, pages)))  # type: ignore[misc]
             for name, state in (("take FREE", 0), ("take PUBLISHED", PUBLISHED)):
                 took = gave = 0.0
                 for _ in range(repeats):

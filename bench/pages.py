@@ -212,6 +212,7 @@ class Worker:
 
         return {
             "C memcpy into a buffer": c(floor.copy_out, out, pages),
+            "C memcpy, one at a time": c(floor.copy_out_apart, out, pages),
             "C memcpy into new bytes": c(floor.copy_new, pages),
             "C memcpy to a random page": c(floor.copy_in, pages, source),
             "bytes(memoryview[...])": Plain(starts, python_new),
@@ -407,8 +408,11 @@ class Phase:
 PHASES = (
     Phase(
         "load into a buffer",
-        ("C memcpy into a buffer", "LMDB get"),
-        ("C memcpy into a buffer", "buffer[:] = memoryview[...]", "load_into", "load_many", "os.preadv", "LMDB get", "LMDB get, batch"),
+        ("C memcpy into a buffer", "C memcpy, one at a time", "LMDB get"),
+        (
+            "C memcpy into a buffer", "C memcpy, one at a time", "buffer[:] = memoryview[...]", "load_into", "load_many", "os.preadv",
+            "LMDB get", "LMDB get, batch",
+        ),
     ),
     Phase(
         "load as new bytes",

@@ -14,12 +14,13 @@ import select
 import signal
 from collections import deque
 from collections.abc import Iterator
+from typing import cast
 
 import zmq
 
 from gcma_shm import messages
 from gcma_shm.broker.service import Service
-from gcma_shm.messages import Reply
+from gcma_shm.messages import Frame, Reply
 
 log = logging.getLogger(__name__)
 
@@ -85,17 +86,20 @@ class Server:
 
     def _serve(self, service: Service) -> None:
         for _ in range(DRAIN_MAX):
-            try:
-                peer, *frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if not cast(int, self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
-            reply = service.request(peer.bytes, [frame.buffer for frame in frames])
+            peer = self._socket.recv()
+            frames: list[Frame] = []
+            while self._socket.getsockopt(zmq.RCVMORE):
+                # A header is small and read at once; a page stays in ZeroMQ's memory until a worker has stored it.
+                frames.append(self._socket.recv(copy=False).buffer if frames else self._socket.recv())
+            reply = service.request(peer, frames)
             if reply is not None:
-                self._send(peer.bytes, reply)
+                self._send(peer, reply)
 
     def _send(self, peer: bytes, reply: Reply) -> None:
         try:
-            self._socket.send_multipart([peer, *messages.encode_reply(reply)], zmq.NOBLOCK, copy=False)
+            self._socket.send_multipart([peer, *messages.encode_reply(reply)], zmq.NOBLOCK, copy=not reply.pages)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise

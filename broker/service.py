@@ -21,7 +21,7 @@ from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.sessions import Client, Sessions
 from gcma_shm.broker.workers import Worker
 from gcma_shm.errors import ArenaError, GcmaError, ProtocolError
-from gcma_shm.messages import Reply, Request
+from gcma_shm.messages import Frame, Reply, Request
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class Service:
         }
         assert {*self._control, *self._jobs, "hello"} == set(messages.OPERATIONS)
 
-    def request(self, peer: bytes, frames: list[memoryview]) -> Reply | None:
+    def request(self, peer: bytes, frames: list[Frame]) -> Reply | None:
         """Serves one message: the reply; None when it comes later from a worker, or to nobody (not even a number could
         be read).
         """

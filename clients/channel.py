@@ -59,6 +59,7 @@ class Channel:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a broker that is not there
         self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self._socket.setsockopt(zmq.RCVTIMEO, max(int(self.timeout * 1000), 1))
         self._socket.connect(self.endpoint)
 
     def request(self, operation: str, parameters: dict[str, Any] | None = None, pages: Iterable[Frame] = ()) -> Reply:
@@ -156,20 +157,32 @@ class Channel:
         return Request(self._number, operation, parameters, pages)
 
     def _send(self, request: Request, deadline: float) -> None:
-        self._wait(zmq.POLLOUT, deadline, request)
-        self._socket.send_multipart(messages.encode_request(request), copy=False)
+        frames = messages.encode_request(request)
+        while True:
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=not request.pages)
+                return
+            except zmq.Again:  # not connected, or the broker is far behind
+                left_ms = int((deadline - time.monotonic()) * 1000)
+                if left_ms <= 0 or not self._socket.poll(left_ms, zmq.POLLOUT):
+                    raise self._unavailable(request) from None
 
     def _receive(self, request: Request, deadline: float) -> Reply:
         while True:
-            self._wait(zmq.POLLIN, deadline, request)
-            reply = messages.decode_reply(self._socket.recv_multipart())
+            try:
+                frames = self._socket.recv_multipart()  # for `timeout` at the most
+            except zmq.Again:
+                if time.monotonic() >= deadline:
+                    raise self._unavailable(request) from None
+                continue
+            reply = messages.decode_reply(frames)
             if reply.number == request.number:
                 return reply
             if "buffer" in reply.results:  # for a request that was given up after its bound; it must not stay allocated
                 self._given_up.append(int(reply.results["buffer"]))
 
-    def _wait(self, event: int, deadline: float, request: Request) -> None:
-        if not self._socket.poll(max(int((deadline - time.monotonic()) * 1000), 0), event):
-            raise BrokerUnavailable(
-                f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; is it running, and not stopped?"
-            )
+    def _unavailable(self, request: Request) -> BrokerUnavailable:
+        return BrokerUnavailable(
+            f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
+            "is it running, and not stopped?"
+        )

@@ -51,10 +51,15 @@ cdef enum:
 cdef enum:
     TRIES_MAX = 1 << 20     # of a load or swing that keeps losing; each loss is somebody else's progress
     BATCH_MAX = 64          # pages that one call cleans or sweeps at once
-    RUN_MAX = 16            # neighbours in one write: longer runs lay the file in folios that make overwrites dearer
+    RUN_MAX = 4             # neighbours in one write: longer runs lay the file in folios that make overwrites dearer
     GRANT_TRIES = 8         # tickets that a refault may draw: it must never cost more than the read that it saves
     SEEK_MAX = 1024         # pages of an area that one promotion passes on its way to a FREE one
     SCRUB_MAX = 2           # pages of a full area that a cold page looks at in search of an orphan
+    PREFETCH_STORE = 64     # cache lines, 4 KiB: of the page that the next store will get
+    PREFETCH_LOAD = 4       # of a single load's page, as many as arrive before the copy begins
+    PREFETCH_BATCH = 16     # of the page after next in a batch; the hardware fetches the rest of a page in order
+    AHEAD_WORD = 6          # slots ahead of the copy in a batch, of which the word is fetched
+    AHEAD_PAGE = 2          # and of which the page is
     LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
 

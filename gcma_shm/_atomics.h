@@ -52,8 +52,18 @@ static inline void fence_acquire(void) { __atomic_thread_fence(__ATOMIC_ACQUIRE)
 static inline void fence_release(void) { __atomic_thread_fence(__ATOMIC_RELEASE); }
 static inline void fence_full(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
-/* Asks for a cache line that will be read soon; harmless for any address. */
+/* Asks for cache lines that will be read, or written, soon; harmless for any address. */
 static inline void prefetch(const void *p) { __builtin_prefetch(p); }
+static inline void prefetch_lines(const uint8_t *p, int lines)
+{
+    for (int i = 0; i < lines; i++)
+        __builtin_prefetch(p + 64 * i);
+}
+static inline void prefetch_for_write(const uint8_t *p, int lines)
+{
+    for (int i = 0; i < lines; i++)
+        __builtin_prefetch(p + 64 * i, 1);
+}
 
 static inline void cpu_relax(void)
 {

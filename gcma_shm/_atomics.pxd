@@ -21,6 +21,8 @@ cdef extern from "_atomics.h" nogil:
     void fence_release()
     void fence_full()
     void prefetch(const void *p)
+    void prefetch_lines(const uint8_t *p, int lines)
+    void prefetch_for_write(const uint8_t *p, int lines)
     uint64_t now_ns()
     void back_off(unsigned step)
     void futex_wait(uint32_t *word, uint32_t expected, uint64_t timeout_ns)

@@ -33,16 +33,14 @@ cdef int refuse(Plane plane, Handle *t, int status, offset, stored) except -1:
     raise ArenaError(f"slot {offset} of type {t.type}: the arena's tables contradict themselves")
 
 
-cdef inline void fetch_ahead(Arena *a, Slot *slot) noexcept nogil:
-    """A hint: has the lines that `load_page` will read on their way while the interpreter's lock is given up."""
-    cdef uint64_t page = load_relaxed(&slot.word) & PAYLOAD
-    cdef int line
-    if page < a.pages:
+cdef inline void fetch_ahead(Arena *a, Slot *slot, int lines) noexcept nogil:
+    """A hint: has what `load_page` will read of that slot on its way. It may be wrong, and costs nothing then."""
+    cdef uint64_t word = load_relaxed(&slot.word), page = word & PAYLOAD
+    if state_of(word) == CACHED and page < a.pages:
         prefetch(&a.life[page])
         prefetch(&a.key[page])
         prefetch(&a.visited[page])
-        for line in range(4):
-            prefetch(page_bytes(a, page) + 64 * line)
+        prefetch_lines(page_bytes(a, page), lines)
 
 
 cdef class Slots:
@@ -156,7 +154,7 @@ cdef class Slots:
         cdef Tally tally
         cdef int status
         cdef bint permit = self.plane.enter(True)
-        fetch_ahead(self.plane.a, slot_of(self.plane.a, &self.t, n))
+        fetch_ahead(self.plane.a, slot_of(self.plane.a, &self.t, n), PREFETCH_LOAD)
         memset(&tally, 0, sizeof(Tally))
         with nogil:
             status = load_page(self.plane.a, &self.t, n, out, permit, &tally)
@@ -274,6 +272,7 @@ cdef class Slots:
         cdef Py_buffer target
         cdef Tally tally
         cdef int status[BATCH_MAX]
+        cdef Slot *ahead
         cdef bint permit
         cdef uint64_t *slots = self.offsets_of(wanted)
         try:
@@ -287,6 +286,11 @@ cdef class Slots:
                 permit = self.plane.enter(True)
                 with nogil:
                     for k in range(min(BATCH_MAX, n - first)):
+                        if first + k + AHEAD_WORD < n:
+                            prefetch(slot_of(self.plane.a, &self.t, slots[first + k + AHEAD_WORD]))
+                        if first + k + AHEAD_PAGE < n:
+                            ahead = slot_of(self.plane.a, &self.t, slots[first + k + AHEAD_PAGE])
+                            fetch_ahead(self.plane.a, ahead, PREFETCH_BATCH)
                         status[k] = load_page(
                             self.plane.a, &self.t, slots[first + k],
                             <uint8_t *>target.buf + (first + k) * self.plane.page_size, permit, &tally,

@@ -58,6 +58,9 @@ cdef int store_page(
             abandon(a, page)
             return ENDED
         publish(a, page)
+        # The next store's page, as far as anybody knows; the copy into a page that is not in the cache is what a store
+        # costs.
+        prefetch_for_write(page_bytes(a, load_relaxed(a.head) % a.nursery), PREFETCH_STORE)
     tally.counts[C_STORES] += 1
     tally.counts[C_OVERWRITES_SAVED] += before & DIRTY != 0
     return OK

@@ -109,7 +109,7 @@ OPERATIONS: dict[str, Operation] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Request:
     """A request that has been checked. Absent optional parameters are absent here too."""
 
@@ -119,7 +119,7 @@ class Request:
     pages: Sequence[Frame] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Reply:
     """`status` is "ok" or the name of an error."""
 
