@@ -46,6 +46,9 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
         c.status = OK
     elif (c.word & PAYLOAD) >= a.nursery:
         c.status = DAMAGED
+    elif load_relaxed(&a.key[c.word & PAYLOAD]) != c.key:
+        # The caller's key is of an earlier life, and the slot belongs to another type by now: its page is none of ours.
+        c.status = ENDED
     if c.status != CLAIMED:
         cas(&slot.side, mine, mine & CRC)                                # @clean.release
 
