@@ -9,7 +9,9 @@ INK, PALE = "#1f2933", "#7b8794"
 BUFFER, CACHE, NURSERY, FREE = "#f0b429", "#8ed1b2", "#a3c8f0", "#eef1f4"
 
 
-def text(x: float, y: float, words: str, size: int = 13, colour: str = INK, anchor: str = "middle", weight: str = "normal") -> str:
+def text(
+    x: float, y: float, words: str, size: int = 13, colour: str = INK, anchor: str = "middle", weight: str = "normal"
+) -> str:
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{colour}" text-anchor="{anchor}" font-weight="{weight}">{words}</text>'
 
 
@@ -52,7 +54,12 @@ def picture() -> str:
         text(750, 92, "promotes,", 12, PALE, "start"),
         text(750, 108, "evicts, takes", 12, PALE, "start"),
         box(130, 262, 690, 44, "white"),
-        text(475, 289, "spill files: one per swap type, slot n at n × page size; every page is here before it enters an area", 13),
+        text(
+            475,
+            289,
+            "spill files: one per swap type, slot n at n × page size; every page is here before it enters an area",
+            13,
+        ),
         arrow(205, 224, 205, 260),
         text(214, 248, "written through, or behind in batches", 12, PALE, "start"),
         "</svg>",

@@ -80,7 +80,11 @@ def main() -> int:
     if not options.check:
         DOCUMENT.write_text(current)
         return 0
-    complaints = [f"{step}: in a model, but no line of the code takes it" for step in models if step not in code and step not in LAID_OUT]
+    complaints = [
+        f"{step}: in a model, but no line of the code takes it"
+        for step in models
+        if step not in code and step not in LAID_OUT
+    ]
     complaints += [f"{step}: taken by the code, so no longer only laid out" for step in LAID_OUT if step in code]
     complaints += [f"{step}: not a step of {PROTOCOL.name}" for step in {**models, **code} if step not in known]
     if current != document:
