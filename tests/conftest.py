@@ -1,7 +1,7 @@
 """What every test gets: directories of its own, an embedded broker when it asks for one, and the check that nothing stays behind.
 
 Several test runs may share a machine, so what stays behind is looked for by whose it is: a broker of this test has the test's own cache
-directory in its environment, and an arena belongs to whom its lock belongs.
+directory in its environment, an arena belongs to whom its lock belongs, and a dead one's spill directory has its name.
 """
 
 from __future__ import annotations
@@ -54,10 +54,15 @@ def _is_of(pid: int, cache: Path) -> bool:
         return False
 
 
-def _objects_of(cache: Path) -> set[str]:
-    """Arenas that this test's processes serve, or that nobody serves any more."""
-    holders = {name: _lock_holder(name) for name in _objects()}
-    return {name for name, holder in holders.items() if (SHM / name).exists() and (holder is None or _is_of(holder, cache))}
+def _objects_of(tmp_path: Path) -> set[str]:
+    """Arenas that this test's processes serve, or have left."""
+    found = set()
+    for name in _objects():
+        holder = _lock_holder(name)
+        ours = any(tmp_path.rglob(name)) if holder is None else _is_of(holder, tmp_path / "cache")
+        if (ours or name.startswith(f"gcma-test-{os.getpid()}")) and (SHM / name).exists():
+            found.add(name)
+    return found
 
 
 def _brokers(cache: Path) -> set[int]:
@@ -69,7 +74,9 @@ def _brokers(cache: Path) -> set[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         pid = int(path.parent.name)
-        if (b"gcma_shm.broker.cli" in words or any(word.endswith(b"/gcma") for word in words[:2])) and _is_of(pid, cache):
+        if (b"gcma_shm.broker.cli" in words or any(word.endswith(b"/gcma") for word in words[:2])) and _is_of(
+            pid, cache
+        ):
             found.add(pid)
     return found
 
@@ -95,15 +102,19 @@ def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     gc.collect()
     try:
         assert _eventually(lambda: not _brokers(cache)), f"broker processes left: {_brokers(cache)}"
-        assert _eventually(lambda: _objects_of(cache) <= objects), f"shared-memory objects left: {_objects_of(cache) - objects}"
+        assert _eventually(lambda: _objects_of(tmp_path) <= objects), (
+            f"shared-memory objects left: {_objects_of(tmp_path) - objects}"
+        )
         spilled = cache / "gcma"
         assert not spilled.exists() or not list(spilled.iterdir()), f"spill files left: {list(spilled.rglob('*'))}"
-        left = [path for path in short.rglob("*") if path.is_socket() or path.name == "broker"]
+        left = [
+            path for path in short.rglob("*") if path.is_socket() and not path.name.startswith("listener-")
+        ]  # multiprocessing's
         assert not left, f"sockets left: {left}"
     finally:
         for path in sorted(short.rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        os.rmdir(short)
+        short.rmdir()
 
 
 @pytest.fixture
@@ -129,6 +140,8 @@ def bare(tmp_path: Path) -> Iterator[Bare]:
     arena = arenas.create(f"/gcma-test-{os.getpid()}", geometry, areas)
     (tmp_path / "spill").mkdir()
     try:
-        yield Bare(arena, Plane(arena.memory, geometry, layout.BROKER, os.fsencode(tmp_path / "spill")), tmp_path / "spill")
+        yield Bare(
+            arena, Plane(arena.memory, geometry, layout.BROKER, os.fsencode(tmp_path / "spill")), tmp_path / "spill"
+        )
     finally:
         arena.destroy()

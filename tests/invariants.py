@@ -108,7 +108,7 @@ def _check_pages(s: Snapshot) -> None:
 
 
 def _check_buffers(s: Snapshot) -> None:
-    bought = set()
+    bought: set[int] = set()
     for state, first, pages, area in s.allocations:
         if state & 0xFF:
             where = range(first, first + pages)
@@ -136,7 +136,9 @@ def _check_files(s: Snapshot, memory: memoryview, spill_dir: Path) -> None:
                     continue
                 file.seek((slot - base) * size)
                 at = s.geometry.page_at(page)
-                assert file.read(size) == memory[at : at + size], f"slot {slot - base} of type {type_}: page {page} and file differ"
+                assert file.read(size) == memory[at : at + size], (
+                    f"slot {slot - base} of type {type_}: page {page} and file differ"
+                )
 
 
 def check_at_rest(name: str, spill_dir: Path | None = None, more: Callable[[Snapshot], None] = lambda _: None) -> None:

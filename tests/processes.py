@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -27,6 +28,24 @@ def eventually(condition: Callable[[], bool]) -> bool:
             return False
         time.sleep(0.002)
     return True
+
+
+def descriptors(pid: int | str = "self") -> int:
+    """How many file descriptors a process has open."""
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+@contextlib.contextmanager
+def files_refuse_writes(*pids: int) -> Iterator[None]:
+    """Every write of these processes to a file fails with EFBIG meanwhile (Python ignores the signal that comes with it)."""
+    before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
+    try:
+        for pid, (_, hard) in before.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+        yield
+    finally:
+        for pid, limits in before.items():
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
 
 
 class Child:
@@ -114,7 +133,12 @@ def in_fork(function: Callable[[Said], object]) -> Any:
 def run_python(code: str, *arguments: str, cwd: str | Path = "/") -> str:
     """Runs `code` in a fresh interpreter, warnings as errors; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=WAIT_S, check=False
+        [sys.executable, "-W", "error", "-c", code, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -155,7 +179,11 @@ def broker_command(endpoint: str, *options: str) -> list[str]:
 def broker(endpoint: str, *options: str, size: str = "8M") -> Iterator[Broker]:
     """Runs `gcma broker` until it serves; stopped in the end if it still runs."""
     process = subprocess.Popen(
-        broker_command(endpoint, "--size", size, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/"
+        broker_command(endpoint, "--size", size, *options),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
     )
     assert process.stdout is not None
     assert process.stderr is not None

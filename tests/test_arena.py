@@ -14,9 +14,9 @@ from gcma_shm import layout
 from gcma_shm.errors import ArenaError
 from gcma_shm.layout import Area, Geometry
 from tests.conftest import Bare
-from tests.processes import in_fork
+from tests.processes import descriptors, in_fork
 
-NAME = f"/gcma-test-arena-{os.getpid()}"
+NAME = f"/gcma-test-{os.getpid()}-arena"
 OBJECT = arenas.SHM_DIR / NAME[1:]
 M = 1 << 20
 
@@ -167,7 +167,9 @@ def test_anything_dead_under_the_name_is_replaced(content: bytes) -> None:
         arena.destroy()
 
 
-@pytest.mark.parametrize("content", [b"", b"short", b"x" * 8192, b"GCMA-SHM" + bytes(8184)], ids=["empty", "short", "other", "damaged"])
+@pytest.mark.parametrize(
+    "content", [b"", b"short", b"x" * 8192, b"GCMA-SHM" + bytes(8184)], ids=["empty", "short", "other", "damaged"]
+)
 def test_what_is_no_arena_is_not_opened(content: bytes) -> None:
     OBJECT.write_bytes(content)
     try:
@@ -194,7 +196,7 @@ def test_an_arena_that_is_not_there() -> None:
 
 
 def test_no_descriptor_is_left_open(bare: Bare) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = descriptors()
     for _ in range(3):
         with pytest.raises(ArenaError):
             arenas.create(bare.arena.name, *planned())
@@ -208,7 +210,7 @@ def test_no_descriptor_is_left_open(bare: Bare) -> None:
         arenas.open_arena(NAME)
         arena.destroy()
         arena.memory.close()
-    assert len(os.listdir("/proc/self/fd")) == len(before)
+    assert descriptors() == before
 
 
 def test_prefault_maps_every_page() -> None:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gcma_shm import layout, messages
 from gcma_shm.endpoint import arena_name, default_spill_dir, socket_path
 from gcma_shm.errors import ArenaError, BrokerUnavailable, Closed
 from gcma_shm.process import start_time
-from tests.processes import WAIT_S, broker, broker_command, eventually
+from tests.processes import WAIT_S, broker, broker_command, descriptors, eventually
 
 
 @pytest.fixture
@@ -41,7 +42,18 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_it_says_what_it_serves(endpoint: str, tmp_path: Path) -> None:
-    options = ["--area", "frames=2M", "--area", "batches=1M", "--slots", "3000", "--spill-dir", str(tmp_path), "--clients", "20"]
+    options = [
+        "--area",
+        "frames=2M",
+        "--area",
+        "batches=1M",
+        "--slots",
+        "3000",
+        "--spill-dir",
+        str(tmp_path),
+        "--clients",
+        "20",
+    ]
     with broker(endpoint, *options) as running:
         said = dict(re.split(r"\s{2,}", line, maxsplit=1) for line in running.description.splitlines())
         assert said["area frames"] == "2 MiB"
@@ -125,7 +137,9 @@ def test_a_second_broker_on_the_same_socket_written_otherwise(endpoint: str) -> 
     other = endpoint.replace("/b", "/./b")
     assert socket_path(other) == socket_path(endpoint)
     with broker(endpoint, size="4M"), gcma_shm.connect(endpoint) as client:
-        second = subprocess.Popen(broker_command(other, "--size", "4M"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        second = subprocess.Popen(
+            broker_command(other, "--size", "4M"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         assert second.stdout is not None
         serves = second.stdout.readline()
         second.terminate()
@@ -190,7 +204,10 @@ def test_a_missing_directory_of_the_endpoint_is_made_and_removed() -> None:
 
 def test_the_default_endpoint_is_the_clients_default() -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "gcma_shm.broker.cli", "broker", "--size", "4M"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-m", "gcma_shm.broker.cli", "broker", "--size", "4M"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     )
     try:
         with gcma_shm.connect(wait_for_broker=WAIT_S) as client:
@@ -215,7 +232,12 @@ def test_after_sigkill_it_can_be_started_again(endpoint: str) -> None:
         swap.store(2, b"b" * 4096)
         with broker(endpoint) as second:
             assert second.pid != first.pid
-            for call in (lambda: swap.load(1), lambda: swap.store(1, b"c" * 4096), lambda: len(swap), lambda: theirs.load(1)):
+            for call in (
+                lambda: swap.load(1),
+                lambda: swap.store(1, b"c" * 4096),
+                lambda: len(swap),
+                lambda: theirs.load(1),
+            ):
                 with pytest.raises(Closed):
                     call()
             with gcma_shm.connect(endpoint) as anew:
@@ -239,7 +261,13 @@ def test_an_old_handle_never_reaches_another_arenas_type(endpoint: str, mapped: 
         with broker(endpoint), gcma_shm.connect(endpoint) as stranger:
             theirs = stranger.swap(0, 10)
             theirs.store(1, b"b" * 4096)
-            for call in (lambda: old.load(1), lambda: old.store(1, b"c" * 4096), lambda: old.invalidate_page(1), lambda: old.invalidate_area()):
+            calls: list[Callable[[], object]] = [
+                lambda: old.load(1),
+                lambda: old.store(1, b"c" * 4096),
+                lambda: old.invalidate_page(1),
+                old.invalidate_area,
+            ]
+            for call in calls:
                 with pytest.raises(Closed):
                     call()
             assert theirs.load(1) == b"b" * 4096
@@ -299,7 +327,7 @@ class Peer:
         self._socket.send_multipart(frames)
 
     def receive(self) -> list[Any]:
-        assert self._socket.poll(WAIT_S * 1000), "the broker does not answer"
+        assert self._socket.poll(int(WAIT_S * 1000)), "the broker does not answer"
         header = msgpack.unpackb(self._socket.recv_multipart()[0])
         assert isinstance(header, list)
         return header
@@ -324,7 +352,15 @@ class Peer:
 def test_no_message_ends_the_broker(endpoint: str) -> None:
     with broker(endpoint) as running:
         liar = Peer(endpoint)
-        for junk in ([b""], [b"junk"], [b"\xc1"], [b"", b"", b""], [bytes(70_000)], [b"\x91" * 60_000], [msgpack.packb([1, 2])]):
+        for junk in (
+            [b""],
+            [b"junk"],
+            [b"\xc1"],
+            [b"", b"", b""],
+            [bytes(70_000)],
+            [b"\x91" * 60_000],
+            [msgpack.packb([1, 2])],
+        ):
             liar.send(*junk)
         for change in (
             {"pid": 2**31},
@@ -402,7 +438,7 @@ def test_no_descriptor_of_the_broker_is_inherited_or_leaked(endpoint: str) -> No
     with broker(endpoint) as running:
         with gcma_shm.connect(endpoint) as client:
             client.swap(0, 10).invalidate_area()
-        before = len(os.listdir(f"/proc/{running.pid}/fd"))
+        before = descriptors(running.pid)
         for _ in range(20):
             with gcma_shm.connect(endpoint) as client:
                 swap = client.swap(0, 10)
@@ -411,7 +447,7 @@ def test_no_descriptor_of_the_broker_is_inherited_or_leaked(endpoint: str) -> No
                 client.alloc_contig(4096)
                 swap.invalidate_area()
                 client.swap(1, 10, "behind").invalidate_area()
-        assert eventually(lambda: len(os.listdir(f"/proc/{running.pid}/fd")) <= before + 4)  # one spill file per type may stay open
+        assert eventually(lambda: descriptors(running.pid) <= before + 4)  # one spill file per type may stay open
 
 
 def test_the_layouts_words_of_a_running_broker(endpoint: str) -> None:

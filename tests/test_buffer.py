@@ -216,7 +216,7 @@ def test_exactly_there_and_aligned(client: EmbeddedClient) -> None:
 def test_areas_by_name_and_by_fit() -> None:
     with gcma_shm.embedded("8M", areas={"small": "1M", "large": "4M"}) as client:
         assert client.alloc_contig(PAGE, "large").area == "large"
-        assert client.alloc_contig("2M" and 2 << 20).area == "large"
+        assert client.alloc_contig(2 << 20).area == "large"
         assert client.alloc_contig(1 << 19).area == "small"
         with pytest.raises(ArenaExhausted) as raised:
             client.alloc_contig(2 << 20, "small")
@@ -270,7 +270,6 @@ def test_more_than_there_can_be(client: EmbeddedClient, nbytes: int) -> None:
         ({"align": 0}, ValueError),
         ({"align": -PAGE}, ValueError),
         ({"align": 3 * PAGE}, ValueError),
-        ({"align": 2**70}, (ValueError, ArenaExhausted)),
         ({"align": 1.0}, TypeError),
         ({"offset": 1, "align": 2 * PAGE}, ValueError),
     ],

@@ -32,7 +32,19 @@ def test_socket_path() -> None:
     assert endpoint.socket_path(f"ipc://{longest}") == Path(longest)
 
 
-@pytest.mark.parametrize("wrong", ["", "ipc://", "ipc://relative", "tcp://127.0.0.1:1", "/run/x", "ipc:/run/x", "ipc:///" + "x" * 107, "ipc:///" + "é" * 54])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        "ipc://",
+        "ipc://relative",
+        "tcp://127.0.0.1:1",
+        "/run/x",
+        "ipc:/run/x",
+        "ipc:///" + "x" * 107,
+        "ipc:///" + "é" * 54,
+    ],
+)
 def test_what_is_no_endpoint(wrong: str) -> None:
     with pytest.raises(ValueError, match="endpoint"):
         endpoint.socket_path(wrong)

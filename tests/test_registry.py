@@ -25,7 +25,10 @@ def test_declared_and_found(registry: TypeRegistry, bare: Bare) -> None:
     assert registry.declare(3, 100, "through") is slots
     behind = registry.declare(4, 50, "behind")
     assert not behind.write_through
-    assert registry.describe() == {3: {"slots": 100, "life": 1, "write": "through"}, 4: {"slots": 50, "life": 1, "write": "behind"}}
+    assert registry.describe() == {
+        3: {"slots": 100, "life": 1, "write": "through"},
+        4: {"slots": 50, "life": 1, "write": "behind"},
+    }
     files = sorted(bare.spill_dir.iterdir())
     assert [file.name for file in files] == ["003.1", "004.1"]
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
@@ -153,4 +156,4 @@ class Machine(RuleBasedStateMachine):
 
 def test_any_order_keeps_the_slots(bare: Bare) -> None:
     Machine.bare, Machine.begun = bare, {}
-    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=20, deadline=None))  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Machine, settings=settings(max_examples=25, stateful_step_count=20, deadline=None))

@@ -15,7 +15,7 @@ from gcma_shm.errors import ProtocolError, QuotaExceeded
 from gcma_shm.process import open_pidfd, start_time
 from gcma_shm.records import Records, State
 from tests.conftest import Bare
-from tests.processes import Said, forked
+from tests.processes import Said, descriptors, forked
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -86,17 +86,17 @@ def test_hello_with_a_number_that_no_process_can_have(kept: Kept, pid: int) -> N
 
 def test_as_many_clients_as_records(kept: Kept, bare: Bare) -> None:
     clients = [kept.hello(bytes([n])) for n in range(bare.arena.geometry.clients_max - 1)]
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     for _ in range(3):
         with pytest.raises(QuotaExceeded, match="--clients"):
             kept.hello(b"one more")
-    assert len(os.listdir("/proc/self/fd")) == before, "a refusal keeps no pidfd"
+    assert descriptors() == before, "a refusal keeps no pidfd"
     kept.end(clients[3])
     again = kept.hello(b"one more")
     assert again.number == clients[3].number, "the record is used again"
     kept.sessions._check()
     kept.sessions.close()
-    assert len(os.listdir("/proc/self/fd")) == before - len(clients)
+    assert descriptors() == before - len(clients)
 
 
 def test_hello_again_after_a_lost_socket(kept: Kept) -> None:
@@ -106,7 +106,11 @@ def test_hello_again_after_a_lost_socket(kept: Kept) -> None:
     assert kept.sessions.find(b"a") is None
     assert kept.sessions.find(b"b") is client
     kept.sessions._check()
-    for number, pid, start in ((client.number, ME + 1, MY_START), (client.number, ME, MY_START + 1), (client.number + 1, ME, MY_START)):
+    for number, pid, start in (
+        (client.number, ME + 1, MY_START),
+        (client.number, ME, MY_START + 1),
+        (client.number + 1, ME, MY_START),
+    ):
         with pytest.raises(ProtocolError):
             kept.hello(b"c", pid, start, number)
     with pytest.raises((ProtocolError, IndexError)):

@@ -33,7 +33,10 @@ def test_read(written: str | int, size_bytes: int) -> None:
     assert parse_size(written) == size_bytes
 
 
-@pytest.mark.parametrize("written", ["", " ", "M", "1.5G", "-1", "-1M", "0", "0M", 0, -4096, "1P", "1 M M", "0x10", "1e6", "4K4K", "M4", "1iM"])
+@pytest.mark.parametrize(
+    "written",
+    ["", " ", "M", "1.5G", "-1", "-1M", "0", "0M", 0, -4096, "1P", "1 M M", "0x10", "1e6", "4K4K", "M4", "1iM"],
+)
 def test_refused(written: str | int) -> None:
     with pytest.raises(ValueError, match="size"):
         parse_size(written)

@@ -106,19 +106,27 @@ class Checked(RuleBasedStateMachine):
     def sync(self, type_: int, way: str) -> None:
         self.swaps[type_, way].sync()
 
-    @rule(target=buffers, at=st.integers(0, 100), share=st.integers(1, 100), exactly=st.booleans(), area=st.sampled_from(["a", "b"]))
+    @rule(
+        target=buffers,
+        at=st.integers(0, 100),
+        share=st.integers(1, 100),
+        exactly=st.booleans(),
+        area=st.sampled_from(["a", "b"]),
+    )
     def alloc_contig(self, at: int, share: int, exactly: bool, area: str) -> Any:
         """Anywhere, of any size; only other buffers may be in the way."""
         (info,) = [info for info in self.owner.areas() if info.name == area]
         pages = info.size // self.size
         wanted = max(1, pages * share // 100)
         offset = min(pages * at // 100, pages - wanted)
-        held = [range(b.offset, b.offset + b.nbytes // self.size) for b, _ in self.held if b.area == area and not b.freed]
+        held = [
+            range(b.offset, b.offset + b.nbytes // self.size) for b, _ in self.held if b.area == area and not b.freed
+        ]
         free = not any(r.start < offset + wanted and offset < r.stop for r in held)
         try:
             buffer = self.owner.alloc_contig(wanted * self.size, area, offset if exactly else None)
         except ArenaExhausted as error:
-            assert not free if exactly else error.largest_free < wanted * self.size
+            assert not free if exactly else error.largest_free < wanted * self.size  # noqa: PT017 - one of several right answers
             return None
         assert not exactly or free
         Checked.fills += 1
@@ -170,7 +178,9 @@ def test_against_a_dict(tmp_path: Path, page_size: str) -> None:
     size = {"4K": 1 << 20, "64K": 12 << 20}[page_size]
     area = size // 5
     with (
-        gcma_shm.embedded(size, areas={"a": area, "b": area}, page_size=page_size, slots=2 * SLOTS, clients=5, spill_dir=tmp_path) as owner,
+        gcma_shm.embedded(
+            size, areas={"a": area, "b": area}, page_size=page_size, slots=2 * SLOTS, clients=5, spill_dir=tmp_path
+        ) as owner,
         gcma_shm.connect(owner.endpoint, mapped=False) as remote,
     ):
         (spill_dir,) = tmp_path.glob("gcma-*")
@@ -179,7 +189,7 @@ def test_against_a_dict(tmp_path: Path, page_size: str) -> None:
             pass
 
         Machine.owner, Machine.remote, Machine.spill_dir = owner, remote, spill_dir
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(
             Machine,
             settings=settings(
                 max_examples=25,
@@ -190,7 +200,17 @@ def test_against_a_dict(tmp_path: Path, page_size: str) -> None:
             ),
         )
         counters = owner.stats()["counters"]
-        for name in ("promotions", "evictions", "hits_spill", "hits_area", "hits_nursery", "hits_zero", "misses", "discards", "orphans_freed"):
+        for name in (
+            "promotions",
+            "evictions",
+            "hits_spill",
+            "hits_area",
+            "hits_nursery",
+            "hits_zero",
+            "misses",
+            "discards",
+            "orphans_freed",
+        ):
             assert counters[name], f"the examples never came to {name}: {counters}"
 
 
@@ -220,7 +240,7 @@ def test_the_checker_sees_damage(tmp_path: Path) -> None:
             "differ": (g.page_at(page), 12345),
             "still filling": (0x300, 77),
         }
-        import tests.invariants as invariants
+        from tests import invariants
 
         patience, invariants.REST_S = invariants.REST_S, 0.0
         try:

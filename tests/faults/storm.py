@@ -25,6 +25,7 @@ import gcma_shm
 from gcma_shm import layout
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.swap import Swap
+from gcma_shm.records import Records
 from tests.processes import WAIT_S, Child, Said, eventually, forked
 from tests.register import ZEROS, Kind, Log, TornPage, check, make_page, read_page, value_id
 
@@ -55,6 +56,7 @@ class Plan:
     timeout_s: float = 20.0
     store_share: float = 0.35
     types: int = 2
+    slots_spare: int = 0  # that no type has
 
     def size(self) -> int:
         """Bytes of an arena with such a nursery."""
@@ -71,7 +73,7 @@ class Plan:
     @property
     def slots(self) -> int:
         """All slots of the arena."""
-        return self.types * self.wide
+        return self.types * self.wide + self.slots_spare
 
 
 @dataclass
@@ -215,7 +217,8 @@ class Worker:
 class Guest:
     """A client that allocates buffers over the cache, fills them, and proves that nobody else wrote into them."""
 
-    def __init__(self, client: Client, plan: Plan, seed: int) -> None:
+    def __init__(self, client: Client, plan: Plan, seed: int, alone: bool) -> None:
+        self._alone = alone
         self._client = client
         self._plan = plan
         self._rng = random.Random(seed)
@@ -233,11 +236,12 @@ class Guest:
                 while self._held:
                     self._leave(0)
                 for area in range(len(self._plan.area_pages)):  # with nothing held every area is to be had as a whole
-                    self._come(area, self._plan.area_pages[area])
+                    with contextlib.nullcontext() if self._alone else contextlib.suppress(gcma_shm.ArenaExhausted):
+                        self._come(area, self._plan.area_pages[area])
             else:
                 area = self._rng.randrange(len(self._plan.area_pages))
                 with contextlib.suppress(gcma_shm.ArenaExhausted):
-                    self._come(area, self._rng.randint(1, self._plan.area_pages[area] * 2 // 3))
+                    self._come(area, self._rng.randint(1, max(self._plan.area_pages[area] * 2 // 3, 1)))
         while self._held:
             self._leave(0)
         return self._filled
@@ -312,13 +316,13 @@ class Storm:
             yield child, log
 
     @contextlib.contextmanager
-    def guest(self, rounds: int) -> Iterator[Child]:
-        """A process that allocates buffers; its last word is how many it had."""
+    def guest(self, rounds: int, alone: bool = True) -> Iterator[Child]:
+        """A process that allocates buffers; its last word is how many it had. `alone`: nobody else's are in its way."""
 
         def work(said: Said) -> int:
             # Guests are refused nothing and wait for nobody but a stopped broker.
             with _client(self.owner, "mapped", replace(self.plan, timeout_s=WAIT_S)) as client:
-                return Guest(client, self.plan, self.seed).run(rounds, self.over)
+                return Guest(client, self.plan, self.seed + (not alone) * os.getpid(), alone).run(rounds, self.over)
 
         with _forked(work) as child:
             yield child
@@ -374,8 +378,11 @@ class Storm:
         return found
 
     def alone(self) -> bool:
-        """Whether the broker knows the owner alone, and no buffer is held: nothing of the dead is left."""
-        return self.owner.stats()["broker"]["clients"] == 1 and not any(area.held for area in self.owner.areas())
+        """Whether the owner's is the one client number in use, and no buffer is held: nothing of the dead is left."""
+        assert self.owner._plane is not None
+        held = any(area.held for area in self.owner.areas())  # first: a request has the broker look for forked children
+        used = [record.number for record in Records(self.owner._plane).used()]
+        return used == [self.owner.number] and not held
 
 
 @contextlib.contextmanager
@@ -411,7 +418,7 @@ def rage(storm: Storm, hows: tuple[How, ...], operations: int, guests: int = 1) 
     """Workers and guests at once, until each worker has done its operations."""
     storm.begin()
     with contextlib.ExitStack() as stack:
-        guests_ = [stack.enter_context(storm.guest(1 << 30)) for _ in range(guests)]
+        guests_ = [stack.enter_context(storm.guest(1 << 30, guests == 1)) for _ in range(guests)]
         workers = [stack.enter_context(storm.worker(how, operations)) for how in hows]
         for child, _ in workers:
             storm.report(child)

@@ -1,0 +1,31 @@
+"""A client stopped, killed, or asleep while its types end, at each single step of each operation (steps.py, in a build of its own)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.builds import HERE, ROOT, build, environment
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The extension with a hook before every atomic operation."""
+    return build(tmp_path_factory.mktemp("steps"), "-include", str(HERE / "steps.h"))
+
+
+@pytest.mark.parametrize("what", ["stop", "kill", "lives"])
+def test_a_client_at_every_step(what: str, core: Path) -> None:
+    """stop, kill: whole areas are to be had, its slots are whole and current, all of it comes back. lives: whoever has its slots by the
+    time that it wakes keeps what he stored.
+    """
+    command = [sys.executable, "-m", "tests.faults.steps", what]
+    done = subprocess.run(command, cwd=ROOT, env=environment(core), capture_output=True, text=True, check=False)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all well" in done.stdout

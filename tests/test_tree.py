@@ -1,0 +1,146 @@
+"""The tree itself: who imports whom, which names are public, and that every file says what it is."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import gcma_shm
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("gcma_shm", "broker", "clients")
+FILES = sorted(
+    path.relative_to(ROOT)
+    for part in (*PARTS, "tests", "bench")
+    for path in (ROOT / part).rglob("*.py")
+    if not any(parent.is_symlink() for parent in path.parents)
+)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that the file imports, `from a import b` as both `a` and `a.b`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides its direction"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def modules(part: str) -> list[Path]:
+    return [ROOT / path for path in FILES if path.parts[0] == part]
+
+
+def reaches(path: Path, part: str) -> set[str]:
+    return {name for name in imports(path) if name == part or name.startswith((f"{part}.", f"gcma_shm.{part}"))}
+
+
+def test_there_is_something_to_look_at() -> None:
+    assert {path.parts[0] for path in FILES} >= {*PARTS, "tests"}
+    assert all(len(modules(part)) > 4 for part in PARTS)
+
+
+@pytest.mark.parametrize("path", modules("gcma_shm"), ids=lambda path: path.name)
+def test_the_common_ground_imports_neither_side(path: Path) -> None:
+    if path.name != "__init__.py":
+        assert not reaches(path, "broker")
+        assert not reaches(path, "clients")
+
+
+def test_the_package_only_re_exports() -> None:
+    assert not reaches(ROOT / "gcma_shm/__init__.py", "broker")
+    tree = ast.parse((ROOT / "gcma_shm/__init__.py").read_text())
+    assert not [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+
+
+@pytest.mark.parametrize("path", modules("broker"), ids=lambda path: path.name)
+def test_the_broker_imports_no_client(path: Path) -> None:
+    assert not reaches(path, "clients")
+
+
+@pytest.mark.parametrize("path", modules("clients"), ids=lambda path: path.name)
+def test_clients_import_no_broker(path: Path) -> None:
+    assert not reaches(path, "broker")
+
+
+@pytest.mark.parametrize(
+    "name", ["extents", "allocations", "sessions", "registry", "service", "messages", "layout", "records"]
+)
+def test_what_decides_touches_no_socket(name: str) -> None:
+    (path,) = [ROOT / path for path in FILES if path.name == f"{name}.py" and path.parts[0] in PARTS]
+    assert not imports(path) & {"zmq", "socket", "selectors", "select"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_says_what_it_is(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / path).read_text()))
+    assert docstring, "a module without a docstring"
+
+
+PUBLIC = {
+    "": [
+        "ArenaError", "ArenaExhausted", "BrokerUnavailable", "Closed", "GcmaError", "NoSuchArea", "NoSuchBuffer", "NoSuchType",
+        "NurseryFull", "ProtocolError", "QuotaExceeded", "SlotBusy", "SpillCorrupt", "SpillError", "StaleHandle", "connect", "embedded", "errors",
+    ],
+    "Client": ["endpoint", "page_size", "areas", "stats", "close", "swap", "alloc_contig", "__enter__", "__exit__"],
+    "Swap": [
+        "store", "sync", "load", "load_into", "invalidate_page", "invalidate_area", "store_many", "load_many", "__contains__", "__len__",
+    ],
+    "Buffer": ["nbytes", "area", "offset", "view", "numpy", "free", "__enter__", "__exit__"],
+    "AreaInfo": ["name", "size", "held", "lent", "free", "largest_free"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("owner", PUBLIC)
+def test_the_public_interface_is_there(owner: str) -> None:
+    where = getattr(gcma_shm, owner) if owner else gcma_shm
+    source = inspect.getsource(where)
+    for name in PUBLIC[owner]:
+        assert hasattr(where, name) or f"self.{name}" in source or f"{name}:" in source, f"{owner}.{name} is missing"
+
+
+def test_what_is_public_is_documented() -> None:
+    assert sorted(gcma_shm.__all__) == list(gcma_shm.__all__)
+    for name in gcma_shm.__all__:
+        thing = getattr(gcma_shm, name)
+        assert thing.__doc__, f"{name} has no docstring"
+        if inspect.isclass(thing):
+            for method, value in vars(thing).items():
+                if not method.startswith("_") and callable(value):
+                    assert value.__doc__, f"{name}.{method} has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        ("connect", ["endpoint", "mapped", "prefault", "timeout", "wait_for_broker"]),
+        ("embedded", ["size", "areas", "page_size", "slots", "spill_dir"]),
+        ("Client.swap", ["self", "type", "slots", "write"]),
+        ("Client.alloc_contig", ["self", "nbytes", "area", "offset", "align", "zero"]),
+        ("Buffer.numpy", ["self", "shape", "dtype"]),
+        ("Swap.sync", ["self", "timeout"]),
+    ],
+)
+def test_arguments_are_called_as_promised(call: str, names: list[str]) -> None:
+    thing: object = gcma_shm
+    for part in call.split("."):
+        thing = getattr(thing, part)
+    assert callable(thing)
+    assert set(names) <= set(inspect.signature(thing).parameters)
+
+
+def test_the_three_parts_are_one_package() -> None:
+    for name in ("broker.cli", "clients.client"):
+        module = importlib.import_module(f"gcma_shm.{name}")
+        assert module.__name__ == f"gcma_shm.{name}"
+    for part in ("broker", "clients"):
+        link = ROOT / "gcma_shm" / part
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / part
