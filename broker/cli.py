@@ -24,27 +24,28 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
 
+    asked = [parsed.ready_fd] if parsed.ready_fd >= 0 else []  # who started us wants to know, once
+
     def ready(description: str) -> None:
         print(description, flush=True)
-        _tell(parsed.ready_fd, "ready")
+        if asked:
+            _tell(asked.pop(), "ready")
 
     try:
         run(settings, ready)
     except (GcmaError, OSError, ValueError) as error:
-        if not _tell(parsed.ready_fd, str(error)):
+        if asked:
+            _tell(asked.pop(), str(error))
+        else:
             print(f"gcma broker: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _tell(fd: int, words: str) -> bool:
-    """To the owner of an embedded broker, once: "ready", or why not. False: nobody asked, or it was told before."""
-    try:
-        os.write(fd, words.encode())
-        os.close(fd)
-    except OSError:
-        return False
-    return True
+def _tell(fd: int, words: str) -> None:
+    """To the owner of an embedded broker: "ready", or why not."""
+    os.write(fd, words.replace("\n", " ").encode() + b"\n")
+    os.close(fd)
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:

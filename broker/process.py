@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import resource
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.server import STOP_S, Server
 from gcma_shm.broker.service import Service
+from gcma_shm.broker.stop import StopSignals
 from gcma_shm.endpoint import arena_name, default_spill_dir, private_dir, socket_path
 from gcma_shm.errors import ArenaError
 from gcma_shm.process import start_time
@@ -52,11 +54,12 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
     too when it is empty in the end and was made here.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    _raise_descriptor_limit()
     geometry, areas = layout.plan(
         settings.size, settings.page_size, settings.areas, settings.slots, settings.clients_max
     )
     path = socket_path(settings.endpoint)
-    with contextlib.ExitStack() as undo:
+    with StopSignals() as stop, contextlib.ExitStack() as undo:
         made_dir = not path.parent.exists()
         private_dir(path.parent)
         if made_dir:
@@ -70,20 +73,25 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
         undo.callback(shutil.rmtree, spill_dir, ignore_errors=True)
         plane = Plane(arena.memory, geometry, layout.BROKER, os.fsencode(spill_dir))
         _sign(plane)
-        server = Server(settings.endpoint, geometry.page_size)
+        server = Server(settings.endpoint, geometry.page_size, stop)
         undo.callback(server.close)
         registry = TypeRegistry(plane, spill_dir)
-        epoch = plane.read(layout.EPOCH_AT)
-        service = Service(plane, arena, registry, str(spill_dir), epoch, server.answer)
+        service = Service(plane, arena, registry, str(spill_dir), server.answer, server.watch)
         reclaim = ReclaimThread(plane)
         try:
             ready(describe(arena, settings.endpoint, spill_dir))
-            reason = server.run(service, settings.owner_pidfd)
-            log.info("stopping: %s", reason)
+            log.info("stopping: %s", server.run(service, settings.owner_pidfd))
         finally:
             plane.write(layout.STOPPED_AT, 1)
             service.stop(STOP_S)
             reclaim.stop()
+
+
+def _raise_descriptor_limit() -> None:
+    """A client costs a socket and a pidfd, a type two files: take what the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path) -> str:
@@ -126,9 +134,10 @@ def _make_spill_dir(settings: Settings) -> Path:
     """The arena's own directory, emptied: lives are numbered per arena, so no file of an earlier arena may be taken
     for one of this.
     """
-    parent = settings.spill_dir
-    own = default_spill_dir(settings.endpoint)
-    path = own if parent is None else parent / own.name
+    if settings.spill_dir is None:
+        path = default_spill_dir(settings.endpoint)
+    else:
+        path = settings.spill_dir / arena_name(settings.endpoint).removeprefix("/")
     _refuse_memory(path)
     private_dir(path)
     shutil.rmtree(path)

@@ -29,11 +29,11 @@ class ReclaimThread:
         self._thread.join()
 
     def _run(self) -> None:
-        written = head_then = 0
+        head_then = 0
         then = time.monotonic()
         while not self._stopping:
             head = self._plane.sweep(NAP_S)
             now = time.monotonic()
             if now - then >= WRITE_BEHIND_S:
-                written = self._plane.clean_until(written, head_then)
+                self._plane.clean_until(head_then)
                 head_then, then = head, now

@@ -6,6 +6,7 @@ the control loop. Spill files are laid sparse, slot n at n × page size, named `
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from gcma_shm._core import Plane, Slots
 from gcma_shm.broker.extents import Extents
 from gcma_shm.errors import Closed, NoSuchType, SpillError
 
-STORE_TIMEOUT_S = 5.0  # of a store by message
+STORE_TIMEOUT_S = 3.0  # of a store by message; less than a client waits for its reply by default
 
 
 class TypeRegistry:
@@ -27,6 +28,7 @@ class TypeRegistry:
         self._spill_dir = spill_dir
         self._extents = Extents(0, self._geometry.slots)
         self._living: dict[int, Slots] = {}
+        self._base: dict[int, int] = {}  # where a living type's slots begin in the slot table
 
     def declare(self, type_: int, slots: int, write: str) -> Slots:
         """Begins a life of `type_`, or finds the one that was declared alike. Raises ValueError, SpillError."""
@@ -44,24 +46,33 @@ class TypeRegistry:
                 f"type {type_} of {slots} slots: the arena's slot table of {self._geometry.slots} has no {slots} in a row left "
                 f"(at most {self._extents.largest}); start the broker with more --slots"
             )
-        at = self._geometry.type_at(type_)
-        life = self._plane.read(at + layout.TYPE_LIFE_AT) + 1
+        life = self._plane.read(self._geometry.type_at(type_) + layout.TYPE_LIFE_AT) + 1
         self._make_file(type_, life)
         self._extents.take(base, slots)
-        self._plane.write(at + layout.TYPE_BASE_AT, base)
-        self._plane.write(at + layout.TYPE_SLOTS_AT, slots)
-        self._plane.write(at + layout.TYPE_FLAGS_AT, 0 if write == "through" else layout.WRITE_BEHIND)
-        self._plane.begin_type(type_)
-        self._living[type_] = self._plane.slots(type_, life, STORE_TIMEOUT_S)
-        return self._living[type_]
+        self._plane.begin_type(type_, base, slots, 0 if write == "through" else layout.WRITE_BEHIND)
+        try:
+            living = self._plane.slots(type_, life, STORE_TIMEOUT_S)
+        except BaseException:  # out of descriptors, say
+            self._close(type_, life, base, slots)
+            raise
+        self._living[type_], self._base[type_] = living, base
+        return living
 
     def end(self, type_: int, life: int) -> None:
         """Ends that life: every handle on it is refused, its file is gone. Raises Closed, NoSuchType."""
-        slots = self.find(type_, life)
+        slots = self.find(type_, life).slots
         del self._living[type_]
-        self._plane.end_type(type_)
-        self._extents.give(self._plane.read(self._geometry.type_at(type_) + layout.TYPE_BASE_AT), slots.slots)
-        self._file(type_, life).unlink(missing_ok=True)
+        self._close(type_, life, self._base.pop(type_), slots)
+
+    def _close(self, type_: int, life: int, base: int, slots: int) -> None:
+        self._plane.end_type(type_, base, slots)
+        self._extents.give(base, slots)
+        # Emptied first: whoever still has it open must not keep the disk full. Its words are closed, so nobody reads
+        # it.
+        path = self._file(type_, life)
+        with contextlib.suppress(OSError):
+            os.truncate(path, 0)
+        path.unlink(missing_ok=True)
 
     def end_all(self) -> None:
         """Ends every life, so that nobody goes on alone in an arena without a broker."""

@@ -9,8 +9,10 @@ registry; syncs on one.
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from gcma_shm import layout, messages
@@ -19,20 +21,29 @@ from gcma_shm.arena import Arena
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.sessions import Client, Sessions
-from gcma_shm.broker.workers import Worker
-from gcma_shm.errors import ArenaError, GcmaError, ProtocolError
+from gcma_shm.broker.workers import Job, Worker
+from gcma_shm.errors import ArenaError, Closed, GcmaError, ProtocolError, SlotBusy
 from gcma_shm.messages import Frame, Reply, Request
 
 log = logging.getLogger(__name__)
 
 PAGE_WORKERS = 2
 WINDOW_BYTES = 1 << 20  # of pages that one session may have under way
-SYNC_MAX_MS = (
-    60_000  # what a sync by message may wait for other processes' writes; the one thread for syncs serves all sessions
-)
+# What a sync by message may wait for other processes' writes, and how much of it at once.
+SYNC_MAX_MS = 60_000
+SYNC_SLICE_S = 0.2
 HELLO_NEEDED = "HelloNeeded"  # the status that tells a peer to introduce itself (again)
 
-Answer = Callable[[bytes, Reply], None]
+
+@dataclass(frozen=True)
+class Peer:
+    """Whom a worker's reply goes to, and whose window it was in."""
+
+    address: bytes
+    client: Client
+
+
+Answer = Callable[[Peer, Reply], None]
 Results = tuple[dict[str, Any], list[bytes]]
 
 
@@ -40,16 +51,22 @@ class Service:
     """The state of one broker. `answer(peer, reply)` is called from worker threads, and must be safe for that."""
 
     def __init__(
-        self, plane: Plane, arena: Arena, registry: TypeRegistry, spill_dir: str, epoch: int, answer: Answer
+        self,
+        plane: Plane,
+        arena: Arena,
+        registry: TypeRegistry,
+        spill_dir: str,
+        answer: Answer,
+        watch: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.plane = plane
         self._arena = arena
         self._answer = answer
         self._spill_dir = spill_dir
-        self._epoch = epoch
+        self._epoch = plane.read(layout.EPOCH_AT)
         self._registry = registry
         self.allocations = Allocations(plane, arena.areas)
-        self.sessions = Sessions(plane, self.allocations.inherit)
+        self.sessions = Sessions(plane, self.allocations.inherit, watch)
         self.window = max(4, min(messages.WINDOW, WINDOW_BYTES // arena.geometry.page_size))
         jobs_max = arena.geometry.clients_max * messages.WINDOW
         self._page_workers = [Worker(f"pages-{n}", jobs_max) for n in range(PAGE_WORKERS)]
@@ -68,20 +85,18 @@ class Service:
         self._jobs: dict[str, Callable[[dict[str, Any], Request], Results]] = {
             "swap_init": self._swap_init,
             "invalidate_area": self._invalidate_area,
-            "sync": self._sync,
             "count": lambda p, _r: ({"count": len(registry.find(p["type"], p["life"]))}, []),
             "contains": lambda p, _r: ({"contains": p["offset"] in registry.find(p["type"], p["life"])}, []),
             "store": self._store,
             "load": self._load,
             "invalidate_page": self._invalidate_page,
         }
-        assert {*self._control, *self._jobs, "hello"} == set(messages.OPERATIONS)
+        assert {*self._control, *self._jobs, "hello", "sync"} == set(messages.OPERATIONS)
 
-    def request(self, peer: bytes, frames: list[Frame]) -> Reply | None:
+    def request(self, peer: bytes, frames: list[Frame], process: str = "") -> Reply | None:
         """Serves one message: the reply; None when it comes later from a worker, or to nobody (not even a number could
-        be read).
+        be read). `process`: who sent it, in ZeroMQ's words, as the kernel knows it.
         """
-        self._bury(self.sessions.adopt_forked())
         try:
             request = messages.decode_request(frames, self._arena.geometry.page_size)
         except messages.Malformed as error:
@@ -89,34 +104,41 @@ class Service:
             return None if error.number is None else refusal
         number = request.number
         try:
+            self._bury(self.sessions.adopt_forked())
             self._requests[request.operation] += 1
             client = self.sessions.find(peer)
             if request.operation == "hello":
-                return Reply(number, "ok", self._hello(peer, request.parameters))
+                return Reply(number, "ok", self._hello(peer, process, request.parameters))
             if client is None:
                 return Reply(number, HELLO_NEEDED, {"message": "no session: say hello first"})
             if request.operation in self._control:
                 return Reply(number, "ok", self._control[request.operation](client, request))
-            self._submit(peer, client, request)
+            self._submit(Peer(peer, client), request)
         except Exception as error:  # one request must not end the broker
             return self._refuse(number, error)
         return None
 
     def client_ended(self, pidfd: int) -> None:
         """A process has ended: all that it held is given back."""
-        self._bury(self.sessions.adopt_forked())
-        client = self.sessions.by_pidfd.get(pidfd)
-        if client is not None:
-            log.info("client %d (process %d) has ended", client.number, client.pid)
-            self._bury([client])
+        try:
+            self._bury(self.sessions.adopt_forked())
+            client = self.sessions.by_pidfd.get(pidfd)
+            if client is not None:
+                log.info("client %d (process %d) has ended", client.number, client.pid)
+                self._bury([client])
+        except Exception:
+            log.exception("the end of a client was not served; trying again at the next look")
 
     def tick(self) -> None:
         """Once a second or so: whatever no message and no pidfd tells."""
-        self._bury(self.sessions.adopt_forked(look_anyway=True))
+        try:
+            self._bury(self.sessions.adopt_forked(look_anyway=True))
+        except Exception:
+            log.exception("looking for forked clients failed; trying again")
 
     def stop(self, timeout_s: float) -> None:
         """Ends all types, so that nobody goes on alone, and the workers."""
-        self._type_worker.submit(self._registry.end_all)
+        self._type_worker.submit(self._registry.end_all, whatever_the_queue=True)
         for worker in (*self._page_workers, self._sync_worker, self._type_worker):
             if not worker.stop(timeout_s):
                 log.warning("a worker is still busy after %g s; leaving it", timeout_s)
@@ -154,7 +176,13 @@ class Service:
 
     # --- on the control thread
 
-    def _hello(self, peer: bytes, p: dict[str, Any]) -> dict[str, Any]:
+    def _hello(self, peer: bytes, process: str, p: dict[str, Any]) -> dict[str, Any]:
+        if p.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
+            raise Closed("the arena that this client knows has ended with its broker; connect again")
+        # `localhost:<uid>:<gid>:<pid>` on an ipc socket: who connected, by SO_PEERCRED, whatever the message says.
+        sender = process.rpartition(":")[2]
+        if sender.isdigit() and int(sender) not in (0, p["pid"]):
+            raise ProtocolError(f"hello in the name of process {p['pid']} from process {sender}")
         client = self.sessions.hello(peer, p["pid"], p["start"], p["mapped"], p.get("client"))
         if "buffers" in p:  # whatever it does not know of was allocated for a reply that it never got
             self.allocations.drop(client.number, keep=p["buffers"])
@@ -185,10 +213,7 @@ class Service:
                 self.plane.bury(number)
                 self.sessions.buried(number)
 
-            if not self._type_worker.submit(take_back):
-                log.error(
-                    "client %d could not be buried: the queue is full; its number is lost until the next start", number
-                )
+            self._type_worker.submit(take_back, whatever_the_queue=True)
 
     def _alloc_contig(self, client: Client, request: Request) -> dict[str, Any]:
         if not client.mapped:
@@ -201,43 +226,74 @@ class Service:
         self.allocations.free(client.number, request.parameters["buffer"])
         return {}
 
-    def _submit(self, peer: bytes, client: Client, request: Request) -> None:
+    def _submit(self, peer: Peer, request: Request) -> None:
+        client = peer.client
         if client.under_way >= self.window:
             raise ProtocolError(f"more than {self.window} requests under way in one session; wait for replies first")
-        if request.operation in ("swap_init", "invalidate_area"):
-            worker = self._type_worker
-        elif request.operation == "sync":
-            worker = self._sync_worker
+        if request.operation == "sync":
+            worker, job = self._sync_worker, self._sync(peer, request)
         else:
-            worker = self._page_workers[client.number % PAGE_WORKERS]
+            types = request.operation in ("swap_init", "invalidate_area")
+            worker = self._type_worker if types else self._page_workers[client.number % PAGE_WORKERS]
+
+            def job() -> None:
+                self._work(peer, request)
+
         client.under_way += 1
-        if not worker.submit(lambda: self._work(peer, request)):
+        if not worker.submit(job):
             client.under_way -= 1
             raise ProtocolError("the broker's queue is full; try again later")
 
     def _refuse(self, number: int, error: Exception) -> Reply:
-        if not isinstance(error, GcmaError | IndexError | ValueError):
-            log.error("a request failed", exc_info=error)
-            error = GcmaError("the broker failed on this request; its log says why")
-        reply = messages.error_reply(number, error)
+        reply = self._as_reply(number, error)
         self._refusals[reply.status] += 1
         return reply
 
+    def answered(self, peer: Peer, reply: Reply) -> None:
+        """For each reply that a worker gave: one request less under way."""
+        peer.client.under_way -= 1
+        if reply.status != "ok":
+            self._refusals[reply.status] += 1
+
+    # --- on any thread
+
+    @staticmethod
+    def _as_reply(number: int, error: Exception) -> Reply:
+        if not isinstance(error, GcmaError | IndexError | ValueError):
+            log.error("a request failed", exc_info=error)
+            error = GcmaError("the broker failed on this request; its log says why")
+        return messages.error_reply(number, error)
+
     # --- on worker threads
 
-    def _work(self, peer: bytes, request: Request) -> None:
+    def _work(self, peer: Peer, request: Request) -> None:
         try:
             results, pages = self._jobs[request.operation](request.parameters, request)
             reply = Reply(request.number, "ok", results, pages)
-        except Exception as error:  # one request must not end the broker
-            reply = self._refuse(request.number, error)
+        except Exception as error:  # one request must not end the worker
+            reply = self._as_reply(request.number, error)
         self._answer(peer, reply)
 
-    def answered(self, peer: bytes) -> None:
-        """On the control thread, for each reply that a worker gave: one request less under way."""
-        client = self.sessions.find(peer)
-        if client is not None:
-            client.under_way -= 1
+    def _sync(self, peer: Peer, request: Request) -> Job:
+        """A sync in slices: what waits for somebody's write goes to the end of the queue, and nobody behind it
+        waits.
+        """
+        p = request.parameters
+        deadline = time.monotonic() + min(p.get("timeout_ms", SYNC_MAX_MS), SYNC_MAX_MS) / 1000
+
+        def job() -> None:
+            try:
+                self._registry.find(p["type"], p["life"]).sync(SYNC_SLICE_S)
+                reply = Reply(request.number, "ok", {})
+            except SlotBusy as error:
+                if time.monotonic() < deadline and self._sync_worker.submit(job):
+                    return
+                reply = self._as_reply(request.number, error)
+            except Exception as error:  # one request must not end the worker
+                reply = self._as_reply(request.number, error)
+            self._answer(peer, reply)
+
+        return job
 
     def _swap_init(self, p: dict[str, Any], _request: Request) -> Results:
         slots = self._registry.declare(p["type"], p["slots"], p["write"])
@@ -245,11 +301,6 @@ class Service:
 
     def _invalidate_area(self, p: dict[str, Any], _request: Request) -> Results:
         self._registry.end(p["type"], p["life"])
-        return {}, []
-
-    def _sync(self, p: dict[str, Any], _request: Request) -> Results:
-        timeout_s = min(p.get("timeout_ms", SYNC_MAX_MS), SYNC_MAX_MS) / 1000
-        self._registry.find(p["type"], p["life"]).sync(timeout_s)
         return {}, []
 
     def _store(self, p: dict[str, Any], request: Request) -> Results:

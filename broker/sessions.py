@@ -7,6 +7,7 @@ like the others.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from gcma_shm._core import Plane
 from gcma_shm.errors import ProtocolError
 from gcma_shm.process import open_pidfd
 from gcma_shm.records import Record, Records, State
+
+log = logging.getLogger(__name__)
 
 FORK_COMPLETION_S = 60.0  # what a child may take from the fork to its first instruction before its record is taken for that of a failed fork
 
@@ -36,11 +39,14 @@ class Client:
 
 class Sessions:
     """All clients of one arena. `inherit(parent, child)` is called for a fork before anything else happens to the
-    parent.
+    parent, `watch(pidfd)` for each process whose end is to be told.
     """
 
-    def __init__(self, plane: Plane, inherit: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, plane: Plane, inherit: Callable[[int, int], None], watch: Callable[[int], None] = lambda _: None
+    ) -> None:
         self._plane = plane
+        self._watch_pidfd = watch
         self._records = Records(plane)
         self._inherit = inherit
         self._forks_seen = 0
@@ -56,8 +62,11 @@ class Sessions:
         """A client introduces itself: a new one, or, by its `number`, one that forked or lost its socket. Raises
         ProtocolError, QuotaExceeded.
         """
-        if peer in self._by_peer:
-            raise ProtocolError("hello from a peer that has a session already; say bye first")
+        known = self._by_peer.get(peer)
+        if known is not None and number in (None, known.number):
+            return known  # its first hello was answered too late
+        if known is not None:
+            raise ProtocolError("hello in another name from a peer that has a session already; say bye first")
         if number is not None:
             record = self._records.read(number)
             if (record.state, record.pid, record.start) != (State.ALIVE, pid, start) or number not in self.clients:
@@ -93,7 +102,7 @@ class Sessions:
             new = {
                 record.number: record
                 for record in self._records.used()
-                if record.number not in self.clients and record.state in (State.FORKED, State.ALIVE)
+                if record.number not in self.clients and record.state in (State.FORKED, State.STARTING, State.ALIVE)
             }
             while new:  # a child that forked again comes before its own children
                 record = new.pop(next((n for n, r in new.items() if r.parent not in new), next(iter(new))))
@@ -103,13 +112,17 @@ class Sessions:
 
     def _is_stillborn(self, client: Client) -> bool:
         record = self._records.read(client.number)
-        if record.state is State.FORKED:
+        if record.state in (State.FORKED, State.STARTING):
             return time.monotonic() - client.known_at > FORK_COMPLETION_S
         return not self._complete(client, record)
 
     def _complete(self, client: Client, record: Record) -> bool:
         """The child has written who it is: from now on it is watched. False: it is dead already."""
-        pidfd = open_pidfd(record.pid, record.start)
+        try:
+            pidfd = open_pidfd(record.pid, record.start)
+        except OSError as error:
+            log.error("client %d cannot be watched: %s; trying again", client.number, error)
+            return True
         if pidfd is None:
             return False
         client.pid = record.pid
@@ -119,6 +132,7 @@ class Sessions:
     def _watch(self, client: Client, pidfd: int) -> None:
         client.pidfd = pidfd
         self.by_pidfd[pidfd] = client
+        self._watch_pidfd(pidfd)
 
     def forget(self, client: Client) -> None:
         """The client is dead or has said goodbye; its record stays taken until `buried`."""
@@ -158,6 +172,6 @@ class Sessions:
         )
         assert {client.number for client in self._by_peer.values()} <= set(self.clients), "a session without a client"
         for number in self.clients:
-            assert self._records.read(number).state in (State.ALIVE, State.FORKED), (
+            assert self._records.read(number).state in (State.ALIVE, State.FORKED, State.STARTING), (
                 "a client whose record is not in use"
             )

@@ -18,24 +18,23 @@ class Worker:
     """One thread that does jobs one after another."""
 
     def __init__(self, name: str, jobs_max: int) -> None:
-        self._jobs: queue.Queue[Job | None] = queue.Queue(jobs_max)
+        self._jobs_max = jobs_max
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> bool:
-        """Queues a job; False when the queue is full."""
-        try:
-            self._jobs.put_nowait(job)
-        except queue.Full:
+    def submit(self, job: Job, whatever_the_queue: bool = False) -> bool:
+        """Queues a job; False when the queue is full. `whatever_the_queue`: for what the broker itself must get done,
+        of which there is no more than one job a client.
+        """
+        if self._jobs.qsize() >= self._jobs_max and not whatever_the_queue:
             return False
+        self._jobs.put(job)
         return True
 
     def stop(self, timeout_s: float) -> bool:
         """Lets the jobs in the queue end, then the thread; False when that took longer than `timeout_s`."""
-        try:
-            self._jobs.put(None, timeout=timeout_s)
-        except queue.Full:
-            return False
+        self._jobs.put(None)
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,26 +23,17 @@ class Buffer:
     """
 
     def __init__(
-        self,
-        span: Span,
-        number: int,
-        area: str,
-        offset: int,
-        free: Callable[[int], None],
-        give_up: Callable[[int], None],
+        self, span: Span, area: str, offset: int, free: Callable[[], None], is_freed: Callable[[], bool]
     ) -> None:
-        self._span: Span | None = span
+        self._span = span
         self._free = free
-        self.number = number
+        self._is_freed = is_freed
         #: Bytes, whole pages.
         self.nbytes: int = span.nbytes
         #: The area's name.
         self.area = area
         #: Pages from the area's start.
         self.offset = offset
-        # On the memory's exporter, not on this object: a view or array that outlives the Buffer keeps the memory.
-        self._finalizer = weakref.finalize(span, give_up, number)
-        self._finalizer.atexit = False  # the broker sees the process end
 
     @property
     def view(self) -> memoryview:
@@ -58,44 +49,42 @@ class Buffer:
             import numpy as np
         except ImportError:
             raise ImportError("Buffer.numpy needs numpy: pip install 'gcma-shm[numpy]'") from None
-        return np.ndarray(shape, dtype, buffer=memoryview(self._living()))
+        of_type = np.dtype(dtype)
+        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+        wanted = math.prod(dimensions) * of_type.itemsize
+        if not 0 <= wanted <= self.nbytes:
+            raise ValueError(
+                f"an array of {wanted} bytes, shape {dimensions} of {of_type}: the buffer has {self.nbytes}"
+            )
+        # frombuffer keeps the memoryview, and with it the export; ndarray(buffer=…) would keep the memory, but not be
+        # counted.
+        return np.frombuffer(self.view, np.uint8)[:wanted].view(of_type).reshape(dimensions)
 
     def free(self) -> None:
         """Gives the memory back; a second time has no effect. Raises BufferError while a view or array of it is
         alive.
         """
-        if self._span is None:
+        if self.freed:
             return
         if self._span.exports:
             raise BufferError(
-                f"buffer of {self.nbytes} bytes in {self.area!r} cannot be freed: {self._span.exports} views or arrays of it are alive; "
-                "release() or del them first"
+                f"buffer of {self.nbytes} bytes in {self.area!r} cannot be freed: {self._span.exports} views or arrays of "
+                "it are alive; release() or del them first"
             )
-        span, self._span = self._span, None
-        try:
-            self._free(self.number)
-        except BaseException:
-            self._span = span
-            raise
-        self._finalizer.detach()
+        self._free()
 
     @property
     def freed(self) -> bool:
         """Whether `free` was called, or the client closed."""
-        return self._span is None
+        return self._is_freed()
 
     @property
     def exports(self) -> int:
         """How many views and arrays of the memory are alive."""
-        return self._span.exports if self._span is not None else 0
-
-    def _forget(self) -> None:
-        """The client is closed, and all of its memory given back at once."""
-        self._span = None
-        self._finalizer.detach()
+        return self._span.exports
 
     def _living(self) -> Span:
-        if self._span is None:
+        if self.freed:
             raise StaleHandle("this buffer was freed")
         return self._span
 

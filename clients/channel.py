@@ -1,14 +1,16 @@
 """Requests to the broker: one DEALER socket, one reply for each request, every wait bounded.
 
-Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket
-of its own.
+Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket of
+its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,18 +19,18 @@ import zmq
 
 from gcma_shm import messages
 from gcma_shm.endpoint import socket_path
-from gcma_shm.errors import BrokerUnavailable, Closed
+from gcma_shm.errors import ArenaError, BrokerUnavailable, Closed, GcmaError, NoSuchBuffer
 from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
-# Sockets of the parent, in a child: closing them would send, dropping them would warn, so they rest here until the
-# process ends.
-_inherited: list[object] = []
+GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
+
+Wanted = tuple[str, dict[str, Any], tuple[Frame, ...]]
 
 
 class Channel:
     """The way to one broker. `introduce` makes the parameters of a hello; it is said first, and again to whoever asks
-    for it.
+    for it. It must not refer to the channel's owner strongly: the two would only be collected together.
     """
 
     def __init__(
@@ -41,18 +43,22 @@ class Channel:
         self._path = socket_path(endpoint)
         self.closed = False
         self.greeting: dict[str, Any] = {}
-        # Buffers that nobody refers to any more, to be freed with the next request.
+        # Buffers to be given back with the next request: nobody refers to them any more, or nobody knows how their
+        # free ended.
         self._given_up: deque[int] = deque()
         self._open()
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket and lock are of no use."""
-        _inherited.extend((self._socket, self._context))
+        self._goodbye.detach()
+        self._socket.close()  # pyzmq knows that this is not the process that opened it, and touches nothing
+        self._context.term()
         self._open()
 
     def _open(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self._number = 0
+        self._late = 0  # requests whose replies may still come
         self._greeted = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -61,83 +67,107 @@ class Channel:
         self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._socket.setsockopt(zmq.RCVTIMEO, max(int(self.timeout * 1000), 1))
         self._socket.connect(self.endpoint)
+        # Not left to the collector, which may take the context first, and that waits for its sockets.
+        self._goodbye = weakref.finalize(self, _say_goodbye, self._socket, self._context)
 
-    def request(self, operation: str, parameters: dict[str, Any] | None = None, pages: Iterable[Frame] = ()) -> Reply:
-        """Sends one request and returns its reply. Raises what the broker answers, BrokerUnavailable, Closed."""
-        reply = next(self.requests([(operation, parameters or {}, tuple(pages))]))
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
+    def request(
+        self,
+        operation: str,
+        parameters: dict[str, Any] | None = None,
+        pages: Iterable[Frame] = (),
+        *,
+        patience: float = 0.0,
+        then: Callable[[Reply], Any] = lambda reply: reply,
+    ) -> Any:
+        """Sends one request and returns `then` of its reply, made before any other thread's request, or a fork, goes
+        on.
 
-    def requests(
-        self, wanted: Iterable[tuple[str, dict[str, Any], tuple[Frame, ...]]], window: int = 1
-    ) -> Iterator[Reply | Exception]:
+        `patience`: seconds that the broker may take on top of the timeout. Raises what the broker answers,
+        BrokerUnavailable, Closed.
+        """
+        with self.lock:
+            for reply in self._requests([(operation, parameters or {}, tuple(pages))], 1, patience):
+                if isinstance(reply, Exception):
+                    raise reply
+                return then(reply)
+        raise AssertionError("one request has one reply")
+
+    def requests(self, wanted: Iterable[Wanted], window: int) -> Iterator[Reply | Exception]:
         """Sends requests, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
         exception, unraised.
         """
-        with self._lock:
-            if self.closed:
-                raise Closed("this client is closed")
-            deadline = time.monotonic() + self.timeout
-            if not self._greeted:
+        with self.lock:
+            yield from self._requests(wanted, window, 0.0)
+
+    def _requests(self, wanted: Iterable[Wanted], window: int, patience: float) -> Iterator[Reply | Exception]:
+        if self.closed:
+            raise Closed("this client is closed")
+        deadline = time.monotonic() + self.timeout + patience
+        if not self._greeted:
+            self._hello(deadline + self._wait_for_broker)
+        self._take_late_replies()
+        self._free_given_up(deadline)
+        sent: deque[Request] = deque()
+        source = iter(wanted)
+        exhausted = False
+        while True:
+            while not exhausted and len(sent) < window:
+                try:
+                    sent.append(self._make(*next(source)))
+                except StopIteration:
+                    exhausted = True
+                    break
+                self._send(sent[-1], deadline)
+            if not sent:
+                return
+            reply = self._receive(sent[0], deadline)
+            if reply.status == "HelloNeeded":  # the broker does not know this socket (any more)
                 self._hello(deadline + self._wait_for_broker)
-            self._free_given_up(deadline)
-            sent: deque[Request] = deque()
-            source = iter(wanted)
-            exhausted = False
-            while True:
-                while not exhausted and len(sent) < window:
-                    try:
-                        sent.append(self._make(*next(source)))
-                    except StopIteration:
-                        exhausted = True
-                        break
-                    self._send(sent[-1], deadline)
-                if not sent:
-                    return
-                reply = self._receive(sent[0], deadline)
-                if sent[0].operation == "bye":
-                    self._greeted = False
-                if (
-                    reply.status == "HelloNeeded"
-                ):  # the broker does not know this socket (any more); a window is lost with it
-                    self._hello(deadline + self._wait_for_broker)
-                    for request in sent:
-                        self._send(request, deadline)
-                    continue
-                sent.popleft()
-                yield reply if reply.status == "ok" else messages.reply_error(reply)
-                deadline = time.monotonic() + self.timeout
+                for request in sent:
+                    self._send(request, deadline)
+                continue
+            if sent.popleft().operation == "bye":
+                self._greeted = False
+            yield reply if reply.status == "ok" else messages.reply_error(reply)
+            deadline = time.monotonic() + self.timeout + patience
 
     def give_up(self, buffer: int) -> None:
-        """Frees a buffer that nobody refers to any more, now or with the next request. For finalizers: takes no lock
-        that may be held.
+        """Frees a buffer that nobody refers to any more, now or with the next request. For finalizers: waits for no
+        lock, and raises nothing.
         """
+        if self.closed:
+            return
         self._given_up.append(buffer)
-        if self._lock.acquire(blocking=False):
+        if self.lock.acquire(blocking=False):
             try:
-                with contextlib.suppress(BrokerUnavailable):
+                with contextlib.suppress(GcmaError):
                     self._free_given_up(time.monotonic() + self.timeout)
             finally:
-                self._lock.release()
+                self.lock.release()
 
     def close(self) -> None:
         """Says bye, if the broker still listens, and closes the socket."""
         if self.closed:
             return
-        if self._greeted:
-            with contextlib.suppress(BrokerUnavailable):
-                self.request("bye")
-        with self._lock:
+        with contextlib.suppress(GcmaError):  # it is gone, or serves another arena: nothing of ours is left there
+            self.request("bye")
+        self.drop()
+
+    def drop(self) -> None:
+        """Closes the socket without a word; the broker notices when the process ends."""
+        with self.lock:
             self.closed = True
+            self._goodbye.detach()
             self._socket.close()
             self._context.term()
 
     def _hello(self, deadline: float) -> None:
-        if not self._path.exists() and time.monotonic() + self.timeout >= deadline:
+        if not self._path.exists() and self._wait_for_broker <= 0:
             raise BrokerUnavailable(
-                f"no broker listens on {self.endpoint}: start one with `gcma broker --endpoint {self.endpoint} --size …`, or use gcma_shm.embedded()"
+                f"no broker listens on {self.endpoint}: start one with `gcma broker --endpoint {self.endpoint} --size …`, "
+                "or use gcma_shm.embedded()"
             )
+        self._refuse_strangers()
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
         reply = self._receive(request, deadline)
@@ -146,11 +176,27 @@ class Channel:
         self.greeting = reply.results
         self._greeted = True
 
+    def _refuse_strangers(self) -> None:
+        """Pages must not go to whoever was first to make a directory of the right name in /tmp."""
+        with contextlib.suppress(FileNotFoundError):
+            found = self._path.parent.stat()
+            if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+                raise ArenaError(
+                    f"the directory of {self.endpoint} belongs to user {found.st_uid} with mode {found.st_mode & 0o777:o}: "
+                    "others could listen there in the broker's place; use a directory of your own"
+                )
+
     def _free_given_up(self, deadline: float) -> None:
         while self._greeted and self._given_up:
-            request = self._make("free_contig", {"buffer": self._given_up.popleft()}, ())
+            request = self._make("free_contig", {"buffer": self._given_up[0]}, ())
             self._send(request, deadline)
-            self._receive(request, deadline)
+            reply = self._receive(request, deadline)
+            if reply.status == "HelloNeeded":  # what hello does not list is freed by that
+                self._greeted = False
+                self._hello(deadline)
+            elif reply.status not in ("ok", NoSuchBuffer.__name__):
+                raise messages.reply_error(reply)
+            self._given_up.popleft()
 
     def _make(self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...]) -> Request:
         self._number += 1
@@ -158,9 +204,12 @@ class Channel:
 
     def _send(self, request: Request, deadline: float) -> None:
         frames = messages.encode_request(request)
+        # Without a copy ZeroMQ would send the caller's memory whenever it can, also after this request was given up and
+        # the caller writes there again.
+        copy = not all(isinstance(getattr(page, "obj", page), bytes) for page in request.pages) or not request.pages
         while True:
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=not request.pages)
+                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
                 return
             except zmq.Again:  # not connected, or the broker is far behind
                 left_ms = int((deadline - time.monotonic()) * 1000)
@@ -173,16 +222,37 @@ class Channel:
                 frames = self._socket.recv_multipart()  # for `timeout` at the most
             except zmq.Again:
                 if time.monotonic() >= deadline:
+                    self._late += 1
                     raise self._unavailable(request) from None
                 continue
             reply = messages.decode_reply(frames)
             if reply.number == request.number:
                 return reply
-            if "buffer" in reply.results:  # for a request that was given up after its bound; it must not stay allocated
-                self._given_up.append(int(reply.results["buffer"]))
+            self._take_late(reply)
+
+    def _take_late_replies(self) -> None:
+        """Before the next request: a buffer in a reply that came too late must not stand in its way."""
+        while self._late:
+            try:
+                self._take_late(messages.decode_reply(self._socket.recv_multipart(zmq.NOBLOCK)))
+            except zmq.Again:
+                return
+
+    def _take_late(self, reply: Reply) -> None:
+        self._late = max(self._late - 1, 0)
+        if "buffer" in reply.results:
+            self._given_up.append(int(reply.results["buffer"]))
 
     def _unavailable(self, request: Request) -> BrokerUnavailable:
         return BrokerUnavailable(
             f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
             "is it running, and not stopped?"
         )
+
+
+def _say_goodbye(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """For a channel that nobody closed and nobody can reach any more."""
+    with contextlib.suppress(zmq.ZMQError):
+        socket.send_multipart(messages.encode_request(Request(messages.NUMBER_MAX, "bye", {})), zmq.NOBLOCK)
+    socket.close(linger=GOODBYE_MS)
+    context.term()

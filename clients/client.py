@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 import os
-import threading
 import weakref
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 from gcma_shm import layout
-from gcma_shm._core import Plane
+from gcma_shm._core import Plane, Span
 from gcma_shm.arena import Arena, open_arena
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.swap import MappedSwap, MessageSwap, Swap
 from gcma_shm.endpoint import default_endpoint
-from gcma_shm.errors import ArenaError
+from gcma_shm.errors import ArenaError, QuotaExceeded
+from gcma_shm.messages import Reply
 from gcma_shm.process import start_time
 from gcma_shm.records import Records, State
 
+log = logging.getLogger(__name__)
+
 SLOTS_MAX = 1 << 40  # of a type, in the protocol
+SECONDS_MAX = 1e6  # a week and a half: whatever takes longer is a mistake
 BYTES_MAX = 1 << 62  # of a buffer, in the protocol; whatever is larger is refused like this
 
 
@@ -45,35 +49,35 @@ class Client:
     def __init__(
         self, endpoint: str, mapped: bool | None, prefault: bool, timeout: float, wait_for_broker: float
     ) -> None:
-        if timeout <= 0:
-            raise ValueError(f"timeout {timeout}: expected more than zero seconds")
+        for name, seconds, least in (("timeout", timeout, 0.001), ("wait_for_broker", wait_for_broker, 0.0)):
+            if not least <= seconds <= SECONDS_MAX:  # also refuses what is not a number
+                raise ValueError(f"{name} {seconds}: expected {least} to {SECONDS_MAX:g} seconds")
         self.endpoint = endpoint
         self._mapped = mapped is not False
         self._plane: Plane | None = None
-        self._buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
+        # By the memory and not by the Buffer: an array that outlives its Buffer keeps the memory.
+        self._held: weakref.WeakValueDictionary[int, Span] = weakref.WeakValueDictionary()
         self._swaps: weakref.WeakSet[MappedSwap | MessageSwap] = weakref.WeakSet()
-        self._children: dict[int, int] = {}  # forking thread -> the child's number
-        self._channel = Channel(endpoint, timeout, wait_for_broker, self._introduce)
+        self._forking: tuple[int, int] | None = None  # the child's number, and its record's word
+        owner = weakref.ref(self)
+        self._channel = Channel(endpoint, timeout, wait_for_broker, lambda: cast(Client, owner())._introduce())
         try:
             self._channel.request("ping")
             self.page_size: int = self._channel.greeting["page_size"]
             if self._mapped:
                 self._map(required=mapped is True, prefault=prefault)
         except BaseException:
-            self._channel.close()
+            self._channel.drop()
             raise
         _clients.add(self)
 
     def _introduce(self) -> dict[str, Any]:
         pid = os.getpid()
         who: dict[str, Any] = {"pid": pid, "start": start_time(pid) or 0, "mapped": self._mapped}
-        if (
-            self._plane is not None
-        ):  # a forked child, or a broker that lost this session: say who we are and what we hold
-            who |= {
-                "client": self._plane.number,
-                "buffers": [buffer.number for buffer in self._buffers if not buffer.freed],
-            }
+        if self._channel.greeting:  # not the first time: no other arena will do
+            who["arena_id"] = self._channel.greeting["arena_id"]
+        if self._plane is not None:  # a forked child, or one whose session was lost: say who we are and what we hold
+            who |= {"client": self._plane.number, "buffers": list(self._held)}
         return who
 
     def _map(self, required: bool, prefault: bool) -> None:
@@ -108,7 +112,7 @@ class Client:
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the arena, its clients and its broker; docs/protocol.md lists the keys."""
-        return self._channel.request("stats").results
+        return cast(dict[str, Any], self._channel.request("stats").results)
 
     def swap(self, type: int, slots: int, write: Literal["through", "behind"] = "through") -> Swap:
         """Declares swap type `type` (0 to 255) with `slots` slots, or opens it as it was declared.
@@ -126,9 +130,9 @@ class Client:
         declared = self._channel.request("swap_init", {"type": type_, "slots": slots, "write": write}).results
         swap: MappedSwap | MessageSwap
         if self._plane is not None:
-            swap = MappedSwap(self._plane, type_, declared["life"], self._channel.timeout, self._channel)
+            swap = MappedSwap(self._plane, type_, declared["life"], self._channel.timeout, self)
         else:
-            swap = MessageSwap(self._channel, type_, declared["life"], slots, write == "through")
+            swap = MessageSwap(self, type_, declared["life"], slots, write == "through")
         self._swaps.add(swap)
         return cast(Swap, swap)
 
@@ -166,16 +170,36 @@ class Client:
             raise ArenaError(
                 "a buffer is memory of the arena, which this client does not map; connect with mapped=True on the broker's host"
             )
-        place = self._channel.request("alloc_contig", wanted).results
-        span = self._plane.span(place["first"], place["nbytes"])
+        span, place = self._channel.request("alloc_contig", wanted, then=self._hold)
         if zero:
             span.zero()
-        buffer = Buffer(span, place["buffer"], place["area"], place["offset"], self._free, self._channel.give_up)
-        self._buffers.add(buffer)
-        return buffer
+        number = place["buffer"]
+        held = self._held
+        # When nothing refers to the memory any more, neither a Buffer nor a view or array, it is given back; and the
+        # client lives as long as that.
+        give_up = weakref.finalize(span, self._give_up, number)
+        give_up.atexit = False  # the broker sees the process end
 
-    def _free(self, number: int) -> None:
-        self._channel.request("free_contig", {"buffer": number})
+        def free() -> None:
+            held.pop(number, None)
+            give_up.detach()
+            try:
+                self._channel.request("free_contig", {"buffer": number})
+            except BaseException:  # whether it was freed nobody knows; it will be, and is not ours to use
+                self._channel.give_up(number)
+                raise
+
+        return Buffer(span, place["area"], place["offset"], free, lambda: held.get(number) is not span)
+
+    def _hold(self, reply: Reply) -> tuple[Span, dict[str, Any]]:
+        """Under the channel's lock, which a fork takes too: a child has the memory and its hold, or neither."""
+        place = reply.results
+        span = cast(Plane, self._plane).span(place["first"], place["nbytes"])
+        self._held[place["buffer"]] = span
+        return span, place
+
+    def _give_up(self, number: int) -> None:
+        self._channel.give_up(number)
 
     def close(self) -> None:
         """Gives back every buffer and says goodbye; a second time has no effect.
@@ -185,18 +209,17 @@ class Client:
         """
         if self._channel.closed:
             return
-        in_use = [buffer for buffer in self._buffers if buffer.exports]
+        in_use = [number for number, span in self._held.items() if span.exports]
         if in_use:
             raise BufferError(
-                f"the client cannot be closed: views or arrays of {len(in_use)} buffers are alive, of {in_use[0]!r} for one"
+                f"the client cannot be closed: views or arrays of {len(in_use)} of its buffers are alive; drop them first"
             )
         if self._plane is not None and not self._plane.close(self._channel.timeout):
             raise TimeoutError("a store or load in another thread has not ended; call close() again")
         for swap in list(self._swaps):
             swap.close()
         self._channel.close()
-        for buffer in list(self._buffers):
-            buffer._forget()
+        self._held.clear()
         _clients.discard(self)
 
     @property
@@ -215,42 +238,52 @@ class Client:
     def __repr__(self) -> str:
         return f"<gcma client {self.number} on {self.endpoint}{', closed' if self.closed else '' if self.mapped else ', by messages'}>"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a client cannot be pickled: pass client.endpoint, and connect() to it in the other process")
+
     # --- fork: the child's record is written before, because afterwards the parent may end before the child has run at
-    # all
+    # all. The channel's lock is held meanwhile, so that what the child finds and what the broker lets it inherit are
+    # the same.
 
     def _before_fork(self) -> None:
-        if self._plane is not None and not self.closed:
-            records = Records(self._plane)
+        self._forking = None
+        self._fork_locked = self._channel.lock.acquire(timeout=self._channel.timeout)
+        if self._plane is None or self.closed:
+            return
+        records = Records(self._plane)
+        try:
             number = records.take(self._plane.number)
-            records.fill(number, State.FORKED, 0, 0)
-            self._plane.add(layout.FORKS_AT, 1)
-            self._children[threading.get_ident()] = number
+        except QuotaExceeded as error:
+            log.warning("the child that is about to be forked cannot use %r: %s", self, error)
+            return
+        records.fill(number, State.FORKED, 0, 0)
+        self._forking = number, records.word(number)
+        self._plane.add(layout.FORKS_AT, 1)
 
     def _after_fork_in_parent(self) -> None:
-        self._children.pop(threading.get_ident(), None)
+        if self._fork_locked:
+            self._channel.lock.release()
 
     def _after_fork_in_child(self) -> None:
-        number = self._children.pop(threading.get_ident(), None)
-        self._children.clear()
         if self.closed:
             return
         self._channel.reset()
         if self._plane is None:
             return
-        if number is None:  # no record was free: nothing of this client may be used here
-            self._plane.close(0)
-            self._channel.close()
-            return
         pid = os.getpid()
-        self._plane.become(number)
-        Records(self._plane).fill(number, State.ALIVE, pid, start_time(pid) or 0)
+        if self._forking is None or not Records(self._plane).start(*self._forking, pid, start_time(pid) or 0):
+            # No record was free, or this child was stopped for so long that it was taken for dead: it is no client.
+            self._plane.close(0)
+            self._channel.drop()
+            return
+        self._plane.become(self._forking[0])
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
 def _at_fork(step: str) -> None:
-    for client in list(_clients):
+    for client in sorted(_clients, key=id):  # one order of locks, whichever threads fork
         getattr(client, step)()
 
 

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
+from gcma_shm.arena import remove_dead
 from gcma_shm.clients.client import Client
+from gcma_shm.endpoint import arena_name, default_spill_dir, socket_path
 from gcma_shm.errors import ArenaError
 from gcma_shm.layout import plan
 from gcma_shm.sizes import parse_size
@@ -23,11 +30,13 @@ STOP_S = 30.0
 class EmbeddedClient(Client):
     """The client of the process that owns an embedded broker; `close` stops the broker as well."""
 
-    def __init__(self, endpoint: str, broker: subprocess.Popen[bytes], prefault: bool, timeout: float) -> None:
+    def __init__(
+        self, endpoint: str, broker: subprocess.Popen[bytes], leftovers: Leftovers, prefault: bool, timeout: float
+    ) -> None:
         self.broker_pid = broker.pid
         self._owner_pid = os.getpid()
         # Also at interpreter exit; after SIGKILL the broker sees by its pidfd that the owner has gone.
-        self._stop_broker = weakref.finalize(self, _stop, broker, self._owner_pid)
+        self._stop_broker = weakref.finalize(self, _stop, broker, self._owner_pid, leftovers)
         try:
             super().__init__(endpoint, True, prefault, timeout, 0.0)
         except BaseException:
@@ -80,16 +89,34 @@ def embedded(
     command += ["--size", str(size_bytes), "--page-size", str(page_bytes)]
     for name, area_bytes in area_sizes.items():
         command += ["--area", f"{name}={area_bytes}"]
-    for option, value in (("--slots", slots), ("--clients", clients), ("--spill-dir", spill_dir)):
+    spill_path = None if spill_dir is None else Path(spill_dir).absolute()  # the broker runs in another directory
+    for option, value in (("--slots", slots), ("--clients", clients), ("--spill-dir", spill_path)):
         if value is not None:
-            command += [option, os.fspath(value) if isinstance(value, os.PathLike | str) else str(value)]
-    return EmbeddedClient(endpoint, _start(command), prefault, timeout)
+            command += [option, str(value)]
+    name = arena_name(endpoint)
+    spill_files = default_spill_dir(endpoint) if spill_path is None else spill_path / name.removeprefix("/")
+    leftovers = Leftovers(name, (socket_path(endpoint).parent, spill_files))
+    return EmbeddedClient(endpoint, _start(command, leftovers), leftovers, prefault, timeout)
 
 
-def _start(command: list[str]) -> subprocess.Popen[bytes]:
+@dataclass(frozen=True)
+class Leftovers:
+    """What a broker that was killed could not remove; its names are random, so no other broker would find it."""
+
+    arena: str
+    directories: tuple[Path, ...]
+
+    def remove(self) -> None:
+        """Removes what is left. The broker is dead."""
+        remove_dead(self.arena)
+        for directory in self.directories:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _start(command: list[str], leftovers: Leftovers) -> subprocess.Popen[bytes]:
     """Runs the broker until it serves. Raises ArenaError with the broker's own words when it does not."""
-    owner = os.pidfd_open(os.getpid())
-    read_end, write_end = os.pipe()
+    read_end, write_end = (_above_standard(fd) for fd in os.pipe())
+    owner = _above_standard(os.pidfd_open(os.getpid()))
     # The package by the path that this process found it by, whatever the working directory.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
@@ -102,34 +129,66 @@ def _start(command: list[str]) -> subprocess.Popen[bytes]:
             cwd="/",
             start_new_session=True,  # Ctrl-C is the owner's to act on
         )
+    except BaseException:
+        os.close(read_end)
+        raise
     finally:
         os.close(owner)
         os.close(write_end)
     try:
-        words = _first_words(read_end)
+        words = _first_line(read_end)
     except BaseException:  # Ctrl-C, too
-        broker.kill()
-        broker.wait()
+        _end(broker, leftovers)
         raise
+    finally:
+        os.close(read_end)
     if words == "ready":
         return broker
-    broker.kill()
-    broker.wait()
+    _end(broker, leftovers)
     raise ArenaError(words or f"the broker did not start (status {broker.returncode}); its words are on standard error")
 
 
-def _first_words(fd: int) -> str:
-    """What the broker says when it serves, or why it does not; empty when it ends, or says nothing in time."""
-    with open(fd, "rb") as ready:
-        return ready.read().decode() if select.select([ready], [], [], START_S)[0] else ""
+def _above_standard(fd: int) -> int:
+    """The same file under a number above 2, in a process that has closed its standard streams: a child is given new
+    ones there.
+    """
+    if fd > 2:
+        return fd
+    higher = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    os.close(fd)
+    return higher
 
 
-def _stop(broker: subprocess.Popen[bytes], owner_pid: int) -> None:
-    if os.getpid() != owner_pid:
-        return  # a forked child: the broker is not its own
+def _first_line(fd: int) -> str:
+    """What the broker says when it serves, or why it does not; empty when it ends, or says nothing in time.
+
+    Up to the end of the line and not of the file: a child that another thread forks just now keeps the file open.
+    """
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    said = b""
+    deadline = time.monotonic() + START_S
+    while not said.endswith(b"\n") and poll.poll(max(deadline - time.monotonic(), 0) * 1000):
+        more = os.read(fd, 4096)
+        if not more:
+            break
+        said += more
+    return said.decode().strip()
+
+
+def _end(broker: subprocess.Popen[bytes], leftovers: Leftovers) -> None:
     broker.terminate()
     try:
         broker.wait(STOP_S)
     except subprocess.TimeoutExpired:
         broker.kill()
         broker.wait()
+    if broker.returncode != 0:
+        leftovers.remove()
+
+
+def _stop(broker: subprocess.Popen[bytes], owner_pid: int, leftovers: Leftovers) -> None:
+    if os.getpid() == owner_pid:
+        _end(broker, leftovers)
+    else:
+        broker.returncode = 0  # a forked child: the broker is not its own, to wait for or to warn of

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex, cast
 
 from gcma_shm._core import Plane, Slots
 from gcma_shm.clients.channel import Channel
@@ -16,6 +16,7 @@ from gcma_shm.errors import Closed
 from gcma_shm.messages import Reply
 
 Page = bytes | bytearray | memoryview
+SYNC_MAX_S = 60.0  # of a sync by message; the broker waits no longer
 
 
 class Swap(Protocol):
@@ -73,17 +74,22 @@ class Swap(Protocol):
         """Whether a page is stored there."""
 
 
+class Owner(Protocol):
+    """The client that a handle belongs to, and which lives as long as the handle."""
+
+    _channel: Channel
+
+
 class MappedSwap(Slots):
     """A swap type of a client that maps the arena."""
 
-    def __init__(self, plane: Plane, type_: int, life: int, timeout: float, channel: Channel) -> None:
-        super().__init__(plane, type_, life, timeout)
-        self._channel = channel
+    def __init__(self, _plane: Plane, _type: int, _life: int, _timeout: float, owner: Owner) -> None:
+        self._owner = owner  # the handle itself is made in `__new__`
 
     def invalidate_area(self) -> None:
         """Ends the type's life with all of its pages; this handle is closed. Raises Closed, BrokerUnavailable."""
         len(self)  # raises Closed for a handle that has ended, without a message
-        self._channel.request("invalidate_area", {"type": self.type, "life": self.life})
+        self._owner._channel.request("invalidate_area", {"type": self.type, "life": self.life})
         self.close()
 
     def __repr__(self) -> str:
@@ -95,13 +101,14 @@ class MessageSwap:
     once.
     """
 
-    def __init__(self, channel: Channel, type_: int, life: int, slots: int, write_through: bool) -> None:
-        self._channel = channel
+    def __init__(self, owner: Owner, type_: int, life: int, slots: int, write_through: bool) -> None:
+        self._owner = owner
+        self._channel = owner._channel
         self.type = type_
         self.life = life
         self.slots = slots
         self.write_through = write_through
-        self.page_size: int = channel.greeting["page_size"]
+        self.page_size: int = owner._channel.greeting["page_size"]
         self._closed = False
 
     def store(self, offset: SupportsIndex, page: Page) -> None:
@@ -133,8 +140,9 @@ class MessageSwap:
 
     def sync(self, timeout: float | None = None) -> None:
         """See `Swap.sync`. The broker waits for other processes' writes for a minute at the most."""
-        more = {} if timeout is None else {"timeout_ms": max(int(timeout * 1000), 0)}
-        self._request("sync", self._life() | more)
+        patience = SYNC_MAX_S if timeout is None else min(max(timeout, 0.0), SYNC_MAX_S)
+        parameters = self._life() | {"timeout_ms": int(patience * 1000)}
+        self._channel.request("sync", parameters, patience=patience)
 
     def close(self) -> None:
         """See `Swap.close`."""
@@ -214,7 +222,7 @@ class MessageSwap:
         return view.cast("B") if view.nbytes else view
 
     def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[memoryview] = ()) -> Reply:
-        return self._channel.request(operation, parameters, pages)
+        return cast(Reply, self._channel.request(operation, parameters, pages))
 
     def __repr__(self) -> str:
         return f"<swap type {self.type}: {self.slots} slots of {self.page_size} bytes, by messages>"

@@ -52,6 +52,7 @@ cdef enum:
     TRIES_MAX = 1 << 20     # of a load or swing that keeps losing; each loss is somebody else's progress
     BATCH_MAX = 64          # pages that one call cleans or sweeps at once
     RUN_MAX = 4             # neighbours in one write: longer runs lay the file in folios that make overwrites dearer
+    LOOK_EVERY = 16         # tries between two looks at the clock
     GRANT_TRIES = 8         # tickets that a refault may draw: it must never cost more than the read that it saves
     SEEK_MAX = 1024         # pages of an area that one promotion passes on its way to a FREE one
     SCRUB_MAX = 2           # pages of a full area that a cold page looks at in search of an orphan
@@ -138,6 +139,10 @@ cdef struct Slot:
     uint64_t word
     uint64_t side
 
+cdef struct AreaRange:  # page numbers
+    uint64_t first
+    uint64_t pages
+
 cdef struct SpillFile:  # of this process
     uint64_t life
     int fd
@@ -166,7 +171,10 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t nursery
     uint64_t slots_count
     uint64_t areas_count
+    AreaRange ranges[64]    # the areas as they were at the start: what a peer may write since is not trusted
     uint64_t next_area      # broker: whose turn it is to take a promoted page
+    int32_t pins_max
+    int32_t pins            # nursery pages that this process keeps from being reclaimed: granted, or claimed to be cleaned
     uint32_t spill_lock
     int spill_dir           # directory descriptor
     SpillFile spill[256]
@@ -242,3 +250,21 @@ cdef inline bint recently_evicted(Arena *a, uint64_t word) noexcept nogil:
     kept it.
     """
     return ((load_relaxed(a.clock) - (word & PAYLOAD)) & PAYLOAD) < a.pages
+
+
+# A page that is granted, or claimed to be cleaned, cannot be reclaimed by anybody else. Each process pins at most
+# `pins_max` pages at once, and all of them together at most half of the nursery: so no one starves the others by
+# stopping.
+
+cdef inline int pin(Arena *a, int wanted) noexcept nogil:
+    """Takes up to `wanted` pins; returns how many, perhaps 0."""
+    cdef int over = add32(&a.pins, wanted) - a.pins_max
+    if over <= 0:
+        return wanted
+    over = min(over, wanted)
+    add32(&a.pins, -over)
+    return wanted - over
+
+
+cdef inline void unpin(Arena *a, int pins) noexcept nogil:
+    add32(&a.pins, -pins)

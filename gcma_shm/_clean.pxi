@@ -7,6 +7,7 @@
 cdef struct Clean:      # one slot to be cleaned
     uint64_t key
     uint64_t life       # of the type
+    uint64_t offset     # of the slot in it
     uint64_t word       # that was found dirty
     uint64_t side       # our claim, with the checksum that it carries
     int status          # OK: clean, or superseded; BUSY: try again later; ENDED; -errno
@@ -18,7 +19,7 @@ cdef enum:
 cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
     cdef uint64_t type_ = c.key >> KEY_SHIFT
     cdef Slot *slot = &a.slots[c.key & SLOT]
-    cdef uint64_t side, tag, mine
+    cdef uint64_t side, tag, mine, slots
     if not (load_acquire(&slot.word) & DIRTY):
         c.status = OK
         return
@@ -39,16 +40,17 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
         return
     c.side = mine
     c.word = load_acquire(&slot.word)                                    # @clean.read
+    # Between the two looks at the life: the ranges of living types do not overlap, so a slot in this range is this
+    # life's. A key of an earlier life may lead to a slot that another type has by now, whose page is none of ours.
+    c.offset = (c.key & SLOT) - load_acquire(&a.types[type_].base)
+    slots = load_acquire(&a.types[type_].slots)
     c.status = CLAIMED
-    if not (c.life & 1) or load_acquire(&a.types[type_].life) != c.life:
+    if not (c.life & 1) or load_acquire(&a.types[type_].life) != c.life or c.offset >= slots:
         c.status = ENDED
     elif state_of(c.word) != CACHED or not (c.word & DIRTY):
         c.status = OK
     elif (c.word & PAYLOAD) >= a.nursery:
         c.status = DAMAGED
-    elif load_relaxed(&a.key[c.word & PAYLOAD]) != c.key:
-        # The caller's key is of an earlier life, and the slot belongs to another type by now: its page is none of ours.
-        c.status = ENDED
     if c.status != CLAIMED:
         cas(&slot.side, mine, mine & CRC)                                # @clean.release
 
@@ -74,16 +76,15 @@ cdef void clean_finish(Arena *a, Clean *c, uint32_t crc, int written) noexcept n
     cas(&slot.side, c.side, c.side & CRC)                                # @clean.release
 
 
-cdef void clean_batch(Arena *a, Clean *batch, int n, const Handle *own) noexcept nogil:
-    """Cleans up to BATCH_MAX slots, in order of their keys; neighbours go in one write. Never waits for a claim.
-
-    `own`: a handle whose file is open already, or NULL.
+cdef void clean_claimed(Arena *a, Clean *batch, int n, const Handle *own) noexcept nogil:
+    """Claims up to RUN_MAX-long runs of n slots, writes and releases them: holds no more than n claims, waits for
+    nobody.
     """
     cdef iovec parts[RUN_MAX]
     cdef uint32_t crcs[RUN_MAX]
-    cdef uint64_t type_, offset
+    cdef uint64_t type_
     cdef int i, k, first, run, fd, written
-    cdef bint is_own
+    cdef bint is_own, private_ = False
     for i in range(n):
         clean_claim(a, &batch[i])
     first = 0
@@ -101,41 +102,77 @@ cdef void clean_batch(Arena *a, Clean *batch, int n, const Handle *own) noexcept
         ):
             run += 1
         type_ = batch[first].key >> KEY_SHIFT
-        offset = (batch[first].key & SLOT) - load_acquire(&a.types[type_].base)
         is_own = own != NULL and own.type == type_ and own.life == batch[first].life
-        fd = own.fd if is_own else spill_open(a, type_, batch[first].life)
-        # The base is this life's as long as the life is; when both have moved on, the file of the old life has gone
-        # with them.
-        if load_acquire(&a.types[type_].life) != batch[first].life:
-            written = ENDED
-        else:
-            written = fd if fd < 0 else OK
-        if written == OK:
+        fd = own.fd if is_own else spill_open(a, type_, batch[first].life, &private_)
+        written = fd
+        if fd >= 0:
             for k in range(run):
                 parts[k].iov_base = page_bytes(a, batch[first + k].word & PAYLOAD)
                 parts[k].iov_len = a.page_size
                 crcs[k] = crc32c_page(&a.crc, <uint8_t *>parts[k].iov_base)
-            written = spill_write(fd, parts, run, offset * a.page_size)  # @clean.write
-        if fd >= 0 and not is_own:
-            spill_done(a, type_)
+            written = spill_write(fd, parts, run, batch[first].offset * a.page_size)  # @clean.write
+            if not is_own:
+                spill_done(a, type_, fd, private_)
+        elif load_acquire(&a.types[type_].life) != batch[first].life:
+            written = ENDED  # and its file gone
         for k in range(run):
             clean_finish(a, &batch[first + k], crcs[k], written)
         first += run
 
 
+cdef void clean_batch(Arena *a, Clean *batch, int n, int pins, const Handle *own) noexcept nogil:
+    """Cleans n slots, in order of their keys; neighbours go in one write. Never waits for a claim.
+
+    The caller has `pins`, at least one, and so many claims are held at once. `own`: a handle whose file is open, or
+    NULL.
+    """
+    cdef int first = 0
+    while first < n:
+        clean_claimed(a, batch + first, min(pins, n - first), own)
+        first += pins
+
+
 cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, uint64_t deadline) noexcept nogil:
-    """Until `word` of that slot is clean or superseded: OK, BUSY at the deadline, ENDED, or -errno. Holds nothing
-    while it waits.
+    """Until `word` of that slot is clean or superseded: OK, BUSY at the deadline, ENDED, or -errno.
+
+    Holds nothing, neither claim nor pin, while it waits.
     """
     cdef Clean one
     cdef unsigned step = 0
     one.key = key
     while load_acquire(&a.slots[key & SLOT].word) == word:
-        clean_batch(a, &one, 1, t)
-        if one.status != BUSY:
-            return one.status
+        if pin(a, 1):
+            clean_batch(a, &one, 1, 1, t)
+            unpin(a, 1)
+            if one.status != BUSY:
+                return one.status
         if now_ns() >= deadline:
             return BUSY
         back_off(step)
         step += 1
+    return OK
+
+
+cdef int clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *words, int n, uint64_t deadline) noexcept nogil:
+    """Cleans n slots, in order of their keys, whose `words` were found dirty; waits for those that others are writing.
+
+    Each slot's status is OK, BUSY at the deadline, ENDED, or -errno.
+    """
+    cdef unsigned step = 0
+    cdef int i, pins
+    while True:
+        pins = pin(a, n)
+        if pins:
+            break
+        if now_ns() >= deadline:
+            for i in range(n):
+                batch[i].status = BUSY
+            return BUSY
+        back_off(step)
+        step += 1
+    clean_batch(a, batch, n, pins, t)
+    unpin(a, pins)
+    for i in range(n):
+        if batch[i].status == BUSY:
+            batch[i].status = clean_wait(a, t, batch[i].key, words[i], deadline)
     return OK

@@ -1,5 +1,5 @@
-# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False,
-# freethreading_compatible=False
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
+# cython: initializedcheck=False, freethreading_compatible=False
 """The data plane: slots, pages and spill files of one mapped arena, all outside the GIL.
 
 `Plane` is one process's view of an arena; `Slots` one life of one swap type on it; `Span` a contiguous buffer's memory.
@@ -9,6 +9,7 @@ The protocol is in docs/data-plane.md, its steps in the .pxi files included here
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_AsSsize_t
 from libc.errno cimport EINTR, ENOENT, ENOSPC, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
@@ -56,7 +57,11 @@ cdef uint64_t NEVER = <uint64_t>-1 >> 1  # in nanoseconds; added to any time of 
 
 cdef uint64_t nanoseconds(timeout) except? 0:
     """A timeout in seconds; None: for ever."""
-    return NEVER if timeout is None else <uint64_t>min(max(float(timeout), 0.0) * 1e9, <double>NEVER / 2)
+    cdef double ns
+    if timeout is None:
+        return NEVER
+    ns = float(timeout) * 1e9
+    return <uint64_t>min(ns, <double>NEVER / 2) if ns > 0 else 0  # 0 also for what is not a number
 
 
 cdef class Plane:
@@ -71,8 +76,6 @@ cdef class Plane:
     cdef readonly Py_ssize_t page_size
     cdef readonly bint closed
     cdef int users      # operations under way in threads of this process; changed under the GIL
-    cdef int permits    # of those, the ones that may hold a nursery page
-    cdef int grants_max
     cdef object __weakref__
 
     def __cinit__(self, memory, geometry, int number, spill_dir, *, bint crc_hardware=True):
@@ -85,6 +88,8 @@ cdef class Plane:
             raise MemoryError
         self.a = a
         a.spill_dir = -1
+        for i in range(256):
+            a.spill[i].fd = -1  # before anything can fail: 0 is a descriptor
         PyObject_GetBuffer(memory, &self.memory, PyBUF_SIMPLE | PyBUF_WRITABLE)
         if self.memory.len != geometry.size:
             raise ArenaError(f"mapped {self.memory.len} bytes of an arena of {geometry.size}")
@@ -111,9 +116,10 @@ cdef class Plane:
         a.nursery = geometry.nursery_pages
         a.slots_count = geometry.slots
         a.areas_count = geometry.areas_count
-        self.grants_max = geometry.grants_max
-        for i in range(layout.TYPES_MAX):
-            a.spill[i].fd = -1
+        a.pins_max = geometry.grants_max
+        for i in range(a.areas_count):
+            a.ranges[i].first = a.areas[i].first
+            a.ranges[i].pages = a.areas[i].pages
         crc32c_init(&a.crc, a.page_size, crc_hardware)
         self.become(number)
         a.spill_dir = os.open(spill_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -138,7 +144,8 @@ cdef class Plane:
             raise ValueError(f"client number {number}: expected 1 to {self.geometry.clients_max}")
         self.a.number = number
         self.a.me = &self.a.clients[number]
-        self.users = self.permits = 0
+        self.users = 0
+        self.a.pins = 0
         self.a.spill_lock = 0
         for i in range(256):
             self.a.spill[i].users = 0
@@ -158,32 +165,15 @@ cdef class Plane:
             step += 1
         return self.users == 0
 
-    cdef bint await_permit(self, uint64_t deadline) except -1:
-        """Waits until `enter` will give a permit: for other threads of this process, whose stores come to an end by
-        themselves. False at the deadline.
-        """
-        cdef unsigned step = 64
-        while self.permits >= self.grants_max:
-            if now_ns() >= deadline:
-                return False
-            with nogil:
-                back_off(step)
-            step += 1
-            if self.closed:
-                raise Closed("this client is closed")
-        return True
-
-    cdef bint enter(self, bint grants) noexcept:
-        """An operation begins; `grants`: it would hold a nursery page. Whether it may. To be ended with `leave`."""
-        cdef bint permit = grants and self.permits < self.grants_max
+    cdef int enter(self) except -1:
+        """An operation begins that may hold pages or claims; to be ended with `leave`, also under the GIL."""
+        if self.closed:
+            raise Closed("this client is closed")
         self.users += 1
-        self.permits += permit
-        return permit
+        return 0
 
-    cdef void leave(self, bint permit, Tally *tally) noexcept:
-        """Under the GIL, as `enter`."""
+    cdef void leave(self, Tally *tally) noexcept:
         self.users -= 1
-        self.permits -= permit
         add_tally(self.a, tally)
 
     @property
@@ -229,26 +219,25 @@ cdef class Plane:
 
     # --- the broker's part
 
-    cdef AreaEntry *area(self, int index) except NULL:
+    cdef AreaEntry *area(self, int index, uint64_t first, uint64_t pages) except NULL:
         if not 0 <= index < <int>self.a.areas_count:
             raise IndexError(f"no area {index}")
+        range_ = self.a.ranges[index]
+        if first < range_.first or not 1 <= pages <= range_.pages or first - range_.first > range_.pages - pages:
+            raise IndexError(f"pages {first} to {first + pages} are not in area {index}")
         return &self.a.areas[index]
 
     def take(self, int area, uint64_t first, uint64_t pages):
         """Makes the range a buffer; returns how many of its pages held cache. Waits for one page's copy at the most."""
-        cdef AreaEntry *entry = self.area(area)
+        cdef AreaEntry *entry = self.area(area, first, pages)
         cdef uint64_t discards
-        if not (entry.first <= first and pages >= 1 and first + pages <= entry.first + entry.pages):
-            raise IndexError(f"pages {first} to {first + pages} are not in area {area}")
         with nogil:
             discards = take_range(self.a, entry, first, pages)
         return discards
 
     def give(self, int area, uint64_t first, uint64_t pages):
         """Ends a buffer: its pages are FREE, to be lent to the cache."""
-        cdef AreaEntry *entry = self.area(area)
-        if not (entry.first <= first and pages >= 1 and first + pages <= entry.first + entry.pages):
-            raise IndexError(f"pages {first} to {first + pages} are not in area {area}")
+        cdef AreaEntry *entry = self.area(area, first, pages)
         with nogil:
             give_range(self.a, entry, first, pages)
 
@@ -264,39 +253,45 @@ cdef class Plane:
             sweeper_sleep(self.a, timeout_ns)
         return load_relaxed(self.a.head)
 
-    def clean_until(self, uint64_t ticket, uint64_t until):
-        """Cleans the dirty pages granted from `ticket` until before `until`: the writer's part for write-behind
-        types.
+    def clean_until(self, uint64_t until):
+        """Cleans the dirty pages that were granted before ticket `until`: the writer's part for write-behind types.
+
+        It looks at all of them each time, so whatever was in somebody's hands, or failed, the last time is tried again.
         """
+        cdef uint64_t head = load_relaxed(self.a.head), ticket
         cdef int n
         with nogil:
-            if ticket + self.a.nursery < until:  # granted again since
-                ticket = until - self.a.nursery
+            ticket = head - self.a.nursery if head > self.a.nursery else 0
             while ticket < until:
                 n = <int>min(<uint64_t>BATCH_MAX, until - ticket)
                 clean_tickets(self.a, ticket, n)
                 ticket += n
-        return until
 
     def bury(self, uint64_t number):
         """Takes back the nursery grants and the writer's claims of a client that is dead or has said goodbye."""
         with nogil:
             bury(self.a, number)
 
-    def begin_type(self, uint64_t type_):
-        """A new life of a declared type (its base and slots are in its entry, its file exists); returns the life."""
+    cdef TypeEntry *type_entry(self, uint64_t type_, uint64_t base, uint64_t slots) except NULL:
         if type_ >= <uint64_t>layout.TYPES_MAX:
             raise IndexError(f"no type {type_}")
-        with nogil:
-            begin_type(self.a, &self.a.types[type_])
-        return self.a.types[type_].life
+        if slots > self.a.slots_count or base > self.a.slots_count - slots:
+            raise IndexError(f"slots {base} to {base + slots} are not in the slot table")
+        return &self.a.types[type_]
 
-    def end_type(self, uint64_t type_):
-        """Ends a type's life: its handles are refused from now on, its words closed."""
-        if type_ >= <uint64_t>layout.TYPES_MAX:
-            raise IndexError(f"no type {type_}")
+    def begin_type(self, uint64_t type_, uint64_t base, uint64_t slots, uint64_t flags):
+        """A new life of a type on these slots, which no living type has; its file exists. Returns the life."""
+        cdef TypeEntry *entry = self.type_entry(type_, base, slots)
+        entry.flags = flags
         with nogil:
-            end_type(self.a, &self.a.types[type_])
+            begin_type(self.a, entry, base, slots)
+        return entry.life
+
+    def end_type(self, uint64_t type_, uint64_t base, uint64_t slots):
+        """Ends a type's life: its handles are refused from now on, its words closed."""
+        cdef TypeEntry *entry = self.type_entry(type_, base, slots)
+        with nogil:
+            end_type(self.a, entry, base, slots)
 
     def slots(self, uint64_t type_, uint64_t life, timeout):
         """A handle on one life of a type; `timeout` bounds a store's waiting, in seconds."""

@@ -17,11 +17,13 @@ cdef int refuse(Plane plane, Handle *t, int status, offset, stored) except -1:
     if status == FULL:
         count(plane.a, C_REFUSED_NURSERY_FULL)
         raise NurseryFull(
-            f"no page to store into became free in time: all {plane.a.nursery} nursery pages are in use or wait for the spill file; "
-            f"slot {offset} of type {t.type} is unchanged"
+            f"no page to store into became free in time: all {plane.a.nursery} nursery pages, or the {plane.a.pins_max} that one "
+            f"process may have in hand, are in use or wait for the spill file; slot {offset} of type {t.type} is unchanged"
         )
     if status == BUSY:
         count(plane.a, C_REFUSED_SLOT_BUSY)
+        if not stored:
+            raise SlotBusy(f"slot {offset} of type {t.type} changed too fast to be loaded, {TRIES_MAX} times in a row")
         raise SlotBusy(
             f"slot {offset} of type {t.type} is stored and visible, but another process has been writing it to the spill file for longer "
             "than the bound"
@@ -54,7 +56,8 @@ cdef class Slots:
     cdef uint64_t timeout_ns
     cdef bint closed
 
-    def __init__(self, Plane plane, uint64_t type_, uint64_t life, timeout):
+    def __cinit__(self, Plane plane not None, uint64_t type_, uint64_t life, timeout, *_more):
+        self.t.fd = -1
         if type_ >= <uint64_t>layout.TYPES_MAX:
             raise IndexError(f"type {type_}: expected 0 to {layout.TYPES_MAX - 1}")
         self.plane = plane
@@ -64,14 +67,13 @@ cdef class Slots:
         self.t.base = plane.a.types[type_].base
         self.t.slots = plane.a.types[type_].slots
         self.write_through = not plane.a.types[type_].flags & 1
-        if not living(plane.a, &self.t) or self.t.base + self.t.slots > plane.a.slots_count:
+        if not living(plane.a, &self.t):
             refuse(plane, &self.t, ENDED, None, False)
+        if self.t.slots > plane.a.slots_count or self.t.base > plane.a.slots_count - self.t.slots:
+            refuse(plane, &self.t, DAMAGED, "(any)", False)
         self.t.fd = open_life(plane.a, type_, life)
         if self.t.fd < 0:
             refuse(plane, &self.t, self.t.fd if living(plane.a, &self.t) else ENDED, "(any)", False)
-
-    def __cinit__(self):
-        self.t.fd = -1
 
     def __dealloc__(self):
         if self.t.fd >= 0:
@@ -144,21 +146,23 @@ cdef class Slots:
         cdef Py_buffer out
         cdef int status
         self.open_buffer(buffer, &out, True, 1)
-        status = self.load_to(n, <uint8_t *>out.buf)
-        PyBuffer_Release(&out)
+        try:
+            status = self.load_to(n, <uint8_t *>out.buf)
+        finally:
+            PyBuffer_Release(&out)
         if status > MISS or status < 0:
             refuse(self.plane, &self.t, status, offset, False)
         return status == OK
 
-    cdef int load_to(self, uint64_t n, uint8_t *out) noexcept:
+    cdef int load_to(self, uint64_t n, uint8_t *out) except? -1:
         cdef Tally tally
         cdef int status
-        cdef bint permit = self.plane.enter(True)
+        self.plane.enter()
         fetch_ahead(self.plane.a, slot_of(self.plane.a, &self.t, n), PREFETCH_LOAD)
         memset(&tally, 0, sizeof(Tally))
         with nogil:
-            status = load_page(self.plane.a, &self.t, n, out, permit, &tally)
-        self.plane.leave(permit, &tally)
+            status = load_page(self.plane.a, &self.t, n, out, &tally)
+        self.plane.leave(&tally)
         return status
 
     def store(self, offset, page):
@@ -173,19 +177,18 @@ cdef class Slots:
         cdef uint64_t word = 0
         cdef Py_buffer source
         cdef Tally tally
-        cdef int status = FULL
-        cdef bint permit, stored = False
+        cdef int status
+        cdef bint stored = False
         memset(&tally, 0, sizeof(Tally))
         self.open_buffer(page, &source, False, 1)
         try:
-            if self.plane.await_permit(deadline):
-                permit = self.plane.enter(True)
-                with nogil:
-                    status = store_page(self.plane.a, &self.t, n, <uint8_t *>source.buf, deadline, &word, &tally)
-                    if status == OK and self.write_through and word & DIRTY:
-                        stored = True
-                        status = clean_wait(self.plane.a, &self.t, key_of(&self.t, n), word, deadline)
-                self.plane.leave(permit, &tally)
+            self.plane.enter()
+            with nogil:
+                status = store_page(self.plane.a, &self.t, n, <uint8_t *>source.buf, deadline, &word, &tally)
+                if status == OK and self.write_through and word & DIRTY:
+                    stored = True
+                    status = clean_wait(self.plane.a, &self.t, key_of(&self.t, n), word, deadline)
+            self.plane.leave(&tally)
         finally:
             PyBuffer_Release(&source)
         if status != OK:
@@ -203,18 +206,26 @@ cdef class Slots:
     def sync(self, timeout=None):
         """Returns when all that was stored before is in the spill file.
 
-        `timeout`: seconds, None: no bound. Raises SlotBusy when another process wrote one slot for longer than that;
-        SpillError when the file took a page not, after all others were tried; Closed.
+        `timeout`: seconds; None: as long as the file takes. Another process's write of one slot is waited for no
+        longer than the handle's own timeout. Raises SlotBusy at either bound; SpillError when the file did not take a
+        page, after all others were tried; Closed.
         """
-        cdef uint64_t deadline = now_ns() + nanoseconds(timeout)
+        cdef uint64_t end = now_ns() + nanoseconds(timeout), offset = 0
         cdef Tally tally
-        cdef int status
+        cdef int status = OK, some
         self.offset_of(0)
         memset(&tally, 0, sizeof(Tally))
-        self.plane.enter(False)
-        with nogil:
-            status = sync_slots(self.plane.a, &self.t, deadline)
-        self.plane.leave(False, &tally)
+        while offset < self.t.slots and status != ENDED:
+            PyErr_CheckSignals()
+            if now_ns() > end:
+                status = BUSY
+                break
+            self.plane.enter()
+            with nogil:
+                some = sync_some(self.plane.a, &self.t, &offset, min(end, now_ns() + self.timeout_ns))
+            self.plane.leave(&tally)
+            if some != OK and (status == OK or some == ENDED):
+                status = some
         if status != OK:
             refuse(self.plane, &self.t, status, "(any)", True)
 
@@ -273,7 +284,6 @@ cdef class Slots:
         cdef Tally tally
         cdef int status[BATCH_MAX]
         cdef Slot *ahead
-        cdef bint permit
         cdef uint64_t *slots = self.offsets_of(wanted)
         try:
             self.open_buffer(out, &target, True, n)
@@ -283,7 +293,7 @@ cdef class Slots:
         try:
             for first in range(0, n, BATCH_MAX):
                 memset(&tally, 0, sizeof(Tally))
-                permit = self.plane.enter(True)
+                self.plane.enter()
                 with nogil:
                     for k in range(min(BATCH_MAX, n - first)):
                         if first + k + AHEAD_WORD < n:
@@ -293,11 +303,11 @@ cdef class Slots:
                             fetch_ahead(self.plane.a, ahead, PREFETCH_BATCH)
                         status[k] = load_page(
                             self.plane.a, &self.t, slots[first + k],
-                            <uint8_t *>target.buf + (first + k) * self.plane.page_size, permit, &tally,
+                            <uint8_t *>target.buf + (first + k) * self.plane.page_size, &tally,
                         )  # fmt: skip
                         if status[k] > MISS or status[k] < 0:
                             break
-                self.plane.leave(permit, &tally)
+                self.plane.leave(&tally)
                 for k in range(min(BATCH_MAX, n - first)):
                     if status[k] > MISS or status[k] < 0:
                         with done(first + k):
@@ -323,7 +333,7 @@ cdef class Slots:
         cdef Py_buffer source
         cdef Tally tally
         cdef int status, failed, size
-        cdef bint permit, stored
+        cdef bint stored
         cdef uint64_t *slots = self.offsets_of(wanted)
         try:
             self.open_buffer(pages, &source, False, n)
@@ -334,16 +344,13 @@ cdef class Slots:
             for first in range(0, n, batch_max):
                 size = <int>min(batch_max, n - first)
                 memset(&tally, 0, sizeof(Tally))
-                status, failed, stored = FULL, 0, False
-                if self.plane.await_permit(deadline):
-                    permit = self.plane.enter(True)
-                    with nogil:
-                        status = store_batch(
-                            self.plane.a, &self.t, slots + first, size,
-                            <uint8_t *>source.buf + first * self.plane.page_size,
-                            self.write_through, deadline, &tally, &failed, &stored,
-                        )  # fmt: skip
-                    self.plane.leave(permit, &tally)
+                self.plane.enter()
+                with nogil:
+                    status = store_batch(
+                        self.plane.a, &self.t, slots + first, size, <uint8_t *>source.buf + first * self.plane.page_size,
+                        self.write_through, deadline, &tally, &failed, &stored,
+                    )  # fmt: skip
+                self.plane.leave(&tally)
                 if status != OK:
                     with done(first + failed):
                         refuse(self.plane, &self.t, status, wanted[first + failed], stored)

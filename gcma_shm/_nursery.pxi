@@ -10,11 +10,13 @@ cdef void abandon(Arena *a, uint64_t page) noexcept nogil:
     does.
     """
     store_release(&a.life[page], next_life(load_relaxed(&a.life[page]), FREE, 0))  # @store.abandon
+    unpin(a, 1)
 
 
 cdef void publish(Arena *a, uint64_t page) noexcept nogil:
     """After the swing, never before: a sweep frees a PUBLISHED page whose slot word points elsewhere."""
     store_release(&a.life[page], published(load_relaxed(&a.life[page])))  # @store.publish
+    unpin(a, 1)
 
 
 cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
@@ -51,8 +53,8 @@ cdef bint look_up(Arena *a, uint64_t page, uint64_t *life, uint64_t *key, uint64
 
 
 cdef bint reclaim(Arena *a, uint64_t page) noexcept nogil:
-    """Makes a PUBLISHED nursery page FREE, cleaning it if need be. Waits for nobody: False when another has its hands
-    on it.
+    """Makes a PUBLISHED nursery page FREE, cleaning it if need be. The caller has a pin. Waits for nobody: False when
+    another has its hands on it.
     """
     cdef uint64_t life, key, word
     cdef Clean one
@@ -60,7 +62,7 @@ cdef bint reclaim(Arena *a, uint64_t page) noexcept nogil:
         return False
     if names(word, page) and word & DIRTY:
         one.key = key
-        clean_batch(a, &one, 1, NULL)
+        clean_batch(a, &one, 1, 1, NULL)
         if one.status != OK or not look_up(a, page, &life, &key, &word):
             return False
     if not names(word, page):
@@ -79,15 +81,19 @@ cdef inline void wake_sweeper(Arena *a) noexcept nogil:
 
 
 cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
-    """A nursery page of ours, or -1: none within the bound (`insist`), or none at hand.
-
-    The caller has a permit (`Slots`): this process holds no more pages than `grants_max` at once, and all clients
-    together no more than half of the nursery, so no one starves the others by stopping.
+    """A nursery page of ours, pinned until `publish` or `abandon`; or -1: none within the bound (`insist`), or none at
+    hand.
     """
     cdef uint64_t ticket, page, life
     cdef int64_t room
     cdef uint64_t tries = 0
     cdef unsigned step = 0
+    while not pin(a, 1):  # for other threads of this process, whose stores come to an end by themselves
+        if not insist or now_ns() >= deadline:
+            return -1
+        back_off(step)
+        step += 1
+    step = 64
     while True:
         ticket = fetch_add(a.head, 1)
         page = ticket % a.nursery
@@ -105,9 +111,11 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
         tries += 1
         if not insist:
             if tries >= GRANT_TRIES:
-                return -1
-        elif tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, or being cleaned by somebody
-            if now_ns() >= deadline:
-                return -1
-            back_off(64 + step)
+                break
+        elif tries % LOOK_EVERY == 0 and now_ns() >= deadline:
+            break
+        if tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, or being cleaned by somebody
+            back_off(step)
             step += 1
+    unpin(a, 1)
+    return -1

@@ -50,7 +50,7 @@ cdef int store_page(
         page = grant(a, True, deadline)
         if page < 0:
             return FULL if living(a, t) else ENDED
-        a.key[page] = key_of(t, offset)                                   # @store.fill
+        store_relaxed(&a.key[page], key_of(t, offset))                                   # @store.fill
         store_byte(&a.visited[page], 0)
         memcpy(page_bytes(a, page), data, a.page_size)
         # The CAS releases key and bytes to whoever acquires the word.
@@ -100,15 +100,19 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
     return OK
 
 
-cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, const uint8_t *data) noexcept nogil:
+cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint64_t side, const uint8_t *data) noexcept nogil:
     """Puts a page that was evicted a short while ago back into memory, clean, if a nursery page is at hand."""
     cdef int64_t page = grant(a, False, 0)                                # @load.refault
     if page < 0:
         return
-    a.key[page] = key
+    store_relaxed(&a.key[page], key)
     store_byte(&a.visited[page], 1)  # it came back from the ghosts: to be promoted, not evicted, by the sweep
     memcpy(page_bytes(a, page), data, a.page_size)
-    if cas(&slot.word, word, next_word(word, CACHED, page)):
+    # `data` is the caller's memory, and somebody may be writing it: what is published is what was checked, nothing
+    # else.
+    if crc32c_page(&a.crc, page_bytes(a, page)) == <uint32_t>(side & CRC) and cas(
+        &slot.word, word, next_word(word, CACHED, page)
+    ):
         publish(a, page)
         count(a, C_REFAULTS)
     else:
@@ -116,7 +120,7 @@ cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, const uint8
 
 
 cdef int load_spilled(
-    Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out, bint may_grant, Tally *tally
+    Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out, Tally *tally
 ) noexcept nogil:
     """OK; BUSY: start over; CORRUPT; or -errno."""
     cdef uint64_t side = load_acquire(&slot.side)                         # @load.file
@@ -131,13 +135,14 @@ cdef int load_spilled(
     if got < <int64_t>a.page_size or crc32c_page(&a.crc, out) != <uint32_t>(side & CRC):
         return CORRUPT
     tally.counts[C_HITS_SPILL] += 1
-    if may_grant and recently_evicted(a, word):
-        refault(a, key_of(t, offset), slot, word, out)
+    if recently_evicted(a, word):
+        refault(a, key_of(t, offset), slot, word, side, out)
     return OK
 
 
-cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, bint may_grant, Tally *tally) noexcept nogil:
-    """Copies the slot's value to `out`: OK, MISS, ENDED, CORRUPT, DAMAGED or -errno. After anything but OK, `out` is
+cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *tally) noexcept nogil:
+    """Copies the slot's value to `out`: OK, MISS, ENDED, BUSY (it never stood still), CORRUPT, DAMAGED or
+    -errno. After anything but OK, `out` is
     undefined.
     """
     cdef Slot *slot = slot_of(a, t, offset)
@@ -158,7 +163,7 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, bint may_
         if state == CACHED:
             status = load_cached(a, key_of(t, offset), slot, word, out, tally)
         elif state == SPILLED:
-            status = load_spilled(a, t, offset, slot, word, out, may_grant, tally)
+            status = load_spilled(a, t, offset, slot, word, out, tally)
             if status < 0 and not living(a, t):
                 return ENDED
         else:
@@ -166,7 +171,7 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, bint may_
         if status != BUSY:
             return status
         count(a, C_RETRIES)
-    return DAMAGED
+    return BUSY
 
 
 cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
@@ -197,32 +202,28 @@ cdef int64_t count_pages(Arena *a, Handle *t) noexcept nogil:
     return held
 
 
-cdef int sync_slots(Arena *a, Handle *t, uint64_t deadline) noexcept nogil:
-    """Cleans what was dirty at the start: OK, ENDED, BUSY, or the first -errno, after everything else was tried."""
+cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, uint64_t deadline) noexcept nogil:
+    """Cleans what is dirty in the next slots from `offset` on: OK, ENDED, BUSY, or the first -errno after trying
+    all.
+    """
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t words[BATCH_MAX]
-    cdef uint64_t offset = 0, word
-    cdef int n, i, status, result = OK
-    while offset < t.slots:
-        n = 0
-        while offset < t.slots and n < BATCH_MAX:
-            word = load_acquire(&slot_of(a, t, offset).word)
-            if word & DIRTY:
-                batch[n].key = key_of(t, offset)
-                words[n] = word
-                n += 1
-            offset += 1
-        if not living(a, t):
-            return ENDED
-        clean_batch(a, batch, n, t)
-        for i in range(n):
-            status = batch[i].status
-            if status == BUSY:  # we hold no claim here, so waiting for this one slot keeps nobody from anything
-                status = clean_wait(a, t, batch[i].key, words[i], deadline)
-            if status == ENDED:
-                return ENDED
-            if status != OK and result >= OK:
-                result = status
+    cdef uint64_t word
+    cdef int n = 0, i, result = OK
+    while offset[0] < t.slots and n < BATCH_MAX:
+        word = load_acquire(&slot_of(a, t, offset[0]).word)
+        if word & DIRTY:
+            batch[n].key = key_of(t, offset[0])
+            words[n] = word
+            n += 1
+        offset[0] += 1
+    if not living(a, t):
+        return ENDED
+    if n:
+        clean_all(a, t, batch, words, n, deadline)
+    for i in range(n):
+        if batch[i].status != OK and (result == OK or batch[i].status == ENDED):
+            result = batch[i].status
     return result
 
 
@@ -235,6 +236,7 @@ cdef int store_batch(
     """
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t words[BATCH_MAX]
+    cdef uint64_t sorted_words[BATCH_MAX]
     cdef int order[BATCH_MAX]
     cdef int i, k, status = OK, done = 0, dirty = 0
     stored[0] = False
@@ -252,18 +254,18 @@ cdef int store_batch(
         k = dirty  # of equal offsets the second claim fails, and finds its word superseded or clean when it is tried again
         while k and batch[k - 1].key > key_of(t, offsets[i]):
             batch[k].key = batch[k - 1].key
+            sorted_words[k] = sorted_words[k - 1]
             order[k] = order[k - 1]
             k -= 1
         batch[k].key = key_of(t, offsets[i])
+        sorted_words[k] = words[i]
         order[k] = i
         dirty += 1
-    clean_batch(a, batch, dirty, t)
+    if dirty:
+        clean_all(a, t, batch, sorted_words, dirty, deadline)
     for k in range(dirty):
-        i = order[k]
-        if batch[k].status == BUSY:
-            batch[k].status = clean_wait(a, t, batch[k].key, words[i], deadline)
-        if batch[k].status != OK and i < failed[0]:
-            failed[0] = i
+        if batch[k].status != OK and order[k] < failed[0]:
+            failed[0] = order[k]
             status = batch[k].status
             stored[0] = True
     return status

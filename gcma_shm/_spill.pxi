@@ -15,35 +15,41 @@ cdef int open_life(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
     return fd if fd >= 0 else -errno
 
 
-cdef int spill_open(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
-    """A descriptor for that life's file, to be given back with spill_done; negative: errno."""
+cdef int spill_open(Arena *a, uint64_t type_, uint64_t life, bint *private_) noexcept nogil:
+    """A descriptor for that life's file, to be given back with spill_done; negative: errno.
+
+    The caller may hold claims, so this waits for nobody: while another thread still uses the file of an older life, the
+    descriptor is a private one.
+    """
     cdef SpillFile *f = &a.spill[type_]
-    cdef int fd
+    cdef int fd, old = -1
     cdef unsigned step = 0
-    while True:
-        while exchange32(&a.spill_lock, 1):  # held for one open() at the most, by threads of this process only
-            back_off(step)
-            step += 1
-        if f.fd >= 0 and f.life == life:
-            fd = f.fd
-        elif f.users == 0:
-            if f.fd >= 0:
-                close(f.fd)
-            fd = f.fd = open_life(a, type_, life)
-            f.life = life
-        else:  # another thread is inside a write to an older life's file
+    private_[0] = False
+    while exchange32(&a.spill_lock, 1):  # held for one open() at the most, by threads of this process only
+        back_off(step)
+        step += 1
+    if f.fd < 0 or f.life != life:
+        fd = open_life(a, type_, life)
+        if fd < 0 or f.users > 0:
+            private_[0] = fd >= 0
             store32(&a.spill_lock, 0)
-            back_off(step)
-            step += 1
-            continue
-        if fd >= 0:
-            f.users += 1
-        store32(&a.spill_lock, 0)
-        return fd
+            return fd
+        old = f.fd
+        f.fd = fd  # before the close: a child that another thread forks just now must not inherit a stale number
+        f.life = life
+    fd = f.fd
+    add32(&f.users, 1)  # atomic like spill_done's, which takes no lock
+    store32(&a.spill_lock, 0)
+    if old >= 0:
+        close(old)
+    return fd
 
 
-cdef void spill_done(Arena *a, uint64_t type_) noexcept nogil:
-    add32(&a.spill[type_].users, -1)
+cdef void spill_done(Arena *a, uint64_t type_, int fd, bint private_) noexcept nogil:
+    if private_:
+        close(fd)
+    else:
+        add32(&a.spill[type_].users, -1)
 
 
 cdef int spill_write(int fd, iovec *parts, int count_, int64_t at) noexcept nogil:

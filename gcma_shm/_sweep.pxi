@@ -45,7 +45,7 @@ cdef bint fill(Arena *a, AreaEntry *area, uint64_t page, uint64_t from_, uint64_
     cdef uint64_t life = next_life(load_relaxed(&a.life[page]), GRANTED, a.number)
     store_relaxed(&a.life[page], life)                                    # @promote.grant
     fence_release()  # the new sequence before the first byte: a reader of the page's last content must notice
-    a.key[page] = key
+    store_relaxed(&a.key[page], key)
     store_byte(&a.visited[page], 0)
     memcpy(page_bytes(a, page), page_bytes(a, from_), a.page_size)        # @promote.copy
     store_release(&a.life[page], published(life))                         # @promote.publish
@@ -58,19 +58,25 @@ cdef bint fill(Arena *a, AreaEntry *area, uint64_t page, uint64_t from_, uint64_
     return False
 
 
-cdef bint promote(Arena *a, AreaEntry *area, uint64_t from_, uint64_t key, uint64_t word, bint wanted) noexcept nogil:
-    """Copies a clean page into `area`. False: no page was found for it, or the slot moved on meanwhile.
+cdef inline bint has_room(Arena *a, uint64_t index) noexcept nogil:
+    return a.areas[index].lent + a.areas[index].held < a.ranges[index].pages
+
+
+cdef bint promote(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64_t word, bint wanted) noexcept nogil:
+    """Copies a clean page into an area. False: no page was found for it, or the slot moved on meanwhile.
 
     Where there is room, the hand seeks a FREE page. In a full area a `wanted` page takes the place of what CLOCK gives
     up; another one looks at a few pages in search of an orphan, so that values that were overwritten or invalidated do
     not hold their pages for ever.
     """
-    cdef bint room = area.lent + area.held < area.pages
-    cdef uint64_t limit = SEEK_MAX if room else (2 * area.pages if wanted and area.lent else SCRUB_MAX)
+    cdef AreaEntry *area = &a.areas[index]
+    cdef AreaRange range_ = a.ranges[index]
+    cdef bint room = has_room(a, index)
+    cdef uint64_t limit = SEEK_MAX if room else (2 * range_.pages if wanted and area.lent else SCRUB_MAX)
     cdef uint64_t step, page, state
     cdef bint ready, done = False
     for step in range(limit):
-        page = area.first + area.pages - 1 - area.clock % area.pages  # down from the top; buffers grow from the bottom
+        page = range_.first + range_.pages - 1 - area.clock % range_.pages  # down from the top; buffers grow from below
         area.clock += 1
         state = life_state(load_relaxed(&a.life[page]))
         # Looking before announcing as well: announcing page after page of a range that is being taken could keep the
@@ -92,7 +98,7 @@ cdef void settle(Arena *a, uint64_t page) noexcept nogil:
     """Ends a nursery page's time: promoted, evicted, or freed as an orphan. Dirty pages and those of a store in flight
     stay.
     """
-    cdef uint64_t life, key, word
+    cdef uint64_t life, key, word, index, turn
     cdef bint wanted
     if not look_up(a, page, &life, &key, &word):
         return
@@ -101,8 +107,13 @@ cdef void settle(Arena *a, uint64_t page) noexcept nogil:
             return
         # Policy, the idea of S3-FIFO (Yang et al., SOSP 2023): the small queue filters out what is never read again.
         wanted = load_byte(&a.visited[page])
-        a.next_area = (a.next_area + 1) % a.areas_count
-        if not promote(a, &a.areas[a.next_area], page, key, word, wanted):
+        # Areas in turn; where the one whose turn it is has no room, the next that has.
+        a.next_area = index = (a.next_area + 1) % a.areas_count
+        for turn in range(1, a.areas_count):
+            if has_room(a, index):
+                break
+            index = (a.next_area + turn) % a.areas_count
+        if not promote(a, index, page, key, word, wanted):
             evict(a, page, life, &a.slots[key & SLOT], word)
             return
     free_orphan(a, page, life)
@@ -124,7 +135,7 @@ cdef int clean_tickets(Arena *a, uint64_t ticket, int n) noexcept nogil:
                 k -= 1
             batch[k].key = key
             dirty += 1
-    clean_batch(a, batch, dirty, NULL)
+    clean_batch(a, batch, dirty, a.pins_max, NULL)  # the reclaim thread has a share of its own
     return dirty
 
 
@@ -136,7 +147,7 @@ cdef void sweep_nursery(Arena *a) noexcept nogil:
         head = load_relaxed(a.head)
         if hand + a.nursery < head:  # clients were faster and went on by direct reclaim
             hand = head - a.nursery
-        n = min(<uint64_t>BATCH_MAX, a.nursery)
+        n = min(<uint64_t>BATCH_MAX, head - hand)
         clean_tickets(a, hand, n)
         for i in range(n):
             settle(a, (hand + i) % a.nursery)
@@ -172,9 +183,9 @@ cdef uint64_t take_range(Arena *a, AreaEntry *area, uint64_t first, uint64_t n) 
     # From here on this thread is the only one that changes these words, so plain stores do. Readers see the sequence
     # move; words that still name these pages heal when they are read.
     for page in range(first, first + n):
-        life = a.life[page]
+        life = load_relaxed(&a.life[page])
         discards += life_state(life) == PUBLISHED
-        a.life[page] = next_life(life, BUFFER, 0)                         # @take.life
+        store_relaxed(&a.life[page], next_life(life, BUFFER, 0))          # @take.life
     fetch_add(&area.lent, <uint64_t>0 - discards)
     fetch_add(&area.held, n)
     # All of it before the answer to the client, and so before the first byte that a holder writes.
@@ -189,7 +200,7 @@ cdef void give_range(Arena *a, AreaEntry *area, uint64_t first, uint64_t n) noex
     cdef uint64_t page
     fence_release()
     for page in range(first, first + n):
-        a.life[page] = next_life(a.life[page], FREE, 0)                   # @give.life
+        store_relaxed(&a.life[page], next_life(load_relaxed(&a.life[page]), FREE, 0))  # @give.life
     fetch_add(&area.held, <uint64_t>0 - n)
 
 
@@ -214,24 +225,24 @@ cdef void bury(Arena *a, uint64_t number) noexcept nogil:
             cas(&a.slots[i].side, side, side & CRC)                       # @death.writer
 
 
-cdef void end_type(Arena *a, TypeEntry *t) noexcept nogil:
+cdef void end_type(Arena *a, TypeEntry *t, uint64_t base, uint64_t slots) noexcept nogil:
     """The life first: from then on no operation starts on these words, and one that started before loses its CAS."""
     cdef uint64_t i, word
     fetch_add(&t.life, 1)                                                 # @type.end
     fence_full()
-    for i in range(t.base, t.base + t.slots):
+    for i in range(base, base + slots):
         while True:
             word = load_acquire(&a.slots[i].word)
             if cas(&a.slots[i].word, word, next_word(word, CLOSED, 0)):   # @type.close
                 break
 
 
-cdef void begin_type(Arena *a, TypeEntry *t) noexcept nogil:
+cdef void begin_type(Arena *a, TypeEntry *t, uint64_t base, uint64_t slots) noexcept nogil:
     """Empty words under an ended life, then the new life. Versions go on counting, so whoever sleeps since the old one
     loses.
     """
     cdef uint64_t i, word
-    for i in range(t.base, t.base + t.slots):
+    for i in range(base, base + slots):
         # A claim that a stopped client of the old life holds here is void: its write goes to the old file, its tag
         # will not fit.
         store_release(&a.slots[i].side, 0)                                # @type.reset
@@ -239,5 +250,7 @@ cdef void begin_type(Arena *a, TypeEntry *t) noexcept nogil:
             word = load_acquire(&a.slots[i].word)
             if cas(&a.slots[i].word, word, next_word(word, EMPTY, 0)):
                 break
+    t.base = base
+    t.slots = slots
     fence_full()
     fetch_add(&t.life, 1)                                                 # @type.begin

@@ -112,8 +112,10 @@ def _lock_new(name: str) -> int:
         try:
             made = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=MODE)
         except posix_ipc.ExistentialError:
-            _remove_dead(name)
+            remove_dead(name)
             continue
+        except posix_ipc.PermissionsError:
+            raise ArenaError(errno.EACCES, f"the arena {name} cannot be made in {SHM_DIR}: permission denied") from None
         if _try_lock(made.fd) and _is_named(made.fd, name):
             os.set_inheritable(made.fd, False)
             return int(made.fd)
@@ -121,7 +123,7 @@ def _lock_new(name: str) -> int:
     raise ArenaError(errno.EBUSY, f"other brokers are starting and stopping on the arena {name}; try again")
 
 
-def _remove_dead(name: str) -> None:
+def remove_dead(name: str) -> None:
     """Unlinks the arena `name` if no broker holds its lock; ends the lives of its types first, so that no client goes
     on alone in it.
     """
@@ -129,6 +131,8 @@ def _remove_dead(name: str) -> None:
         old = posix_ipc.SharedMemory(name)
     except posix_ipc.ExistentialError:
         return
+    except posix_ipc.PermissionsError:
+        raise ArenaError(errno.EACCES, f"there is an arena {name} that belongs to another user") from None
     try:
         if not _try_lock(old.fd):
             raise ArenaError(
@@ -188,7 +192,16 @@ def _commit(fd: int, size: int) -> None:
 
 
 def _memory_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ArenaError("/proc/meminfo does not tell MemAvailable")
+    """What the machine, or the container, can give without killing anybody for it."""
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    room = int(fields["MemAvailable"].split()[0]) * 1024
+    own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::")), "/")
+    group = Path("/sys/fs/cgroup") / own.lstrip("/")
+    for directory in (group, *group.parents):
+        try:
+            limit = (directory / "memory.max").read_text().strip()
+            if limit != "max":
+                room = min(room, int(limit) - int((directory / "memory.current").read_text()))
+        except (OSError, ValueError):
+            continue  # the root has none, and nor has what is not a control group
+    return room

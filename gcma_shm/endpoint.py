@@ -45,8 +45,10 @@ def socket_path(endpoint: str) -> Path:
 
 
 def arena_name(endpoint: str) -> str:
-    """The POSIX shared-memory name of the arena behind `endpoint`."""
-    return f"/gcma-{os.getuid()}-{hashlib.sha256(endpoint.encode()).hexdigest()[:16]}"
+    """The POSIX shared-memory name of the arena behind `endpoint`: one socket has one, however its path is written."""
+    path = socket_path(endpoint)
+    real = os.fsencode(path.parent.resolve() / path.name)
+    return f"/gcma-{os.getuid()}-{hashlib.sha256(real).hexdigest()[:16]}"
 
 
 def default_spill_dir(endpoint: str) -> Path:
@@ -55,7 +57,10 @@ def default_spill_dir(endpoint: str) -> Path:
     Not the runtime directory: that is memory on most systems, and pages that leave memory should not come to rest in
     memory.
     """
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:
+        raise ArenaError("there is no home directory to keep spill files in; say where with --spill-dir") from None
     return Path(cache) / "gcma" / arena_name(endpoint).removeprefix("/")
 
 

@@ -1,14 +1,14 @@
 """Where everything lies in an arena.
 
-Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back, trusting nothing. The
-layout (version 1), from the arena's first byte:
+Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back once magic, version, size
+and checksum fit. The layout (version 1), from the arena's first byte:
 
-    header         4 KiB: identity and geometry with a checksum, then words that change, each hot one on a cache line
-    of its own areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges
+    header         4 KiB: identity and geometry with a checksum, then words that change, hot ones on lines of their own
+    areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges
     types          256 entries of 64 bytes: life, slots, ways of writing
-    clients        `clients_max` records of 512 bytes: state, process, then counters that the client alone counts up
-    allocations    `allocations_max` entries of 128 bytes: buffers and reservations, with the request that asked for
-    each holders        one bit per allocation and client
+    clients        `clients_max` + 1 records of 512 bytes: state, process, then counters, counted up by the client alone
+    allocations    `allocations_max` entries of 128 bytes: buffers and reservations, with the request that asked for it
+    holders        one bit per allocation and client
     slots          16 bytes each: slot word, side word
     life, key      8 bytes a page each;  visited: one byte a page
     pages          the nursery, then the areas, in order
@@ -232,9 +232,9 @@ def plan(
     pages = at["pages"]
     if pages >= 1 << 32:
         raise ValueError(f"{pages} pages: an arena has fewer than 2^32; choose larger pages")
-    # Half of the nursery must do for the grants of all clients, so that no one starves the others by stopping (promise
-    # 5).
-    nursery_min = max(NURSERY_PAGES_MIN, 2 * wanted_clients)
+    # Half of the nursery must do for what all clients, and the reclaim thread, have in hand, so that no one starves the
+    # others by stopping (promise 5).
+    nursery_min = max(NURSERY_PAGES_MIN, 2 * (wanted_clients + 1))
     area_pages = {name: _aligned(area_size, page_size) // page_size for name, area_size in areas.items()}
     if not area_pages:
         area_pages = {"default": pages - max(pages // NURSERY_SHARE, nursery_min)}
@@ -256,7 +256,7 @@ def plan(
         areas_count=len(area_pages),
         types_max=TYPES_MAX,
         clients_max=wanted_clients,
-        grants_max=min(nursery_pages // 2 // wanted_clients, GRANTS_MAX),
+        grants_max=min(nursery_pages // 2 // (wanted_clients + 1), GRANTS_MAX),
         **at,
     )
     placed, first = [], nursery_pages
@@ -299,8 +299,15 @@ def read_header(memory: memoryview, mapped_bytes: int) -> tuple[Geometry, list[A
     geometry = Geometry(*_GEOMETRY.unpack_from(memory, _IDENTITY.size))
     if geometry.size != mapped_bytes:
         raise ArenaError(f"the arena was truncated: {mapped_bytes} bytes, its header says {geometry.size}")
-    areas = []
+    areas: list[Area] = []
+    first = geometry.nursery_pages
     for index in range(geometry.areas_count):
         name, *numbers = AREA_ENTRY.unpack_from(memory, geometry.area_at(index))
-        areas.append(Area(name.rstrip(b"\0").decode(errors="replace"), *numbers))
+        area = Area(name.rstrip(b"\0").decode(errors="replace"), *numbers)
+        if area.first != first or not 1 <= area.pages <= geometry.pages - first:
+            raise ArenaError(
+                f"the arena's table of areas is damaged: {area.name!r} is at page {area.first}, expected {first}"
+            )
+        areas.append(area)
+        first += area.pages
     return geometry, areas, arena_id

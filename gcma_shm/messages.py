@@ -19,7 +19,7 @@ import msgpack
 from gcma_shm import errors, layout
 
 VERSION = 1
-HEADER_BYTES_MAX = 64 << 10
+HEADER_BYTES_MAX = 1 << 20  # a hello that lists 65536 buffers, statistics of 4095 clients
 PAGES_MAX = 1  # page frames of one request
 WINDOW = 64  # requests that one session may have under way
 NUMBER_MAX = 2**63 - 1
@@ -66,10 +66,11 @@ _SLOT = _LIFE | {"offset": _integer(0, 2**40)}
 OPERATIONS: dict[str, Operation] = {
     "hello": Operation(
         {
-            "pid": _integer(1, 2**31),
+            "pid": _integer(1, 2**31 - 1),
             "start": _integer(0, NUMBER_MAX),
             "mapped": _boolean(),
             "client": _integer(2, layout.CLIENTS_MAX, required=False),
+            "arena_id": Parameter(lambda v: type(v) is bytes and len(v) == 16, "16 bytes", required=False),
             "buffers": Parameter(
                 lambda v: (
                     type(v) is list and len(v) <= 65536 and all(type(b) is int and 0 <= b <= NUMBER_MAX for b in v)
@@ -144,7 +145,9 @@ def _encode(number: int, word: str, values: dict[str, Any], pages: Sequence[Fram
 
 
 class Malformed(errors.ProtocolError):
-    """A message that is no request. `number` is the request's, so that its sender can be answered; None: not even that."""
+    """A message that is no request. `number` is the request's, so that its sender can be answered; None: not even
+    that.
+    """
 
     def __init__(self, message: str, number: int | None = None) -> None:
         super().__init__(message)

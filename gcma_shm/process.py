@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -22,12 +23,22 @@ def start_time(pid: int) -> int | None:
 def open_pidfd(pid: int, start: int) -> int | None:
     """A pidfd of the process that began at `start`; None when it is gone. The caller closes it; it polls readable when
     the process ends.
+
+    Raises OSError when it cannot be told (out of descriptors, say): that is no reason to take a process for dead.
     """
     try:
         pidfd = os.pidfd_open(pid)
-    except (ProcessLookupError, OSError):
+    except (ProcessLookupError, OverflowError):
         return None
-    if start_time(pid) != start:  # looked at after the pidfd holds on to whoever has the number now
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # no number that a process could have
+            return None
+        raise
+    try:
+        if start_time(pid) == start:  # looked at after the pidfd holds on to whoever has the number now
+            return pidfd
+    except BaseException:
         os.close(pidfd)
-        return None
-    return pidfd
+        raise
+    os.close(pidfd)
+    return None

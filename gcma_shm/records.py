@@ -5,7 +5,7 @@ fork: the child holds what its parent held from the instant of the fork, so its 
 completed in the child. The broker alone makes a record free again, after it has taken back everything held in its name.
 
     FREE → TAKEN (being written) → ALIVE → DEAD (being buried) → FREE
-                     TAKEN → FORKED (no process yet) → ALIVE
+                     TAKEN → FORKED (no process yet) → STARTING (the child writes who it is) → ALIVE
 
 The state word is `generation:40 · parent:16 · state:8`. The parent, who took the record (the broker, or a client about
 to fork), stands in it from the first CAS on, so that a record whose taker died before it went on can be told.
@@ -33,6 +33,7 @@ class State(IntEnum):
     FORKED = 2
     ALIVE = 3
     DEAD = 4
+    STARTING = 5
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,20 @@ class Records:
         self._plane.write(at + layout.CLIENT_PID_AT, pid)
         self._plane.write(at + layout.CLIENT_START_AT, start)
         self.mark(number, state)
+
+    def word(self, number: int) -> int:
+        """The whole state word, to be given to `start`."""
+        return self._plane.read(self._geometry.client_at(number) + layout.CLIENT_STATE_AT)
+
+    def start(self, number: int, forked: int, pid: int, start: int) -> bool:
+        """A forked child takes over its record, which is to hold exactly the word `forked` still. False: it took too
+        long to begin, was taken for dead, and the record may be somebody else's by now.
+        """
+        at = self._geometry.client_at(number) + layout.CLIENT_STATE_AT
+        if not self._plane.swap_word(at, forked, forked & ~0xFF | State.STARTING):
+            return False
+        self.fill(number, State.ALIVE, pid, start)
+        return True
 
     def mark(self, number: int, state: State) -> None:
         """Sets a record's state. The caller owns the record: it took it, is its process, or is the broker after that
