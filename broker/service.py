@@ -9,6 +9,7 @@ registry; syncs on one.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -148,9 +149,10 @@ class Service:
         """Counters and gauges; docs/protocol.md lists the keys."""
         clients = self.sessions.counters()
         geometry = self._arena.geometry
+        pids = {client.number: client.pid for client in self.sessions.clients.values()} | {layout.NOBODY: 0}
+        pids[layout.BROKER] = os.getpid()
         by_client = {
-            str(number): counters | {"pid": self.sessions.clients[number].pid if number in self.sessions.clients else 0}
-            for number, counters in clients.items()
+            str(number): counted | {"pid": pids[number]} for number, counted in clients.items() if number in pids
         }
         nursery_free = self.plane.read(layout.HAND_AT) + geometry.nursery_pages - self.plane.read(layout.HEAD_AT)
         return {

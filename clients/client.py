@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import operator
 import os
@@ -17,7 +18,7 @@ from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.swap import MappedSwap, MessageSwap, Swap
 from gcma_shm.endpoint import default_endpoint
-from gcma_shm.errors import ArenaError, QuotaExceeded
+from gcma_shm.errors import ArenaError, NoSuchBuffer, QuotaExceeded
 from gcma_shm.messages import Reply
 from gcma_shm.process import start_time
 from gcma_shm.records import Records, State
@@ -67,7 +68,10 @@ class Client:
             if self._mapped:
                 self._map(required=mapped is True, prefault=prefault)
         except BaseException:
-            self._channel.drop()
+            if self._channel.greeting:
+                self._channel.close()
+            else:
+                self._channel.drop()
             raise
         _clients.add(self)
 
@@ -184,7 +188,8 @@ class Client:
             held.pop(number, None)
             give_up.detach()
             try:
-                self._channel.request("free_contig", {"buffer": number})
+                with contextlib.suppress(NoSuchBuffer):  # the first hello of a forked child has given it back already
+                    self._channel.request("free_contig", {"buffer": number})
             except BaseException:  # whether it was freed nobody knows; it will be, and is not ours to use
                 self._channel.give_up(number)
                 raise

@@ -206,9 +206,9 @@ cdef class Slots:
     def sync(self, timeout=None):
         """Returns when all that was stored before is in the spill file.
 
-        `timeout`: seconds; None: as long as the file takes. Another process's write of one slot is waited for no
-        longer than the handle's own timeout. Raises SlotBusy at either bound; SpillError when the file did not take a
-        page, after all others were tried; Closed.
+        `timeout`: seconds that other processes' writes of the same slots may be waited for in all; None: each no longer than
+        the handle's own timeout. Our own writes take as long as the file takes. Raises SlotBusy; SpillError when the file did
+        not take a page, after all others were tried; Closed.
         """
         cdef uint64_t end = now_ns() + nanoseconds(timeout), offset = 0
         cdef Tally tally
@@ -217,9 +217,6 @@ cdef class Slots:
         memset(&tally, 0, sizeof(Tally))
         while offset < self.t.slots and status != ENDED:
             PyErr_CheckSignals()
-            if now_ns() > end:
-                status = BUSY
-                break
             self.plane.enter()
             with nogil:
                 some = sync_some(self.plane.a, &self.t, &offset, min(end, now_ns() + self.timeout_ns))

@@ -171,7 +171,7 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *ta
         if status != BUSY:
             return status
         count(a, C_RETRIES)
-    return BUSY
+    return DAMAGED if load_acquire(&slot.word) == word else BUSY
 
 
 cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:

@@ -19,7 +19,8 @@ import msgpack
 from gcma_shm import errors, layout
 
 VERSION = 1
-HEADER_BYTES_MAX = 1 << 20  # a hello that lists 65536 buffers, statistics of 4095 clients
+HEADER_BYTES_MAX = 1 << 20  # a hello that lists 65536 buffers
+REPLY_BYTES_MAX = 16 << 20
 PAGES_MAX = 1  # page frames of one request
 WINDOW = 64  # requests that one session may have under way
 NUMBER_MAX = 2**63 - 1
@@ -154,11 +155,11 @@ class Malformed(errors.ProtocolError):
         self.number = number
 
 
-def _decode_header(frames: Sequence[Frame]) -> tuple[int, str, dict[str, Any]]:
+def _decode_header(frames: Sequence[Frame], bytes_max: int = HEADER_BYTES_MAX) -> tuple[int, str, dict[str, Any]]:
     if not frames:
         raise Malformed("a message without frames: expected a header")
-    if len(frames[0]) > HEADER_BYTES_MAX:
-        raise Malformed(f"a header of {len(frames[0])} bytes: expected at most {HEADER_BYTES_MAX}")
+    if len(frames[0]) > bytes_max:
+        raise Malformed(f"a header of {len(frames[0])} bytes: expected at most {bytes_max}")
     try:
         header = msgpack.unpackb(frames[0], max_ext_len=0, strict_map_key=True)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
@@ -205,7 +206,7 @@ def _check_request(number: int, name: str, values: dict[str, Any], pages: Sequen
 
 def decode_reply(frames: Sequence[Frame]) -> Reply:
     """What a broker answered. Raises ProtocolError."""
-    number, status, values = _decode_header(frames)
+    number, status, values = _decode_header(frames, REPLY_BYTES_MAX)
     return Reply(number, status, values, frames[1:])
 
 

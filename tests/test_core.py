@@ -189,9 +189,9 @@ def test_ranges(bare: Bare) -> None:
 def test_types_and_handles_that_are_none(bare: Bare) -> None:
     for type_ in (256, 2**40):
         with pytest.raises(IndexError):
-            bare.plane.begin_type(type_)
+            bare.plane.begin_type(type_, 0, 1, 0)
         with pytest.raises(IndexError):
-            bare.plane.end_type(type_)
+            bare.plane.end_type(type_, 0, 1)
         with pytest.raises(IndexError):
             bare.plane.slots(type_, 1, None)
     (bare.spill_dir / "000.1").touch()
@@ -229,12 +229,9 @@ def declared(
     bare: Bare, slots: int = 100, flags: int = 0, type_: int = 0, base: int = 0, timeout: float | None = 5.0
 ) -> Slots:
     """Begins a life of a type as the registry does."""
-    at = bare.arena.geometry.type_at(type_)
-    for offset, value in ((layout.TYPE_BASE_AT, base), (layout.TYPE_SLOTS_AT, slots), (layout.TYPE_FLAGS_AT, flags)):
-        bare.plane.write(at + offset, value)
-    life = bare.plane.read(at) + 1
+    life = bare.plane.read(bare.arena.geometry.type_at(type_)) + 1
     (bare.spill_dir / f"{type_:03}.{life}").touch(0o600)
-    assert bare.plane.begin_type(type_) == life
+    assert bare.plane.begin_type(type_, base, slots, flags) == life
     return bare.plane.slots(type_, life, timeout)
 
 
@@ -392,7 +389,7 @@ def test_the_end_of_a_type_and_its_next_life(bare: Bare) -> None:
     old.store(1, b"a" * 4096)
     other = declared(bare, type_=1, base=100)
     other.store(1, b"b" * 4096)
-    bare.plane.end_type(0)
+    bare.plane.end_type(0, 0, 100)
     with pytest.raises(Closed):
         old.load(1)
     check_at_rest(bare.arena.name, bare.spill_dir)

@@ -15,7 +15,7 @@ from gcma_shm.messages import OPERATIONS, Reply, Request
 
 PAGE = 4096
 SOUND: dict[str, dict[str, Any]] = {
-    "hello": {"pid": 1, "start": 0, "mapped": True, "client": 2, "buffers": [1, 2]},
+    "hello": {"pid": 1, "start": 0, "mapped": True, "client": 2, "arena_id": bytes(16), "buffers": [1, 2]},
     "bye": {},
     "ping": {},
     "swap_init": {"type": 0, "slots": 1, "write": "behind"},
@@ -88,6 +88,7 @@ WRONG: dict[str, list[Any]] = {
     "text": ["", "x" * 49, "é" * 25, 1, None, b"a", ["a"]],
     "a boolean": [0, 1, None, "true"],
     "'through' or 'behind'": ["", "back", 1, None, ["through"]],
+    "16 bytes": [b"", bytes(15), bytes(17), "x" * 16, 1, None],
     "a list": [1, "1", [True], [-1], [1.0], [[]], {"1": 1}, None],
 }
 

@@ -131,7 +131,7 @@ def test_hello_is_needed_first_and_again_after_bye(stranger: Stranger) -> None:
         ([1, 7, "load", {"type": 256, "life": 1, "offset": 0}], "expected an integer from 0 to 255"),
         ([1, 7, "ping", {"loud": 1}], "no parameter"),
         ([1, 7, "alloc_contig", {"nbytes": -1}], "expected an integer from 1"),
-        ([1, 7, "hello", {"pid": 1, "start": 5, "mapped": False}], "sees no process"),
+        ([1, 7, "hello", {"pid": 1, "start": 5, "mapped": False}], "in the name of process 1"),
     ],
 )
 def test_a_malformed_request_is_answered(stranger: Stranger, header: list[Any], said: str) -> None:

@@ -60,8 +60,7 @@ def test_hello(kept: Kept) -> None:
     record = kept.records.read(client.number)
     assert (record.state, record.pid, record.start, record.parent) == (State.ALIVE, ME, MY_START, layout.BROKER)
     kept.sessions._check()
-    with pytest.raises(ProtocolError, match="hello"):
-        kept.hello(b"a")
+    assert kept.hello(b"a") is client, "its first hello may have been answered too late"
     assert kept.hello(b"b").number != client.number, "one process may be several clients"
     kept.sessions._check()
     kept.sessions.close()
@@ -230,7 +229,7 @@ def test_a_client_that_died_on_its_way_to_a_fork(kept: Kept) -> None:
 
 def test_records_survive_any_content(kept: Kept, bare: Bare) -> None:
     at = bare.arena.geometry.client_at(3)
-    for word in (2**64 - 1, 0xFF, 5, 200 << 8 | 77):
+    for word in (2**64 - 1, 0xFF, 9, 200 << 8 | 77):
         bare.plane.write(at, word)
         assert kept.records.read(3).state is State.DEAD
         assert [record.number for record in kept.records.used()] == [3]

@@ -122,6 +122,8 @@ def _until(client: Client, place: str, visit: bool) -> None:
         if visit:
             client.load(0, SLOT)
         client.store(1, 16 + n % 48)
+        if not visit:  # pages that are read again push out those that are not
+            client.load(1, 16 + n * 7 % 48)
     raise AssertionError(f"the slot does not come into the {place}")
 
 
