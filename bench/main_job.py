@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from gcma_shm import Client, Swap
 
 WORKERS = 4
-ARENA = "48M"
+TIMES_FULL = 5  # how often the files would fill the arena
 PAGE_BYTES = 4096
 INPUT_BYTES = 192 << 20
 FILE_BYTES_MAX = 8 << 20
 REPORT_S = 2.0
+WATCH_S = 300.0
 SIZES = [64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]  # and nine tenths of the largest area
 
 
@@ -63,15 +64,15 @@ class Done:
 
 
 def real_files() -> list[Path]:
-    """The standard library and the shared objects of this installation, largest parts of it first come first served."""
-    roots = [Path(sysconfig.get_path("stdlib")), Path(sys.prefix) / "lib", Path(sys.base_prefix) / "lib"]
+    """This installation's own standard library, packages and shared objects, up to INPUT_BYTES of them."""
+    roots = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     found: dict[Path, int] = {}
-    for root in roots:
+    for root in sorted(roots):
         for path in sorted(root.rglob("*")):
-            if path.suffix in {".py", ".so", ".a", ".pyc"} and path.is_file() and not path.is_symlink():
+            if path.suffix in {".py", ".so", ".pyc"} and path.is_file() and not path.is_symlink():
                 size = path.stat().st_size
                 if 0 < size <= FILE_BYTES_MAX:
-                    found[path.resolve()] = size
+                    found[path] = size
     chosen, total = [], 0
     for path, size in found.items():
         if total + size <= INPUT_BYTES:
@@ -190,6 +191,7 @@ def watch(client: Client, workers: list[Any], results: Any) -> tuple[dict[int, l
     """Allocates in all sizes, round and round, until every worker has reported."""
     latencies: dict[int, list[float]] = defaultdict(list)
     failures = 0
+    end = time.monotonic() + WATCH_S
     finished: list[Done] = []
     sizes, last = sizes_for(client), time.monotonic()
     while len(finished) < len(workers):
@@ -198,8 +200,8 @@ def watch(client: Client, workers: list[Any], results: Any) -> tuple[dict[int, l
         try:
             finished.append(results.get(timeout=0.02))  # a moment in which the cache fills up again
         except queue.Empty:
-            if any(worker.exitcode not in (None, 0) for worker in workers):
-                raise RuntimeError("a worker died; its words are above") from None
+            if any(worker.exitcode not in (None, 0) for worker in workers) or time.monotonic() > end:
+                raise RuntimeError("a worker died, its words are above; or it does not come to an end") from None
         if time.monotonic() - last >= REPORT_S:
             last = time.monotonic()
             counters = client.stats()["counters"]
@@ -235,8 +237,9 @@ def report(client: Client, latencies: dict[int, list[float]], failures: int, fin
         print(
             f"{format_size(size):>12} {len(ordered):>11} {statistics.median(ordered) * 1e6:>11.0f} {p99 * 1e6:>11.0f} {ordered[-1] * 1e6:>11.0f}"
         )
-    print("\nareas, as the workers left them")
-    print("\n".join(fullness(client)))
+    with client.alloc_contig(max(area.size for area in client.areas()) // 3):
+        print("\nareas, with a third of the largest in a buffer")
+        print("\n".join(fullness(client)))
     mismatches = sum(done.mismatches for done in finished)
     print(f"\nfailures {failures}, mismatches {mismatches}")
     return not failures and not mismatches
@@ -250,9 +253,10 @@ def main() -> int:
     parts = split(files)
     context = multiprocessing.get_context("spawn")
     slots = [sum(-(-Path(path).stat().st_size // PAGE_BYTES) for path in part) for part in parts]
-    with gcma_shm.embedded(ARENA, page_size=PAGE_BYTES, slots=sum(slots)) as client:
+    arena_bytes = sum(slots) * PAGE_BYTES // TIMES_FULL
+    with gcma_shm.embedded(arena_bytes, page_size=PAGE_BYTES, slots=sum(slots)) as client:
         print(
-            f"An arena of {ARENA}, {WORKERS} workers, {len(files)} files with {sum(slots)} pages of {PAGE_BYTES} bytes: "
+            f"An arena of {format_size(arena_bytes)}, {WORKERS} workers, {len(files)} files with {sum(slots)} pages of {PAGE_BYTES} bytes: "
             f"{sum(slots) * PAGE_BYTES / sum(area.size for area in client.areas()):.1f} times what the areas hold."
         )
         print("Storing and proving, while the parent takes up to nine tenths of the area away and gives it back:")
