@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import util as multiprocessing_util
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,10 @@ from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.clients.embedded import EmbeddedClient
+
+# multiprocessing makes its temporary directory once and removes it at the very end: not in the directory of the one test
+# that happens to be the first to want it.
+multiprocessing_util.get_temp_dir()
 
 SHM = Path("/dev/shm")
 GONE_S = 20.0  # a killed owner's broker takes a moment to notice
