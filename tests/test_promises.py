@@ -21,6 +21,7 @@ from gcma_shm._core import Plane
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.process import start_time
+from gcma_shm.records import Records
 from tests.conftest import Bare
 
 WAIT_S = 30.0
@@ -46,7 +47,7 @@ def until(true: Any) -> None:
     deadline = time.monotonic() + WAIT_S
     while not true():
         assert time.monotonic() < deadline, "it does not come to pass"
-        time.sleep(0.001)
+        time.sleep(0)
 
 
 def pinned(plane: Plane) -> Counter[int]:
@@ -74,6 +75,11 @@ def test_stopped_clients_keep_no_more_than_their_share() -> None:
         assert share * 12 * 2 <= plane.geometry.nursery_pages
         batch = os.urandom(16 * client.page_size)
 
+        def stored() -> int:
+            """Pages stored by the three."""
+            records = Records(plane)
+            return sum(records.counters(r.number)["stores"] for r in records.used() if r.number != client.number)
+
         def storing(first: int) -> None:
             while True:
                 swap.store_many(range(first, first + 16), batch)
@@ -81,6 +87,8 @@ def test_stopped_clients_keep_no_more_than_their_share() -> None:
         with child(lambda: storing(0)) as a, child(lambda: storing(100)) as b, child(lambda: storing(200)) as c:
             most = 0
             for round_ in range(40):
+                before = stored()
+                until(lambda more=before + 20 + 7 * round_: stored() >= more)  # they have run since they were continued
                 for pid in (a, b, c):
                     os.kill(pid, signal.SIGSTOP)
                 held = pinned(plane)
