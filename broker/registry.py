@@ -72,7 +72,8 @@ class TypeRegistry:
         path = self._file(type_, life)
         with contextlib.suppress(OSError):
             os.truncate(path, 0)
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
 
     def end_all(self) -> None:
         """Ends every life, so that nobody goes on alone in an arena without a broker."""

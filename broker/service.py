@@ -120,7 +120,7 @@ class Service:
         return None
 
     def client_ended(self, pidfd: int) -> None:
-        """A process has ended: all that it held is given back."""
+        """A process has ended: all that it held is given back. Should that fail, it is tried again at the next turn of the loop."""
         try:
             self._bury(self.sessions.adopt_forked())
             client = self.sessions.by_pidfd.get(pidfd)
@@ -128,7 +128,7 @@ class Service:
                 log.info("client %d (process %d) has ended", client.number, client.pid)
                 self._bury([client])
         except Exception:
-            log.exception("the end of a client was not served; trying again at the next look")
+            log.exception("the end of a client was not served; trying again")
 
     def tick(self) -> None:
         """Once a second or so: whatever no message and no pidfd tells."""

@@ -33,7 +33,9 @@ class StopSignals:
         self.wake()
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # What is ignored stays ignored: `nohup` means it.
+        wanted = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+        self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(

@@ -69,6 +69,8 @@ class Channel:
         self._socket.connect(self.endpoint)
         # Not left to the collector, which may take the context first, and that waits for its sockets.
         self._goodbye = weakref.finalize(self, _say_goodbye, self._socket, self._context)
+        # Not at the interpreter's exit: daemon threads may still store then, and the broker sees the process end.
+        self._goodbye.atexit = False
 
     def request(
         self,
@@ -140,7 +142,7 @@ class Channel:
         self._given_up.append(buffer)
         if self.lock.acquire(blocking=False):
             try:
-                with contextlib.suppress(GcmaError):
+                with contextlib.suppress(GcmaError, zmq.ZMQError):
                     self._free_given_up(time.monotonic() + self.timeout)
             finally:
                 self.lock.release()
@@ -152,6 +154,12 @@ class Channel:
         with contextlib.suppress(GcmaError):  # it is gone, or serves another arena: nothing of ours is left there
             self.request("bye")
         self.drop()
+
+    def disown(self) -> None:
+        """In a forked child that is no client: nothing of this channel is to be used; its lock is held, for ever."""
+        self._goodbye.detach()
+        self.closed = True
+        self.lock = threading.Lock()
 
     def drop(self) -> None:
         """Closes the socket without a word; the broker notices when the process ends."""

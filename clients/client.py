@@ -6,6 +6,7 @@ import contextlib
 import logging
 import operator
 import os
+import threading
 import weakref
 from dataclasses import dataclass
 from types import TracebackType
@@ -59,7 +60,6 @@ class Client:
         # By the memory and not by the Buffer: an array that outlives its Buffer keeps the memory.
         self._held: weakref.WeakValueDictionary[int, Span] = weakref.WeakValueDictionary()
         self._swaps: weakref.WeakSet[MappedSwap | MessageSwap] = weakref.WeakSet()
-        self._forking: tuple[int, int] | None = None  # the child's number, and its record's word
         owner = weakref.ref(self)
         self._channel = Channel(endpoint, timeout, wait_for_broker, lambda: cast(Client, owner())._introduce())
         try:
@@ -250,53 +250,78 @@ class Client:
     # all. The channel's lock is held meanwhile, so that what the child finds and what the broker lets it inherit are
     # the same.
 
-    def _before_fork(self) -> None:
-        self._forking = None
-        self._fork_locked = self._channel.lock.acquire(timeout=self._channel.timeout)
+    def _before_fork(self) -> Fork:
+        fork = Fork(self, self._channel.lock, self._channel.lock.acquire(timeout=self._channel.timeout))
         if self._plane is None or self.closed:
-            return
+            return fork
         records = Records(self._plane)
         try:
-            number = records.take(self._plane.number)
+            fork.number = records.take(self._plane.number)
         except QuotaExceeded as error:
             log.warning("the child that is about to be forked cannot use %r: %s", self, error)
-            return
-        records.fill(number, State.FORKED, 0, 0)
-        self._forking = number, records.word(number)
+            return fork
+        records.fill(fork.number, State.FORKED, 0, 0)
+        fork.word = records.word(fork.number)
         self._plane.add(layout.FORKS_AT, 1)
+        return fork
 
-    def _after_fork_in_parent(self) -> None:
-        if self._fork_locked:
-            self._channel.lock.release()
-
-    def _after_fork_in_child(self) -> None:
+    def _after_fork_in_child(self, fork: Fork | None) -> None:
+        """`fork`: None for a client that another thread was just making."""
         if self.closed:
             return
-        self._channel.reset()
-        if self._plane is None:
-            return
-        pid = os.getpid()
-        if self._forking is None or not Records(self._plane).start(*self._forking, pid, start_time(pid) or 0):
-            # No record was free, or this child was stopped for so long that it was taken for dead: it is no client.
-            self._plane.close(0)
-            self._channel.drop()
-            return
-        self._plane.become(self._forking[0])
+        try:
+            if self._plane is not None:
+                pid = os.getpid()
+                # Refused when no record was free, or this child was stopped for so long that it was taken for dead.
+                if fork is None or not fork.number:
+                    raise QuotaExceeded("no client record was free at the fork")
+                if not Records(self._plane).start(fork.number, fork.word, pid, start_time(pid) or 0):
+                    raise QuotaExceeded("this child began too late")
+                self._plane.become(fork.number)
+            self._channel.reset()
+        except BaseException:  # better no client than one that acts under its parent's number
+            if self._plane is not None:
+                self._plane.close(0)
+            self._channel.disown()
+
+
+@dataclass
+class Fork:
+    """What was prepared for one client before a fork: its lock, and the record of the child (number 0: none)."""
+
+    client: Client
+    lock: threading.Lock
+    locked: bool
+    number: int = 0
+    word: int = 0
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
 
-def _at_fork(step: str) -> None:
-    for client in sorted(_clients, key=id):  # one order of locks, whichever threads fork
-        getattr(client, step)()
+_forks = threading.local()  # of each thread that forks: threads may prepare forks at the same time
 
 
-os.register_at_fork(
-    before=lambda: _at_fork("_before_fork"),
-    after_in_parent=lambda: _at_fork("_after_fork_in_parent"),
-    after_in_child=lambda: _at_fork("_after_fork_in_child"),
-)
+def _before_fork() -> None:
+    # Sorted: one order of locks, whichever threads fork.
+    _forks.prepared = []
+    for client in sorted(_clients, key=id):
+        _forks.prepared.append(client._before_fork())
+
+
+def _after_fork_in_parent() -> None:
+    for fork in _forks.prepared:
+        if fork.locked:
+            fork.lock.release()
+
+
+def _after_fork_in_child() -> None:
+    prepared = {fork.client: fork for fork in _forks.prepared}
+    for client in list(_clients):
+        client._after_fork_in_child(prepared.get(client))
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def connect(

@@ -118,7 +118,7 @@ def _start(command: list[str], leftovers: Leftovers) -> subprocess.Popen[bytes]:
     read_end, write_end = (_above_standard(fd) for fd in os.pipe())
     owner = _above_standard(os.pidfd_open(os.getpid()))
     # The package by the path that this process found it by, whatever the working directory.
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path)}
     try:
         broker = subprocess.Popen(  # noqa: S603 - our own module
             [*command, "--owner-pidfd", str(owner), "--ready-fd", str(write_end)],

@@ -35,7 +35,10 @@ cdef int spill_open(Arena *a, uint64_t type_, uint64_t life, bint *private_) noe
             store32(&a.spill_lock, 0)
             return fd
         old = f.fd
-        f.fd = fd  # before the close: a child that another thread forks just now must not inherit a stale number
+        # In this order, and before the close: a child that another thread forks just now must inherit neither a stale
+        # number nor the new life with the old file.
+        f.fd = fd
+        fence_release()
         f.life = life
     fd = f.fd
     add32(&f.users, 1)  # atomic like spill_done's, which takes no lock

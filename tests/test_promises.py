@@ -240,3 +240,39 @@ def test_a_store_by_message_that_was_given_up_never_lands_torn() -> None:
         mapped = owner.swap(0, 4)
         until(lambda: 1 in mapped)
         assert mapped.load(1) == b"a" * owner.page_size
+
+
+def test_forks_while_clients_come_and_other_threads_fork(client: EmbeddedClient) -> None:
+    """Each child is a client of its own or none, whatever other threads make or fork meanwhile; the parent goes on."""
+    swap = client.swap(0, 10)
+    swap.store(1, b"x" * client.page_size)
+    stop = threading.Event()
+    failures: list[int] = []
+
+    def come_and_go() -> None:
+        while not stop.is_set():
+            gcma_shm.connect(client.endpoint).close()
+
+    def fork() -> None:
+        for _ in range(5):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    own = client.number != os.getppid() and swap.load(1) == b"x" * client.page_size
+                    with client.alloc_contig(4096):
+                        os._exit(0 if own else 1)
+                finally:
+                    os._exit(2)
+            if os.waitpid(pid, 0)[1]:
+                failures.append(pid)
+
+    threads = [threading.Thread(target=come_and_go), *(threading.Thread(target=fork) for _ in range(2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads[1:]:
+        thread.join()
+    stop.set()
+    threads[0].join()
+    assert not failures
+    assert client.areas()
+    until(lambda: client.areas()[0].held == 0)
