@@ -297,8 +297,6 @@ class Fork:
 
 
 _clients: weakref.WeakSet[Client] = weakref.WeakSet()
-
-
 _forks = threading.local()  # of each thread that forks: threads may prepare forks at the same time
 
 
@@ -309,14 +307,21 @@ def _before_fork() -> None:
         _forks.prepared.append(client._before_fork())
 
 
+def _take_prepared() -> list[Fork]:
+    """What this thread prepared for its fork, kept no longer: it refers to the clients, which must stay collectable."""
+    prepared: list[Fork] = _forks.prepared
+    _forks.prepared = []
+    return prepared
+
+
 def _after_fork_in_parent() -> None:
-    for fork in _forks.prepared:
+    for fork in _take_prepared():
         if fork.locked:
             fork.lock.release()
 
 
 def _after_fork_in_child() -> None:
-    prepared = {fork.client: fork for fork in _forks.prepared}
+    prepared = {fork.client: fork for fork in _take_prepared()}
     for client in list(_clients):
         client._after_fork_in_child(prepared.get(client))
 

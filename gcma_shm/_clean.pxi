@@ -153,7 +153,7 @@ cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, uint
     return OK
 
 
-cdef int clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *words, int n, uint64_t deadline) noexcept nogil:
+cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *words, int n, uint64_t deadline) noexcept nogil:
     """Cleans n slots, in order of their keys, whose `words` were found dirty; waits for those that others are writing.
 
     Each slot's status is OK, BUSY at the deadline, ENDED, or -errno.
@@ -167,7 +167,7 @@ cdef int clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *word
         if now_ns() >= deadline:
             for i in range(n):
                 batch[i].status = BUSY
-            return BUSY
+            return
         back_off(step)
         step += 1
     clean_batch(a, batch, n, pins, t)
@@ -175,4 +175,3 @@ cdef int clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *word
     for i in range(n):
         if batch[i].status == BUSY:
             batch[i].status = clean_wait(a, t, batch[i].key, words[i], deadline)
-    return OK

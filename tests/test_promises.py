@@ -180,6 +180,23 @@ def test_a_client_that_nobody_closed_says_goodbye_when_it_is_collected(client: E
     assert client.areas()[0].held == 0
 
 
+def test_a_fork_keeps_no_client_from_being_collected(client: EmbeddedClient) -> None:
+    other = gcma_shm.connect(client.endpoint)
+    begun, begin = os.pipe()
+
+    def wait() -> None:
+        os.write(begin, b"x")
+        signal.pause()
+
+    with child(wait):
+        os.read(begun, 1)
+    os.close(begun)
+    os.close(begin)
+    del other
+    gc.collect()
+    until(lambda: client.stats()["broker"]["clients"] == 1)
+
+
 def test_every_process_is_watched_however_descriptors_are_used_again(client: EmbeddedClient) -> None:
     """One client leaves and another comes in one turn of the broker's loop, so that its pidfd gets the number of the last."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
