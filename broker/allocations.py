@@ -1,266 +1,555 @@
-"""Contiguous buffers: which ranges they have, who holds them, and the table of them in the arena.
+"""Buffers and reservations: which ranges they have, who holds them, and the table of them in the arena.
 
-Runs on the control thread alone. Only buffers can be in a buffer's way: cache does not count, and no client is asked.
-Invariants: the ranges of buffers do not overlap; an entry of the table is in use exactly as long as its buffer has a
-holder.
+Runs on the control thread alone. Only guests can be in a guest's way: cache does not count, and no client is asked.
+Invariants: the ranges of guests do not overlap; an entry of the table is in use exactly as long as somebody holds it: a
+client, a claimer, or a handle under way.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+from sortedcontainers import SortedDict
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
-from gcma_shm.broker.extents import Extents
-from gcma_shm.errors import ArenaExhausted, NoSuchArea, NoSuchBuffer, QuotaExceeded
-from gcma_shm.layout import Area
+from gcma_shm.broker.areas import Areas, Place, Wanted
+from gcma_shm.broker.claims import Claims
+from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchBuffer, QuotaExceeded, StaleHandle
+from gcma_shm.layout import BUFFER, INDEX_BITS, KIND_BITS, RESERVATION
 from gcma_shm.sizes import format_size
 
-_KIND_BITS = 8
-_BUFFER = 1
-_INDEX_BITS = 16  # of a buffer's number; above it the entry's generation
-assert 1 << _INDEX_BITS >= 65536, "layout.plan makes at most 65536 entries"
+HAND_OVERS_MAX = 1024  # of one allocation, under way at the same time
+NAMES_PAGE = 1000  # names in one answer
 
 
 @dataclass
+class HandOver:
+    """A handle that holds an allocation until somebody attaches with it. `claim`: a generation; 0: not of a claim."""
+
+    deadline: float
+    claim: int
+
+
+@dataclass(eq=False)
 class Allocation:
-    """A buffer. `first` is a page number of the arena, `holders` are client numbers."""
+    """A buffer or a reservation. `holders` are client numbers; `claimers` those that share the claim of `claim_generation`."""
 
     index: int
     generation: int
-    area: int
-    first: int
-    pages: int
+    kind: int
+    place: Place
+    name: str | None
     holders: set[int] = field(default_factory=set)
+    claimers: set[int] = field(default_factory=set)
+    claim_generation: int = 0
+    handed_over: dict[int, HandOver] = field(default_factory=dict)
 
     @property
     def number(self) -> int:
         """What clients call it; never used again for another."""
-        return self.generation << _INDEX_BITS | self.index
+        return self.generation << INDEX_BITS | self.index
+
+    @property
+    def owner(self) -> int:
+        """What the lives of its pages say."""
+        return self.index + 1
 
 
 class Allocations:
-    """The buffers of one arena."""
+    """The guests of one arena. `served` is called when memory became free."""
 
-    def __init__(self, plane: Plane, areas: list[Area]) -> None:
+    def __init__(self, plane: Plane, areas: Areas, quota: int | None = None) -> None:
         self._plane = plane
         self._geometry = plane.geometry
-        self._areas = areas
-        self._area_index = {area.name: index for index, area in enumerate(areas)}
-        self._extents = [Extents(area.first, area.pages) for area in areas]
+        self.areas = areas
+        self.claims = Claims(plane)
+        self.quota = quota  # bytes that each client may hold; None: no bound
+        self.quotas: dict[int, int | None] = {}  # of single clients
+        self.when_freed: Callable[[], None] = lambda: None
         self._free_entries = list(range(self._geometry.allocations_max - 1, -1, -1))
+        self._entries_used = 0
         self._by_number: dict[int, Allocation] = {}
-        self._held: defaultdict[int, set[int]] = defaultdict(set)  # client -> buffer numbers
+        self._reservations: set[Allocation] = set()
+        self._by_name: SortedDict[str, Allocation] = SortedDict()
+        self._held: defaultdict[int, set[int]] = defaultdict(set)  # client -> numbers that it holds, or claims
+        self._held_pages: Counter[int] = Counter()
+        self._held_in: defaultdict[str, Counter[int]] = defaultdict(Counter)  # area -> client -> pages
+        self._hand_overs: dict[int, Allocation] = {}
+        self._tokens = 0
 
-    def allocate(
-        self,
-        client: int,
-        request: int,
-        nbytes: int,
-        area: str | None = None,
-        offset: int | None = None,
-        align: int | None = None,
-    ) -> Allocation:
-        """A buffer of `nbytes`, rounded up to pages, held by `client`; its cache is dropped on the spot.
+    # --- making them
 
-        `offset`: exactly that many pages from the area's start. `align`: of that offset, in bytes, a power of two.
-        Without `area`: the one where the range fits best. Raises ArenaExhausted, NoSuchArea, ValueError, QuotaExceeded.
+    def wanted(
+        self, nbytes: int, area: str | None = None, offset: int | None = None, align: int | None = None
+    ) -> Wanted:
+        """What a request asks for. `offset`: pages from the area's start; `align`: of that offset, in bytes, a power of two.
+
+        Raises NoSuchArea, ValueError for what no area could ever have.
         """
-        page_size = self._geometry.page_size
-        pages = -(-nbytes // page_size)
-        align_pages = self._align_pages(align)
-        candidates = self._candidates(area)
+        pages = -(-nbytes // self._geometry.page_size)
+        areas = self.areas.of(area)
+        if align is not None and align & (align - 1):
+            raise ValueError(f"align {align}: expected a power of two, in bytes")
+        align_pages = max((align or 1) // self._geometry.page_size, 1)
         if offset is not None:
-            chosen = self._exactly(candidates, offset, pages, align_pages)
-        else:
-            chosen = self._best(candidates, pages, align_pages)
-        if chosen is None:
-            raise self._exhausted(candidates, pages * page_size, offset)
+            if len(areas) > 1:
+                raise ValueError("offset= without area=: an offset is counted from the start of one area; say which")
+            align_pages = max(align_pages, areas[0].described.alignment)
+            if offset % align_pages:
+                raise ValueError(f"offset {offset} pages is not a multiple of align, {align_pages} pages")
+            if offset + pages > areas[0].pages:
+                raise ValueError(f"offset {offset} + {pages} pages: area {areas[0].name!r} has {areas[0].pages} pages")
+        return Wanted(areas, pages, offset, align_pages)
+
+    def check(self, client: int, wanted: Wanted, name: str | None) -> None:
+        """Raises BufferExists, QuotaExceeded, or ArenaExhausted for a request that no waiting would help."""
+        if name is not None:
+            layout.refuse_name("buffer", name)
+            if name in self._by_name:
+                raise BufferExists(
+                    f"there is a buffer or reservation {name!r} already: attach to it, or take another name"
+                )
+        self._check_quota(client, wanted.pages)
         if not self._free_entries:
             raise QuotaExceeded(
                 f"the arena's table of {self._geometry.allocations_max} buffers is full; free some, or make them larger"
             )
-        index, first = chosen
-        self._extents[index].take(first, pages)
-        allocation = self._enter(index, first, pages, client, request)
-        self._plane.take(index, first, pages)
+        if all(wanted.pages > part.pages for area in wanted.areas for part in area.parts):
+            raise self.exhausted(wanted)
+
+    def settle(self, client: int, request: int, place: Place, kind: int, name: str | None) -> Allocation:
+        """Makes a free place the client's. A buffer's cache is dropped on the spot; a reservation is lent again at once."""
+        place.area.take(place)
+        allocation = self._enter(place, kind, client, request, name)
+        part = place.part
+        if kind == BUFFER:
+            self._plane.take(part.index, place.first, place.pages, allocation.owner)
+            self._add_held(place, place.pages)
+        else:
+            place.area.offer(part, place.first, place.pages, allocation.owner)
         self._hold(allocation, client)
         return allocation
 
+    # --- holding them
+
     def free(self, client: int, number: int) -> None:
-        """`client` holds the buffer no longer; the last holder's free gives the memory back. Raises NoSuchBuffer."""
+        """`client` holds the buffer, or reservation, no longer; the last one's free gives the memory back. Raises
+        NoSuchBuffer.
+        """
         allocation = self._by_number.get(number)
         if allocation is None or client not in allocation.holders:
             raise NoSuchBuffer(f"buffer {number} is not held by this client: freed before, or never allocated by it")
+        self._end_claim(allocation, client)  # it gives up what it has claimed, too
         allocation.holders.discard(client)
-        self._held[client].discard(number)
-        self._write_holder(allocation, client)
-        if not allocation.holders:
-            self._release(allocation)
+        self._let_go(allocation, client)
 
-    def drop(self, client: int, keep: Iterable[int] = ()) -> int:
-        """Frees what `client` holds, but for `keep`; returns how many buffers that were."""
-        dropped = self._held[client] - set(keep)
-        for number in dropped:
-            self.free(client, number)
-        if not self._held[client]:
-            del self._held[client]
-        return len(dropped)
+    def attach(self, client: int, number: int, claim: int = 0, token: int = 0) -> Allocation:
+        """`client` holds it as well. `claim`: shares that claim of a reservation. `token`: of a hand-over, which ends by this.
+
+        Raises StaleHandle, QuotaExceeded.
+        """
+        allocation = self._by_number.get(number)
+        if allocation is None:
+            raise StaleHandle(f"buffer {number} is gone: its last holder has freed it, or died")
+        knows = client in allocation.holders or client in allocation.claimers
+        if not knows:
+            self._check_quota(client, allocation.place.pages)
+        if claim:
+            self._share(allocation, claim)
+            allocation.claimers.add(client)
+        else:
+            allocation.holders.add(client)
+        self._hold_bit(allocation, client)
+        if token in allocation.handed_over:
+            self._end_hand_over(allocation, token)
+        return allocation
+
+    def attach_name(self, client: int, name: str) -> Allocation:
+        """`client` holds what has that name. Raises NoSuchBuffer, QuotaExceeded."""
+        allocation = self._by_name.get(name)
+        if allocation is None:
+            raise NoSuchBuffer(f"there is no buffer or reservation {name[:80]!r}")
+        return self.attach(client, allocation.number)
+
+    def hand_over(self, client: int, number: int, timeout_s: float, claim: int = 0) -> int:
+        """A token that holds it until somebody attaches with it, or for that long. Raises NoSuchBuffer, StaleHandle,
+        QuotaExceeded.
+        """
+        allocation = self._by_number.get(number)
+        if allocation is None or client not in allocation.holders | allocation.claimers:
+            raise NoSuchBuffer(f"buffer {number} is not held by this client: freed before, or never allocated by it")
+        if len(allocation.handed_over) >= HAND_OVERS_MAX:
+            raise QuotaExceeded(
+                f"{HAND_OVERS_MAX} handles of buffer {number} are under way; let some be attached first"
+            )
+        if claim:
+            self._share(allocation, claim)
+        self._tokens += 1
+        allocation.handed_over[self._tokens] = HandOver(time.monotonic() + timeout_s, claim)
+        self._hand_overs[self._tokens] = allocation
+        self._write_deadline(allocation)
+        return self._tokens
+
+    def free_claim(self, client: int, number: int, claim: int) -> None:
+        """`client` gives up its part in a claim that several share; the last one's lends the range. Raises NoSuchBuffer."""
+        allocation = self._by_number.get(number)
+        if allocation is not None and allocation.kind == RESERVATION:
+            self._meet(allocation, *self.claims.shared_by(allocation.index))
+        if allocation is None or allocation.claim_generation != claim or client not in allocation.claimers:
+            raise NoSuchBuffer(f"claim {claim} of reservation {number} is not shared by this client")
+        self._leave_claim(allocation, client)
+        self._let_go(allocation, client)
+
+    def give_back(self, client: int, allocation: Allocation) -> None:
+        """What was allocated for `client`, which never learnt of it."""
+        if self._by_number.get(allocation.number) is allocation and client in allocation.holders:
+            self.free(client, allocation.number)
+
+    def drop(self, client: int, keep: Iterable[int] = (), keep_claims: Iterable[int] = ()) -> int:
+        """Frees what `client` holds but for `keep`, and lends what it has claimed but for `keep_claims`; returns how many
+        it held no longer.
+        """
+        kept, kept_claims, dropped = set(keep), set(keep_claims), 0
+        for number in list(self._held.get(client, ())):
+            allocation = self._by_number[number]
+            if number not in kept_claims:
+                self._end_claim(allocation, client)
+            if number not in kept and client in allocation.holders:
+                allocation.holders.discard(client)
+                dropped += 1
+            self._let_go(allocation, client)
+        return dropped
+
+    def forget(self, client: int) -> None:
+        """The client's number will be another's: its own quota ends."""
+        self.quotas.pop(client, None)
 
     def inherit(self, parent: int, child: int) -> None:
-        """A forked child holds what its parent holds."""
-        for number in self._held.get(parent, ()):
-            self._hold(self._by_number[number], child)
+        """A forked child holds what its parent holds, and shares the claims that its parent marked before the fork."""
+        for number in list(self._held.get(parent, ())):
+            allocation = self._by_number[number]
+            if parent in allocation.holders:
+                self._hold(allocation, child)
+            if allocation.kind == RESERVATION:
+                self._meet(allocation, *self.claims.shared_by(allocation.index))
+                if parent in allocation.claimers:
+                    allocation.claimers.add(child)
+                    self._hold_bit(allocation, child)
 
-    def areas(self) -> list[dict[str, int | str]]:
-        """Each area's name, and in bytes: size, held by buffers, lent to cache, free, largest range that no buffer
-        holds.
+    def expire(self) -> None:
+        """Ends the hand-overs whose time is over."""
+        now = time.monotonic()
+        for token, allocation in list(self._hand_overs.items()):
+            if allocation.handed_over[token].deadline <= now:
+                self._end_hand_over(allocation, token)
+                self._leave_claim(allocation, 0)
+                self._let_go(allocation, 0)
+
+    # --- changing areas
+
+    def drain(self, name: str) -> None:
+        """Takes an area out of service. Its reservations stay promised, and are lent no more. Raises NoSuchArea."""
+        self.areas.drain(name)
+        self._offer_reservations(name)
+
+    def resume(self, name: str) -> None:
+        """Puts it back into service. Raises NoSuchArea."""
+        self.areas.resume(name)
+        self._offer_reservations(name)
+        self.when_freed()
+
+    def resize(self, name: str, pages: int) -> None:
+        """Grows or shrinks it. Raises NoSuchArea, ValueError, ArenaExhausted."""
+        self.areas.resize(name, pages)
+        self.when_freed()
+
+    def _offer_reservations(self, name: str) -> None:
+        """Those that nobody has claimed; the others follow the area's state when the reclaim thread looks at it."""
+        for allocation in self._reservations:
+            if allocation.place.area.name == name and self.claims.seize_from(allocation.index, 0):
+                self._lend(allocation)
+
+    # --- telling
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Each area's name, state, and in bytes: size, held by buffers, reserved, lent to cache, free, largest range that
+        no guest has.
         """
-        page_size = self._geometry.page_size
-        infos: list[dict[str, int | str]] = []
-        for index, (area, extents) in enumerate(zip(self._areas, self._extents, strict=True)):
-            lent = self._plane.read(self._geometry.area_at(index) + layout.AREA_LENT_AT)
-            held = area.pages - extents.free
+        size = self._geometry.page_size
+        reserved, claimed, lent = Counter[str](), Counter[str](), Counter[str]()
+        for allocation in self._reservations:
+            name = allocation.place.area.name
+            reserved[name] += allocation.place.pages
+            if self.claims.is_claimed(allocation.index):
+                claimed[name] += allocation.place.pages
+            else:
+                lent[name] += self.claims.lent(allocation.index)
+        infos: list[dict[str, Any]] = []
+        for area in self.areas.by_name.values():
+            held = claimed[area.name] + sum(self._gauge(part.index, layout.AREA_HELD_AT) for part in area.parts)
+            cached = lent[area.name] + sum(self._gauge(part.index, layout.AREA_LENT_AT) for part in area.parts)
             counts = {
                 "size": area.pages,
                 "held": held,
-                "lent": lent,
-                "free": area.pages - held - lent,
-                "largest_free": extents.largest,
+                "reserved": reserved[area.name],
+                "lent": cached,
+                "free": area.pages - held - cached,
+                "largest_free": area.largest,
+                "align": area.described.alignment,
             }
-            infos.append({"name": area.name} | {name: pages * page_size for name, pages in counts.items()})
+            infos.append(
+                {
+                    "name": area.name,
+                    "cache": bool(area.described.policy),
+                    "drained": area.drained,
+                    "share": area.described.share,
+                }
+                | {name: pages * size for name, pages in counts.items()}
+            )
         return infos
 
-    def place(self, allocation: Allocation) -> dict[str, int | str]:
+    def names(self, after: str = "") -> tuple[list[dict[str, Any]], bool]:
+        """The named buffers and reservations behind that name, in order, and whether there are more."""
+        behind = islice(self._by_name.irange(after, inclusive=(False, True)), NAMES_PAGE + 1)
+        found = [self._by_name[name] for name in behind]
+        page = found[:NAMES_PAGE]
+        return [
+            self.place(allocation) | {"name": allocation.name or "", "holders": len(allocation.holders)}
+            for allocation in page
+        ], len(found) > NAMES_PAGE
+
+    def place(self, allocation: Allocation) -> dict[str, int | str | bool]:
         """Where a buffer is, as a client is told."""
-        area = self._areas[allocation.area]
-        return {
+        place = allocation.place
+        told: dict[str, int | str | bool] = {
             "buffer": allocation.number,
-            "area": area.name,
-            "offset": allocation.first - area.first,
-            "first": allocation.first,
-            "nbytes": allocation.pages * self._geometry.page_size,
+            "area": place.area.name,
+            "offset": place.offset,
+            "first": place.first,
+            "nbytes": place.pages * self._geometry.page_size,
         }
+        if allocation.kind == RESERVATION:
+            told["reservation"] = True
+        if allocation.name is not None:
+            told["name"] = allocation.name
+        return told
 
-    def _align_pages(self, align: int | None) -> int:
-        if align is None:
-            return 1
-        if align & (align - 1):
-            raise ValueError(f"align {align}: expected a power of two, in bytes")
-        return max(align // self._geometry.page_size, 1)
+    def held_bytes(self, client: int) -> int:
+        """What the client holds, reservations included."""
+        return self._held_pages[client] * self._geometry.page_size
 
-    def _candidates(self, area: str | None) -> list[int]:
-        if area is None:
-            return list(range(len(self._areas)))
-        if area not in self._area_index:
-            raise NoSuchArea(f"no area {area!r}: this arena has {', '.join(self._area_index)}")
-        return [self._area_index[area]]
+    def quota_of(self, client: int) -> int | None:
+        """Bytes that it may hold; None: no bound."""
+        return self.quotas.get(client, self.quota)
 
-    def _exactly(self, candidates: list[int], offset: int, pages: int, align_pages: int) -> tuple[int, int] | None:
-        if len(candidates) > 1:
-            raise ValueError("offset= without area=: an offset is counted from the start of one area; say which")
-        area = self._areas[candidates[0]]
-        if offset % align_pages:
-            raise ValueError(f"offset {offset} pages is not a multiple of align, {align_pages} pages")
-        if offset + pages > area.pages:
-            raise ValueError(f"offset {offset} + {pages} pages: area {area.name!r} has {area.pages} pages")
-        extents = self._extents[candidates[0]]
-        first = area.first + offset
-        return (candidates[0], first) if extents.is_free(first, pages) else None
-
-    def _best(self, candidates: list[int], pages: int, align_pages: int) -> tuple[int, int] | None:
-        fits = []
-        for index in candidates:
-            first = self._extents[index].choose(pages, align_pages)
-            if first is not None:
-                fits.append((self._extents[index].largest, index, first))
-        if not fits:
-            return None
-        _, index, first = min(fits)  # the area whose largest range is spared for others
-        return index, first
-
-    def _exhausted(self, candidates: list[int], requested: int, offset: int | None) -> ArenaExhausted:
-        page_size = self._geometry.page_size
-        largest = max(self._extents[index].largest for index in candidates) * page_size
-        holders: defaultdict[int, int] = defaultdict(int)
-        for allocation in self._by_number.values():
-            if allocation.area in candidates:
-                for client in allocation.holders:
-                    holders[client] += allocation.pages * page_size
-        names = ", ".join(self._areas[index].name for index in candidates)
-        where = (
-            f"no free range of {format_size(requested)}"
-            if offset is None
-            else f"{format_size(requested)} at page {offset} are not free"
-        )
+    def exhausted(self, wanted: Wanted, in_line: int = 0) -> ArenaExhausted:
+        """The error for a request that fits nowhere just now; `in_line`: how many waited before it."""
+        size = self._geometry.page_size
+        requested = wanted.pages * size
+        largest = max((area.largest for area in wanted.areas), default=0) * size
+        holders: Counter[int] = Counter()
+        for area in wanted.areas:
+            for client, pages in self._held_in[area.name].items():
+                holders[client] += pages * size
+        names = ", ".join(area.name + (" (drained)" if area.drained else "") for area in wanted.areas)
+        if wanted.offset is not None:
+            what = f"{format_size(requested)} at page {wanted.offset} of {names} are not free"
+        elif in_line:
+            what = f"{in_line} requests wait in line for memory of {names}, and {format_size(requested)} now could delay them"
+        else:
+            what = f"no free range of {format_size(requested)} in {names}"
         return ArenaExhausted(
-            f"{where} in {names}: the largest is {format_size(largest)}; buffers of {len(holders)} clients hold the rest. Free some, or "
-            "make the area larger",
+            f"{what}: the largest is {format_size(largest)}; buffers and reservations of {len(holders)} clients hold the rest. "
+            "Free some, wait with timeout=, or make the area larger",
             requested,
             largest,
             dict(holders),
         )
 
-    def _enter(self, area: int, first: int, pages: int, client: int, request: int) -> Allocation:
+    # --- inside
+
+    def _check_quota(self, client: int, pages: int) -> None:
+        quota = self.quota_of(client)
+        if quota is not None and (self._held_pages[client] + pages) * self._geometry.page_size > quota:
+            raise QuotaExceeded(
+                f"client {client} may hold {format_size(quota)} and holds {format_size(self.held_bytes(client))}: "
+                f"{format_size(pages * self._geometry.page_size)} more are too much; free some, or raise its quota"
+            )
+
+    def _enter(self, place: Place, kind: int, client: int, request: int, name: str | None) -> Allocation:
         """Writes the table's entry before the range is taken, its state last: a restarted broker finds every range
         that may be taken.
         """
         index = self._free_entries.pop()
+        if index >= self._entries_used:
+            self._entries_used = index + 1
+            self._plane.entries_used(self._entries_used)
         at = self._geometry.allocation_at(index)
-        generation = (self._plane.read(at + layout.ALLOCATION_STATE_AT) >> _KIND_BITS) + 1
+        generation = (self._plane.read(at + layout.ALLOCATION_STATE_AT) >> KIND_BITS) + 1
+        name_bytes = (name or "").encode().ljust(layout.NAME_BYTES, b"\0")
         for offset, value in (
-            (layout.ALLOCATION_FIRST_AT, first),
-            (layout.ALLOCATION_PAGES_AT, pages),
-            (layout.ALLOCATION_AREA_AT, area),
+            (layout.ALLOCATION_FIRST_AT, place.first),
+            (layout.ALLOCATION_PAGES_AT, place.pages),
+            (layout.ALLOCATION_AREA_AT, place.part.index),
             (layout.ALLOCATION_CLIENT_AT, client),
             (layout.ALLOCATION_REQUEST_AT, request),
-            (layout.ALLOCATION_CLAIM_AT, 0),
             (layout.ALLOCATION_DEADLINE_AT, 0),
-            (layout.ALLOCATION_STATE_AT, generation << _KIND_BITS | _BUFFER),
+            (layout.ALLOCATION_LENT_AT, 0),
         ):
             self._plane.write(at + offset, value)
-        allocation = Allocation(index, generation, area, first, pages)
+        if name is not None or self._plane.read(at + layout.ALLOCATION_NAME_AT):
+            for word in range(0, layout.NAME_BYTES, 8):
+                value = int.from_bytes(name_bytes[word : word + 8], "little")
+                self._plane.write(at + layout.ALLOCATION_NAME_AT + word, value)
+        if kind == RESERVATION:
+            self.claims.begin(index)  # before any page says that it is this entry's
+        self._plane.write(at + layout.ALLOCATION_STATE_AT, generation << KIND_BITS | kind)
+        allocation = Allocation(index, generation, kind, place, name)
         self._by_number[allocation.number] = allocation
+        if kind == RESERVATION:
+            self._reservations.add(allocation)
+        if name is not None:
+            self._by_name[name] = allocation
         return allocation
 
     def _release(self, allocation: Allocation) -> None:
-        self._plane.give(allocation.area, allocation.first, allocation.pages)
-        self._extents[allocation.area].give(allocation.first, allocation.pages)
+        place, part = allocation.place, allocation.place.part
+        if allocation.kind == RESERVATION:
+            self.claims.seize(allocation.index)  # and kept until the entry is used again
+        place.area.offer(part, place.first, place.pages)
+        if allocation.kind == BUFFER:
+            self._add_held(place, -place.pages)
+        place.area.give(place)
         at = self._geometry.allocation_at(allocation.index)
-        self._plane.write(at + layout.ALLOCATION_STATE_AT, allocation.generation << _KIND_BITS)
+        self._plane.write(at + layout.ALLOCATION_STATE_AT, allocation.generation << KIND_BITS)
         del self._by_number[allocation.number]
+        self._reservations.discard(allocation)
+        if allocation.name is not None:
+            del self._by_name[allocation.name]
         self._free_entries.append(allocation.index)
+        self.when_freed()
+
+    def _lend(self, allocation: Allocation) -> None:
+        """Lends the range of a reservation that the broker has seized."""
+        place = allocation.place
+        place.area.offer(place.part, place.first, place.pages, allocation.owner)
+        self.claims.lend(allocation.index)
+        allocation.claimers.clear()
+
+    def _share(self, allocation: Allocation, claim: int) -> None:
+        claimer = self.claims.share(allocation.index, claim)
+        if not claimer:
+            raise StaleHandle(f"claim {claim} of reservation {allocation.number} is over: its range was freed since")
+        self._meet(allocation, claimer, claim)
+
+    def _meet(self, allocation: Allocation, claimer: int, generation: int) -> None:
+        """Notes who has a shared claim. Whoever made it is in the claim's word."""
+        if generation and allocation.claim_generation != generation:
+            allocation.claim_generation = generation
+            allocation.claimers = {claimer}
+
+    def _end_claim(self, allocation: Allocation, client: int) -> None:
+        """Whatever part `client` has in a claim is over."""
+        if allocation.kind == RESERVATION:
+            self._meet(allocation, *self.claims.shared_by(allocation.index))
+            if client in allocation.claimers:
+                self._leave_claim(allocation, client)
+            elif self.claims.seize_from(allocation.index, client):
+                self._lend(allocation)
+
+    def _leave_claim(self, allocation: Allocation, client: int) -> None:
+        """`client` shares its claim no longer; 0: a handle did. The last one's lends the range."""
+        if allocation.kind != RESERVATION or not allocation.claim_generation:
+            return
+        claim = allocation.claim_generation
+        allocation.claimers.discard(client)
+        if not allocation.claimers and not any(one.claim == claim for one in allocation.handed_over.values()):
+            allocation.claim_generation = 0
+            if self.claims.seize_shared(allocation.index, claim):
+                self._lend(allocation)
+
+    def _end_hand_over(self, allocation: Allocation, token: int) -> None:
+        del allocation.handed_over[token]
+        del self._hand_overs[token]
+        self._write_deadline(allocation)
+
+    def _write_deadline(self, allocation: Allocation) -> None:
+        """In the arena: until when an allocation may be held by handles alone, for a broker that takes over."""
+        latest = max((one.deadline for one in allocation.handed_over.values()), default=0.0)
+        at = self._geometry.allocation_at(allocation.index) + layout.ALLOCATION_DEADLINE_AT
+        self._plane.write(at, int(latest * 1e9))
 
     def _hold(self, allocation: Allocation, client: int) -> None:
         allocation.holders.add(client)
-        self._held[client].add(allocation.number)
-        self._write_holder(allocation, client)
+        self._hold_bit(allocation, client)
+
+    def _hold_bit(self, allocation: Allocation, client: int) -> None:
+        """After `client` has become a holder or claimer."""
+        if allocation.number not in self._held[client]:
+            self._held[client].add(allocation.number)
+            self._held_pages[client] += allocation.place.pages
+            self._held_in[allocation.place.area.name][client] += allocation.place.pages
+            self._write_holder(allocation, client)
+
+    def _let_go(self, allocation: Allocation, client: int) -> None:
+        """After `client` may have ceased to be one; an allocation that nobody holds is released."""
+        held = self._held.get(client, set())
+        if client not in allocation.holders and client not in allocation.claimers and allocation.number in held:
+            held.discard(allocation.number)
+            self._held_pages[client] -= allocation.place.pages
+            in_area = self._held_in[allocation.place.area.name]
+            in_area[client] -= allocation.place.pages
+            if not in_area[client]:
+                del in_area[client]
+            if not held:
+                del self._held[client]
+                del self._held_pages[client]
+            self._write_holder(allocation, client)
+        if not (allocation.holders or allocation.claimers or allocation.handed_over):
+            self._release(allocation)
 
     def _write_holder(self, allocation: Allocation, client: int) -> None:
         """Writes the word of the entry's holders that `client` has a bit in."""
         word = client // 64
-        bits = sum(1 << holder % 64 for holder in allocation.holders if holder // 64 == word)
+        bits = sum(1 << holder % 64 for holder in allocation.holders | allocation.claimers if holder // 64 == word)
         self._plane.write(self._geometry.holders_at + allocation.index * self._geometry.holder_bytes + 8 * word, bits)
+
+    def _gauge(self, index: int, at: int) -> int:
+        return self._plane.read(self._geometry.area_at(index) + at)
+
+    def _add_held(self, place: Place, pages: int) -> None:
+        self._plane.add(self._geometry.area_at(place.part.index) + layout.AREA_HELD_AT, pages % (1 << 64))
 
     def _check(self) -> None:
         """Raises AssertionError when an invariant is broken."""
-        taken = [0] * len(self._areas)
-        last = -1
-        for allocation in sorted(self._by_number.values(), key=lambda a: a.first):
-            area = self._areas[allocation.area]
-            assert allocation.first > last, "buffers overlap"
-            last = allocation.first + allocation.pages - 1
-            assert area.first <= allocation.first, "a buffer outside its area"
-            assert last < area.first + area.pages, "a buffer outside its area"
-            assert allocation.holders, "a buffer without a holder"
-            assert all(allocation.number in self._held[client] for client in allocation.holders), (
-                "a holder that does not know"
+        self.areas._check()
+        guests: dict[int, int] = {}
+        held: Counter[int] = Counter()
+        pages: Counter[int] = Counter()
+        for allocation in self._by_number.values():
+            place = allocation.place
+            guests[place.first] = place.pages
+            assert place.part.guests.get(place.first) == place.pages, "an allocation that its area does not know"
+            held[place.part.index] += place.pages * (allocation.kind == BUFFER)
+            who = allocation.holders | allocation.claimers
+            assert who or allocation.handed_over, "an allocation that nobody holds"
+            assert all(allocation.number in self._held[client] for client in who), "a holder that does not know"
+            for client in who:
+                pages[client] += place.pages
+            assert allocation.name is None or self._by_name[allocation.name] is allocation, (
+                "a name that leads elsewhere"
             )
-            taken[allocation.area] += allocation.pages
-        for index, (area, extents) in enumerate(zip(self._areas, self._extents, strict=True)):
-            extents._check()
-            assert area.pages - extents.free == taken[index], "free extents and buffers do not add up"
-            held = self._plane.read(self._geometry.area_at(index) + layout.AREA_HELD_AT)
-            assert held == taken[index], "the arena's own count differs"
+        assert +pages == +self._held_pages, "what clients hold does not add up"
+        known = {
+            first: n for area in self.areas.by_name.values() for part in area.parts for first, n in part.guests.items()
+        }
+        assert known == guests, "an area's guest that is no allocation"
+        for area in self.areas.by_name.values():
+            for part in area.parts:
+                assert self._gauge(part.index, layout.AREA_HELD_AT) == held[part.index], "the arena's own count differs"

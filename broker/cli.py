@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+from gcma_shm.areas import AreaSpec, parse_area
+from gcma_shm.broker.ask import ask
 from gcma_shm.broker.process import Settings, run
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import GcmaError
-from gcma_shm.sizes import parse_size
+from gcma_shm.sizes import format_size, parse_size
+
+AREA_COLUMNS = ("size", "held", "reserved", "lent", "free", "largest_free")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `gcma` with these arguments, by default the process's own; returns the exit status."""
     parser = _parser()
     parsed = parser.parse_args(arguments)
+    try:
+        return int(parsed.run(parser, parsed))
+    except (GcmaError, OSError, ValueError) as error:
+        print(f"gcma {parsed.command}: {error}", file=sys.stderr)
+        return 1
+
+
+# --- gcma broker
+
+
+def _broker(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     logging.basicConfig(level=parsed.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = _settings(parsed)
@@ -34,10 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(settings, ready)
     except (GcmaError, OSError, ValueError) as error:
-        if asked:
-            _tell(asked.pop(), str(error))
-        else:
-            print(f"gcma broker: {error}", file=sys.stderr)
+        if not asked:
+            raise
+        _tell(asked.pop(), str(error))
         return 1
     return 0
 
@@ -49,12 +65,12 @@ def _tell(fd: int, words: str) -> None:
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:
-    areas: dict[str, int] = {}
-    for spec in parsed.area:
-        name, separator, size = spec.partition("=")
+    areas: dict[str, AreaSpec] = {}
+    for text in parsed.area:
+        name, separator, spec = text.partition("=")
         if not separator or name in areas:
-            raise ValueError(f"--area {spec}: expected NAME=SIZE, each name once, such as frames=512M")
-        areas[name] = parse_size(size)
+            raise ValueError(f"--area {text}: expected NAME=SIZE, each name once, such as frames=512M")
+        areas[name] = parse_area(spec)
     return Settings(
         endpoint=parsed.endpoint,
         size=parse_size(parsed.size),
@@ -62,9 +78,66 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         page_size=parse_size(parsed.page_size),
         slots=parsed.slots,
         clients_max=parsed.clients,
+        quota=parse_size(parsed.quota) if parsed.quota else None,
         spill_dir=parsed.spill_dir,
         owner_pidfd=parsed.owner_pidfd,
     )
+
+
+# --- gcma area, gcma quota
+
+
+def _area_list(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    results = ask(parsed.endpoint, "areas", {})
+    _print_areas(results["areas"], results if parsed.json else None)
+    if not parsed.json and results["spare"]:
+        print(f"\nin no area: {format_size(results['spare'])}")
+    return 0
+
+
+def _area_change(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    parameters: dict[str, Any] = {"area": parsed.name}
+    operation = parsed.action
+    if operation in ("grow", "shrink"):
+        now = next((a["size"] for a in ask(parsed.endpoint, "areas", {})["areas"] if a["name"] == parsed.name), 0)
+        by = parse_size(parsed.size)
+        # An area that is not there is the broker's to refuse.
+        parameters["nbytes"] = max(now + by if operation == "grow" else now - by, 1)
+        operation = "resize"
+    info = ask(parsed.endpoint, f"area_{operation}", parameters)
+    _print_areas([info], info if parsed.json else None)
+    return 0
+
+
+def _print_areas(infos: list[dict[str, Any]], figures: dict[str, Any] | None) -> None:
+    if figures is not None:
+        print(json.dumps(figures))
+        return
+    rows = [["area", *AREA_COLUMNS, ""]]
+    for info in infos:
+        notes = ["drained"] if info["drained"] else []
+        notes += [] if info["cache"] else ["not lent"]
+        notes += [f"{info['share']} % for buffers"] if info["share"] != 100 else []
+        rows.append([info["name"], *(format_size(info[column]) for column in AREA_COLUMNS), ", ".join(notes)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _quota(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    parameters = {"client": parsed.client}
+    if parsed.size is not None:
+        parameters["nbytes"] = 0 if parsed.size == "none" else parse_size(parsed.size)
+    told = ask(parsed.endpoint, "quota", parameters)
+    if parsed.json:
+        print(json.dumps(told))
+    else:
+        bound = f"of {format_size(told['quota'])}" if told["quota"] else "without bound"
+        print(f"client {told['client']} holds {format_size(told['held'])} {bound}")
+    return 0
+
+
+# --- arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,24 +146,49 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     broker = commands.add_parser("broker", help="own an arena and serve it until SIGTERM or SIGINT")
+    broker.set_defaults(run=_broker)
     broker.add_argument("--size", required=True, help="of the arena, tables included: 256M, 4G, or bytes")
     broker.add_argument(
         "--area",
         action="append",
         default=[],
-        metavar="NAME=SIZE",
-        help="may be repeated; without, one called `default`",
+        metavar="NAME=SIZE[,cache=on|off][,align=SIZE][,share=PERCENT]",
+        help="may be repeated; without, one called `default`. cache=off: never lent; align: of every buffer in it; "
+        "share: what buffers may have of it at once",
     )
     broker.add_argument("--page-size", default="4K", help="a power of two from 4K to 2M (default %(default)s)")
     broker.add_argument("--slots", type=int, help="of all swap types together, 16 bytes each (default: four per page)")
     broker.add_argument(
         "--clients", type=int, help="at once, the broker included (default: by the arena's size, at most 256)"
     )
+    broker.add_argument("--quota", help="what each client may hold in buffers and reservations (default: no bound)")
     broker.add_argument("--spill-dir", type=Path, help="a directory on a disk (default: in the user's cache directory)")
     broker.add_argument("--endpoint", default=default_endpoint(), help="where to listen (default %(default)s)")
     broker.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     broker.add_argument("--owner-pidfd", type=int, default=-1, help=argparse.SUPPRESS)
     broker.add_argument("--ready-fd", type=int, default=-1, help=argparse.SUPPRESS)
+
+    asking = argparse.ArgumentParser(add_help=False)
+    asking.add_argument("--endpoint", default=default_endpoint(), help="of the broker (default %(default)s)")
+    asking.add_argument("--json", action="store_true", help="figures in bytes, for programs")
+    area = commands.add_parser("area", help="the areas of a running broker: list, drain, resume, grow, shrink")
+    actions = area.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", parents=[asking], help="what each holds and lends").set_defaults(run=_area_list)
+    for action, words in (
+        ("drain", "take an area out of service: no new buffers, no cache; who holds one there keeps it"),
+        ("resume", "put a drained area back into service"),
+        ("grow", "give an area memory that is in no area"),
+        ("shrink", "take memory from the end of an area, where no buffer is"),
+    ):
+        change = actions.add_parser(action, parents=[asking], help=words)
+        change.set_defaults(run=_area_change)
+        change.add_argument("name", metavar="NAME")
+        if action in ("grow", "shrink"):
+            change.add_argument("size", metavar="BY", help="64M, 1G, or bytes; rounded up to pages")
+    quota = commands.add_parser("quota", parents=[asking], help="what a client holds and may hold")
+    quota.set_defaults(run=_quota)
+    quota.add_argument("client", type=int, metavar="CLIENT", help="its number, as errors and statistics tell it")
+    quota.add_argument("size", nargs="?", metavar="SIZE", help="its new quota; `none`: no bound")
     return parser
 
 

@@ -6,14 +6,19 @@ ranges. Choosing, taking and giving back cost O(log n) in the number of free ran
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from sortedcontainers import SortedDict, SortedList
+
+LOOK_MAX = 16  # ranges that are large enough but for their alignment, looked at before surely large ones
 
 
 class Extents:
-    """The free ranges of `range(first, first + count)`."""
+    """The free ranges of `range(first, first + count)`; `origin`: what alignment is counted from, by default the first."""
 
-    def __init__(self, first: int, count: int) -> None:
+    def __init__(self, first: int, count: int, origin: int | None = None) -> None:
         self.first = first
+        self.origin = first if origin is None else origin
         self.count = count
         self.free = count
         self._by_start = SortedDict({first: count} if count else {})
@@ -27,13 +32,74 @@ class Extents:
     def choose(self, count: int, align: int = 1) -> int | None:
         """Where `count` in a row would fit best: the smallest free range that has them, of equal ones the lowest.
 
-        `align`: the place is a multiple of it, counted from the first. None: nothing is large enough.
+        `align`: the place is a multiple of it, counted from `origin`. None: nothing is large enough.
         """
-        for size, start in self._by_size.irange((count, self.first)):
-            at: int = start + (self.first - start) % align
+        return next((at for at, _, _ in self.fitting(count, align)), None)
+
+    def fitting(self, count: int, align: int = 1) -> Iterator[tuple[int, int, int]]:
+        """The free ranges that have room for `count` in a row, best fit first: where the room begins, and the range's start
+        and size.
+
+        A range of `count + align - 1` always has room. Smaller ones may; a few of them are looked at first, and all of them
+        when no larger one is left, so that the first answer costs O(log n) unless memory is nearly out.
+        """
+        looked = 0
+        large = count + align - 1
+        skipped = False
+        for size, start in self._by_size.irange((count, self.first), (large, self.first), inclusive=(True, False)):
+            if looked == LOOK_MAX and self.largest >= large:
+                skipped = True
+                break
+            looked += 1
+            at = self._aligned(start, align)
             if at + count <= start + size:
-                return at
-        return None
+                yield at, start, size
+        for size, start in self._by_size.irange((large, self.first)):
+            yield self._aligned(start, align), start, size
+        if skipped:
+            for size, start in self._by_size.islice(self._by_size.bisect_left((count, self.first)) + looked):
+                if size >= large:
+                    return
+                at = self._aligned(start, align)
+                if at + count <= start + size:
+                    yield at, start, size
+
+    def _aligned(self, start: int, align: int) -> int:
+        return start + (self.origin - start) % align
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """The free ranges, start and size, in order."""
+        return list(self._by_start.items())
+
+    def sizes(self) -> list[int]:
+        """Their sizes, the largest first."""
+        return [size for size, _ in reversed(self._by_size)]
+
+    def largest_range(self) -> tuple[int, int]:
+        """Start and size of the largest free range. Raises IndexError when there is none."""
+        size, start = self._by_size[-1]
+        return start, size
+
+    def run_at(self, start: int) -> int:
+        """How many are free from `start` on."""
+        begin, size = self._around(start)
+        return max(begin + size - start, 0)
+
+    def grow(self, count: int) -> None:
+        """`count` more at the end, free."""
+        self.count += count
+        self.give(self.first + self.count - count, count)
+
+    def cut(self, count: int) -> None:
+        """The last `count` are gone. Raises ValueError, and changes nothing, when some of them are not free."""
+        self.take(self.first + self.count - count, count)
+        self.count -= count
+
+    @property
+    def free_at_end(self) -> int:
+        """Length of the free range that reaches to the end; 0: there is none."""
+        begin, size = self._around(self.first + self.count - 1)
+        return size if size and begin + size == self.first + self.count else 0
 
     def is_free(self, start: int, count: int) -> bool:
         """Whether all of that range is free."""

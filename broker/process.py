@@ -15,6 +15,7 @@ from pathlib import Path
 from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane
+from gcma_shm.areas import LENT, SHARE_WHOLE, Area, AreaSpec
 from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.server import STOP_S, Server
@@ -39,10 +40,11 @@ class Settings:
 
     endpoint: str
     size: int
-    areas: dict[str, int] = field(default_factory=dict)
+    areas: dict[str, AreaSpec] = field(default_factory=dict)
     page_size: int = layout.PAGE_SIZE_MIN
     slots: int | None = None
     clients_max: int | None = None
+    quota: int | None = None
     spill_dir: Path | None = None
     owner_pidfd: int = -1
 
@@ -76,7 +78,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
         server = Server(settings.endpoint, geometry.page_size, stop)
         undo.callback(server.close)
         registry = TypeRegistry(plane, spill_dir)
-        service = Service(plane, arena, registry, str(spill_dir), server.answer, server.watch)
+        service = Service(plane, arena, registry, str(spill_dir), server.answer, server.watch, settings.quota)
         reclaim = ReclaimThread(plane)
         try:
             ready(describe(arena, settings.endpoint, spill_dir))
@@ -111,12 +113,23 @@ def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path) -> str:
             "nursery",
             f"{format_size(geometry.nursery_pages * geometry.page_size)}, {geometry.grants_max} pages a client at once",
         ),
-        *((f"area {area.name}", format_size(area.pages * geometry.page_size)) for area in arena.areas),
+        *((f"area {area.name}", _describe_area(area, geometry.page_size)) for area in arena.areas),
         ("spill files", f"{spill_dir}"),
         ("endpoint", endpoint),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _describe_area(area: Area, page_size: int) -> str:
+    words = [format_size(area.pages * page_size)]
+    if not area.policy & LENT:
+        words.append("not lent to the cache")
+    if area.alignment > 1:
+        words.append(f"aligned to {format_size(area.alignment * page_size)}")
+    if area.share != SHARE_WHOLE:
+        words.append(f"{area.share} % for buffers")
+    return ", ".join(words)
 
 
 def _sign(plane: Plane) -> None:

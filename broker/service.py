@@ -19,7 +19,9 @@ from typing import Any
 from gcma_shm import layout, messages
 from gcma_shm._core import Plane
 from gcma_shm.arena import Arena
-from gcma_shm.broker.allocations import Allocations
+from gcma_shm.broker.allocations import Allocation, Allocations
+from gcma_shm.broker.areas import Areas
+from gcma_shm.broker.line import Line
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.sessions import Client, Sessions
 from gcma_shm.broker.workers import Job, Worker
@@ -48,6 +50,13 @@ Answer = Callable[[Peer, Reply], None]
 Results = tuple[dict[str, Any], list[bytes]]
 
 
+def _refuse_unmapped(client: Client) -> None:
+    if not client.mapped:
+        raise ArenaError(
+            "a buffer is memory of the arena, which this client does not map; connect with mapped=True on the broker's host"
+        )
+
+
 class Service:
     """The state of one broker. `answer(peer, reply)` is called from worker threads, and must be safe for that."""
 
@@ -59,6 +68,7 @@ class Service:
         spill_dir: str,
         answer: Answer,
         watch: Callable[[int], None] = lambda _: None,
+        quota: int | None = None,
     ) -> None:
         self.plane = plane
         self._arena = arena
@@ -66,7 +76,8 @@ class Service:
         self._spill_dir = spill_dir
         self._epoch = plane.read(layout.EPOCH_AT)
         self._registry = registry
-        self.allocations = Allocations(plane, arena.areas)
+        self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory)), quota)
+        self.line = Line(self.allocations, plane.wake)
         self.sessions = Sessions(plane, self.allocations.inherit, watch)
         self.window = max(4, min(messages.WINDOW, WINDOW_BYTES // arena.geometry.page_size))
         jobs_max = arena.geometry.clients_max * messages.WINDOW
@@ -78,9 +89,23 @@ class Service:
         self._control: dict[str, Callable[[Client, Request], dict[str, Any]]] = {
             "bye": self._bye,
             "ping": lambda _client, _request: {},
-            "alloc_contig": self._alloc_contig,
+            "alloc_contig": lambda client, request: self._ask(client, request, layout.BUFFER),
+            "reserve": lambda client, request: self._ask(client, request, layout.RESERVATION),
+            "collect": self._collect,
             "free_contig": self._free_contig,
-            "areas": lambda _client, _request: {"areas": self.allocations.areas()},
+            "attach": self._attach,
+            "attach_name": self._attach_name,
+            "hand_over": self._hand_over,
+            "free_claim": self._free_claim,
+            "names": self._names,
+            "quota": self._quota,
+            "areas": lambda _client, _request: {
+                "areas": self.allocations.describe(),
+                "spare": self.allocations.areas.spare * arena.geometry.page_size,
+            },
+            "area_drain": self._area_drain,
+            "area_resume": self._area_resume,
+            "area_resize": self._area_resize,
             "stats": lambda _client, _request: self.stats(),
         }
         self._jobs: dict[str, Callable[[dict[str, Any], Request], Results]] = {
@@ -117,6 +142,8 @@ class Service:
             self._submit(Peer(peer, client), request)
         except Exception as error:  # one request must not end the broker
             return self._refuse(number, error)
+        finally:
+            self._advance()
         return None
 
     def client_ended(self, pidfd: int) -> None:
@@ -129,13 +156,23 @@ class Service:
                 self._bury([client])
         except Exception:
             log.exception("the end of a client was not served; trying again")
+        self._advance()
 
     def tick(self) -> None:
         """Once a second or so: whatever no message and no pidfd tells."""
         try:
             self._bury(self.sessions.adopt_forked(look_anyway=True))
+            self.allocations.expire()
+            self.line.expire()
         except Exception:
-            log.exception("looking for forked clients failed; trying again")
+            log.exception("looking for forked clients, and for what has waited too long, failed; trying again")
+        self._advance()
+
+    def _advance(self) -> None:
+        try:
+            self.line.advance()
+        except Exception:
+            log.exception("serving the line failed; trying again when more is freed")
 
     def stop(self, timeout_s: float) -> None:
         """Ends all types, so that nobody goes on alone, and the workers."""
@@ -165,7 +202,7 @@ class Service:
                 "nursery": geometry.nursery_pages * geometry.page_size,
                 "nursery_free": max(nursery_free, 0) * geometry.page_size,
             },
-            "areas": {str(info.pop("name")): info for info in self.allocations.areas()},
+            "areas": {str(info.pop("name")): info for info in self.allocations.describe()},
             "types": {str(type_): described for type_, described in self._registry.describe().items()},
             "counters": {name: sum(counters[name] for counters in clients.values()) for name in clients[layout.NOBODY]},
             "clients": by_client,
@@ -173,6 +210,7 @@ class Service:
                 "requests": dict(self._requests),
                 "refusals": dict(self._refusals),
                 "clients": len(self.sessions.clients),
+                "in_line": len(self.line),
             },
         }
 
@@ -187,7 +225,8 @@ class Service:
             raise ProtocolError(f"hello in the name of process {p['pid']} from process {sender}")
         client = self.sessions.hello(peer, p["pid"], p["start"], p["mapped"], p.get("client"))
         if "buffers" in p:  # whatever it does not know of was allocated for a reply that it never got
-            self.allocations.drop(client.number, keep=p["buffers"])
+            known = [*p["buffers"], *self.line.uncollected(client.number)]
+            self.allocations.drop(client.number, known, p.get("claims", ()))
         log.info("client %d is process %d%s", client.number, client.pid, "" if client.mapped else ", by messages")
         geometry = self._arena.geometry
         return {
@@ -207,7 +246,9 @@ class Service:
 
     def _bury(self, clients: list[Client]) -> None:
         for client in clients:
+            self.line.drop(client.number)
             self.allocations.drop(client.number)
+            self.allocations.forget(client.number)
             self.sessions.forget(client)
             number = client.number
 
@@ -217,16 +258,75 @@ class Service:
 
             self._type_worker.submit(take_back, whatever_the_queue=True)
 
-    def _alloc_contig(self, client: Client, request: Request) -> dict[str, Any]:
-        if not client.mapped:
-            raise ArenaError(
-                "a buffer is memory of the arena, which this client does not map; connect with mapped=True on the broker's host"
-            )
-        return self.allocations.place(self.allocations.allocate(client.number, request.number, **request.parameters))
+    def _ask(self, client: Client, request: Request, kind: int) -> dict[str, Any]:
+        _refuse_unmapped(client)
+        p = request.parameters
+        wanted = self.allocations.wanted(p["nbytes"], p.get("area"), p.get("offset"), p.get("align"))
+        timeout_s = p.get("timeout_ms", 0) / 1000
+        got = self.line.ask(client.number, request.number, wanted, kind, p.get("name"), timeout_s)
+        return self.allocations.place(got) if isinstance(got, Allocation) else {"ticket": got}
+
+    def _collect(self, client: Client, request: Request) -> dict[str, Any]:
+        ticket = request.parameters["ticket"]
+        got = self.line.collect(client.number, ticket, request.parameters.get("give_up", False))
+        return self.allocations.place(got) if got is not None else {"ticket": ticket}
 
     def _free_contig(self, client: Client, request: Request) -> dict[str, Any]:
         self.allocations.free(client.number, request.parameters["buffer"])
         return {}
+
+    def _attach(self, client: Client, request: Request) -> dict[str, Any]:
+        _refuse_unmapped(client)
+        p = request.parameters
+        return self.allocations.place(
+            self.allocations.attach(client.number, p["buffer"], p.get("claim", 0), p.get("token", 0))
+        )
+
+    def _attach_name(self, client: Client, request: Request) -> dict[str, Any]:
+        _refuse_unmapped(client)
+        return self.allocations.place(self.allocations.attach_name(client.number, request.parameters["name"]))
+
+    def _hand_over(self, client: Client, request: Request) -> dict[str, Any]:
+        p = request.parameters
+        token = self.allocations.hand_over(client.number, p["buffer"], p["timeout_ms"] / 1000, p.get("claim", 0))
+        return {"token": token}
+
+    def _free_claim(self, client: Client, request: Request) -> dict[str, Any]:
+        self.allocations.free_claim(client.number, request.parameters["buffer"], request.parameters["claim"])
+        return {}
+
+    def _names(self, _client: Client, request: Request) -> dict[str, Any]:
+        names, more = self.allocations.names(request.parameters.get("after", ""))
+        return {"names": names, "more": more}
+
+    def _quota(self, client: Client, request: Request) -> dict[str, Any]:
+        p = request.parameters
+        number = p.get("client", client.number)
+        if number not in self.sessions.clients:
+            raise ValueError(f"there is no client {number}")
+        if "nbytes" in p:
+            self.allocations.quotas[number] = p["nbytes"] or None
+            log.info("client %d may hold %s", number, p["nbytes"] or "any number of bytes")
+        quota = self.allocations.quota_of(number)
+        return {"client": number, "held": self.allocations.held_bytes(number), "quota": quota or 0}
+
+    def _area_drain(self, _client: Client, request: Request) -> dict[str, Any]:
+        self.allocations.drain(request.parameters["area"])
+        return self._area_told(request)
+
+    def _area_resume(self, _client: Client, request: Request) -> dict[str, Any]:
+        self.allocations.resume(request.parameters["area"])
+        return self._area_told(request)
+
+    def _area_resize(self, _client: Client, request: Request) -> dict[str, Any]:
+        p = request.parameters
+        self.allocations.resize(p["area"], -(-p["nbytes"] // self._arena.geometry.page_size))
+        return self._area_told(request)
+
+    def _area_told(self, request: Request) -> dict[str, Any]:
+        name = request.parameters["area"]
+        log.info("area %s: %s", name, request.operation)
+        return next(info for info in self.allocations.describe() if info["name"] == name)
 
     def _submit(self, peer: Peer, request: Request) -> None:
         client = peer.client

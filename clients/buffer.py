@@ -3,37 +3,52 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gcma_shm._core import Span
+from gcma_shm.clients.handles import Handle, Ticket, load_buffer
 from gcma_shm.errors import StaleHandle
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from gcma_shm.clients.client import Client
+
 
 class Buffer:
     """A contiguous range of an arena, this client's until `free`.
 
     Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
-    that nothing refers to any more, neither this object nor a view or array of it, is given back.
+    that nothing refers to any more, neither this object nor a view or array of it, is given back. Pickled and loaded in
+    another process of the arena it is a Buffer over the same memory, which that process holds as well.
     """
 
     def __init__(
-        self, span: Span, area: str, offset: int, free: Callable[[], None], is_freed: Callable[[], bool]
+        self,
+        span: Span,
+        place: Mapping[str, Any],
+        client: Client,
+        number: int,
+        free: Callable[[], None],
+        claim: int = 0,
     ) -> None:
         self._span = span
+        self._client = client
+        self._number = number
+        self._claim = claim  # the generation of the reservation's claim that it is; 0: an allocation of its own
         self._free = free
-        self._is_freed = is_freed
+        self._freed = False
         #: Bytes, whole pages.
         self.nbytes: int = span.nbytes
         #: The area's name.
-        self.area = area
+        self.area: str = place["area"]
         #: Pages from the area's start.
-        self.offset = offset
+        self.offset: int = place["offset"]
+        #: The name that it was made with, or None.
+        self.name: str | None = place.get("name")
 
     @property
     def view(self) -> memoryview:
@@ -71,12 +86,27 @@ class Buffer:
                 f"buffer of {self.nbytes} bytes in {self.area!r} cannot be freed: {self._span.exports} views or arrays of "
                 "it are alive; release() or del them first"
             )
+        self._freed = True
         self._free()
+
+    def hand_over(self, timeout: float = 60) -> Handle:
+        """A handle that holds the memory until a process has attached with it, or for `timeout` seconds: this one may free its
+        buffer, or end, meanwhile. Pickle it to another process of the arena; loading it there gives a Buffer.
+
+        (A pickled Buffer is a handle that holds nothing: its maker has to keep the buffer until it is loaded.) Raises StaleHandle
+        after `free`, QuotaExceeded, BrokerUnavailable, ValueError.
+        """
+        self._living()
+        return self._client._hand_over(self._number, self._claim, timeout)
 
     @property
     def freed(self) -> bool:
         """Whether `free` was called, or the client closed."""
-        return self._is_freed()
+        return self._freed or self._client.closed
+
+    def __reduce__(self) -> tuple[object, ...]:
+        self._living()
+        return load_buffer, (Ticket(self._client.endpoint, self._client.arena_id, self._number, self._claim),)
 
     @property
     def exports(self) -> int:
@@ -98,4 +128,4 @@ class Buffer:
 
     def __repr__(self) -> str:
         state = "freed" if self.freed else f"{self.nbytes} bytes at page {self.offset}"
-        return f"<buffer in {self.area!r}: {state}>"
+        return f"<buffer {f'{self.name!r} ' if self.name else ''}in {self.area!r}: {state}>"

@@ -11,9 +11,9 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
 
 import zmq
 
@@ -24,6 +24,15 @@ from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
+
+
+class Claimed(Protocol):
+    """A claim that this process made."""
+
+    @property
+    def generation(self) -> int:
+        """Of the claim."""
+
 
 Wanted = tuple[str, dict[str, Any], tuple[Frame, ...]]
 
@@ -43,9 +52,13 @@ class Channel:
         self._path = socket_path(endpoint)
         self.closed = False
         self.greeting: dict[str, Any] = {}
-        # Buffers to be given back with the next request: nobody refers to them any more, or nobody knows how their
-        # free ended.
-        self._given_up: deque[int] = deque()
+        # What this process holds, by number and claim (0: the buffer or reservation itself), and how often: under the lock, which
+        # a fork takes too.
+        self.held: Counter[tuple[int, int]] = Counter()
+        self.claims: Mapping[int, Claimed] = {}  # what this process has claimed itself, by number; see Claims
+        # Holds to be given back with the next request: nobody refers to them any more, or nobody knows how their free
+        # ended.
+        self._given_up: deque[tuple[int, int, int]] = deque()  # number, claim, how many holds
         self._open()
 
     def reset(self) -> None:
@@ -87,12 +100,16 @@ class Channel:
         `patience`: seconds that the broker may take on top of the timeout. Raises what the broker answers,
         BrokerUnavailable, Closed.
         """
-        with self.lock:
-            for reply in self._requests([(operation, parameters or {}, tuple(pages))], 1, patience):
-                if isinstance(reply, Exception):
-                    raise reply
-                return then(reply)
-        raise AssertionError("one request has one reply")
+        try:
+            with self.lock:
+                for reply in self._requests([(operation, parameters or {}, tuple(pages))], 1, patience):
+                    if isinstance(reply, Exception):
+                        raise reply
+                    return then(reply)
+            raise AssertionError("one request has one reply")
+        finally:
+            if self._given_up:
+                self._drain()
 
     def requests(self, wanted: Iterable[Wanted], window: int) -> Iterator[Reply | Exception]:
         """Sends requests, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
@@ -133,19 +150,52 @@ class Channel:
             yield reply if reply.status == "ok" else messages.reply_error(reply)
             deadline = time.monotonic() + self.timeout + patience
 
-    def give_up(self, buffer: int) -> None:
-        """Frees a buffer that nobody refers to any more, now or with the next request. For finalizers: waits for no
-        lock, and raises nothing.
+    def hold(self, number: int, claim: int = 0) -> None:
+        """Counts one hold more; for a `then`, which has the lock."""
+        self.held[number, claim] += 1
+
+    def free(self, number: int, claim: int = 0) -> None:
+        """Ends one hold of a buffer or reservation, or of our part in a shared claim; the broker is told of the last. Should that
+        fail, it is told later. Raises BrokerUnavailable.
+        """
+        with self.lock:
+            if not self._ended(number, claim, 1):
+                return
+            try:
+                for reply in self._requests([(*_freeing(number, claim), ())], 1, 0.0):
+                    # The first hello of a forked child may have given it back already.
+                    if isinstance(reply, Exception) and not isinstance(reply, NoSuchBuffer):
+                        raise reply
+            except BaseException:
+                self._given_up.append((number, claim, 0))
+                raise
+
+    def give_up(self, number: int, claim: int = 0, holds: int = 1) -> None:
+        """Ends a hold that nobody refers to any more, now or with the next request. For finalizers: waits for no lock, and
+        raises nothing. `holds` 0: it was not counted, as the claim that this process made itself.
         """
         if self.closed:
             return
-        self._given_up.append(buffer)
-        if self.lock.acquire(blocking=False):
+        self._given_up.append((number, claim, holds))
+        self._drain()
+
+    def _drain(self) -> None:
+        if not self.closed and self.lock.acquire(blocking=False):
             try:
                 with contextlib.suppress(GcmaError, zmq.ZMQError):
                     self._free_given_up(time.monotonic() + self.timeout)
             finally:
                 self.lock.release()
+
+    def _ended(self, number: int, claim: int, holds: int) -> bool:
+        """So many holds less; whether nothing in this process holds it now."""
+        left = self.held[number, claim] - holds
+        self.held[number, claim] = left
+        if left > 0:
+            return False
+        del self.held[number, claim]
+        own = self.claims.get(number) if claim else None
+        return own is None or own.generation != claim
 
     def close(self) -> None:
         """Says bye, if the broker still listens, and closes the socket."""
@@ -196,7 +246,11 @@ class Channel:
 
     def _free_given_up(self, deadline: float) -> None:
         while self._greeted and self._given_up:
-            request = self._make("free_contig", {"buffer": self._given_up[0]}, ())
+            number, claim, holds = self._given_up.popleft()
+            if not self._ended(number, claim, holds):
+                continue
+            self._given_up.appendleft((number, claim, 0))  # until the broker has said so
+            request = self._make(*_freeing(number, claim), ())
             self._send(request, deadline)
             reply = self._receive(request, deadline)
             if reply.status == "HelloNeeded":  # what hello does not list is freed by that
@@ -249,13 +303,18 @@ class Channel:
     def _take_late(self, reply: Reply) -> None:
         self._late = max(self._late - 1, 0)
         if "buffer" in reply.results:
-            self._given_up.append(int(reply.results["buffer"]))
+            self._given_up.append((int(reply.results["buffer"]), 0, 0))
 
     def _unavailable(self, request: Request) -> BrokerUnavailable:
         return BrokerUnavailable(
             f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
             "is it running, and not stopped?"
         )
+
+
+def _freeing(number: int, claim: int) -> tuple[str, dict[str, Any]]:
+    """The request that ends a hold."""
+    return ("free_claim", {"buffer": number, "claim": claim}) if claim else ("free_contig", {"buffer": number})
 
 
 def _say_goodbye(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.arena import remove_dead
 from gcma_shm.clients.client import Client
 from gcma_shm.endpoint import arena_name, default_spill_dir, socket_path
@@ -54,10 +55,11 @@ class EmbeddedClient(Client):
 def embedded(
     size: int | str = "256M",
     *,
-    areas: Mapping[str, int | str] | None = None,
+    areas: Mapping[str, int | str | AreaSpec] | None = None,
     page_size: int | str = "4K",
     slots: int | None = None,
     clients: int | None = None,
+    quota: int | str | None = None,
     spill_dir: str | os.PathLike[str] | None = None,
     prefault: bool = False,
     timeout: float = 5.0,
@@ -65,15 +67,16 @@ def embedded(
     """Starts a private broker and connects to it. Workers connect to `client.endpoint`; forked ones just go on using
     the client.
 
-    `size` of the arena, tables included; `areas`: name to size, by default one called `default`; `slots`: of all swap
-    types together, by default four per page; `clients`: how many at once; `spill_dir`: on a disk, by default in the
+    `size` of the arena, tables included; `areas`: name to size, or to text such as `"512M,cache=off,align=2M,share=75"`, by
+    default one called `default`; `slots`: of all swap types together, by default four per page; `clients`: how many at
+    once; `quota`: what each may hold in buffers and reservations, by default without bound; `spill_dir`: on a disk, by default in the
     user's cache directory.
 
     Raises ArenaError when there is too little memory or the broker cannot start, ValueError for what is no size.
     """
-    area_sizes = {name: parse_size(area_size) for name, area_size in (areas or {}).items()}
+    specs = {name: parse_area(spec) for name, spec in (areas or {}).items()}
     size_bytes, page_bytes = parse_size(size), parse_size(page_size)
-    plan(size_bytes, page_bytes, area_sizes, slots, clients)  # refuses here what the broker would refuse
+    plan(size_bytes, page_bytes, specs, slots, clients)  # refuses here what the broker would refuse
     endpoint = f"ipc://{tempfile.gettempdir()}/gcma-{os.getuid()}-{secrets.token_hex(8)}/broker"
     command = [
         sys.executable,
@@ -87,10 +90,15 @@ def embedded(
         endpoint,
     ]
     command += ["--size", str(size_bytes), "--page-size", str(page_bytes)]
-    for name, area_bytes in area_sizes.items():
-        command += ["--area", f"{name}={area_bytes}"]
+    for name, spec in specs.items():
+        command += ["--area", f"{name}={spec}"]
     spill_path = None if spill_dir is None else Path(spill_dir).absolute()  # the broker runs in another directory
-    for option, value in (("--slots", slots), ("--clients", clients), ("--spill-dir", spill_path)):
+    for option, value in (
+        ("--slots", slots),
+        ("--clients", clients),
+        ("--quota", None if quota is None else parse_size(quota)),
+        ("--spill-dir", spill_path),
+    ):
         if value is not None:
             command += [option, str(value)]
     name = arena_name(endpoint)

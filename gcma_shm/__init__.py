@@ -18,14 +18,19 @@ except ImportError as error:
         "elsewhere `pip install gcma-shm`, with a C compiler and Python's headers where there is no wheel"
     ) from error
 
+from gcma_shm.areas import AreaSpec
+from gcma_shm.clients import forks as forks  # a client follows its process through os.fork
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.client import AreaInfo, Client, connect
+from gcma_shm.clients.client import AreaInfo, Client, NameInfo, QuotaInfo, connect
 from gcma_shm.clients.embedded import embedded
+from gcma_shm.clients.handles import Handle
+from gcma_shm.clients.reservation import Reservation
 from gcma_shm.clients.swap import Swap
 from gcma_shm.errors import (
     ArenaError,
     ArenaExhausted,
     BrokerUnavailable,
+    BufferExists,
     Closed,
     GcmaError,
     NoSuchArea,
@@ -43,19 +48,25 @@ from gcma_shm.errors import (
 __version__ = "0.1.0"
 __all__ = [
     "AreaInfo",
+    "AreaSpec",
     "ArenaError",
     "ArenaExhausted",
     "BrokerUnavailable",
     "Buffer",
+    "BufferExists",
     "Client",
     "Closed",
     "GcmaError",
+    "Handle",
+    "NameInfo",
     "NoSuchArea",
     "NoSuchBuffer",
     "NoSuchType",
     "NurseryFull",
     "ProtocolError",
     "QuotaExceeded",
+    "QuotaInfo",
+    "Reservation",
     "SlotBusy",
     "SpillCorrupt",
     "SpillError",

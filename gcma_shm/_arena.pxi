@@ -32,6 +32,24 @@ cdef enum:
 
 cdef uint64_t SEQUENCE = (1ull << 46) - 1
 
+# The owner of a nursery page is the client that was granted it. The owner of an area page is the number, counted from 1, of the
+# entry in the table of allocations whose range it lies in, a buffer's or a reservation's; 0: none. It changes only together with
+# the sequence.
+
+# --- claim word of a reservation: generation:47 · shared:1 · client:16; client 0: lent
+cdef enum:
+    CLAIM_CLIENT = 0xffff
+    CLAIM_SHARED = 1 << 16
+    CLAIM_SHIFT = 17
+    BROKER = 1
+    RESERVATION = 2     # kind in an entry's state word
+    KIND = 0xff
+
+# --- flags of an area
+cdef enum:
+    LENT = 1        # policy
+    DRAINED = 1     # state
+
 # --- key: type:16 · slot:48
 cdef enum:
     KEY_SHIFT = 48
@@ -63,6 +81,8 @@ cdef enum:
     AHEAD_PAGE = 2          # and of which the page is
     LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
+    AREAS_MAX = 64
+    LENT_BLOCK = 64         # pages of which the broker counts together how many hold cache
 
 # Counters of one client, in its record; `COUNTERS` names them in this order. The first HOT of them are counted up by
 # `Slots` alone, under the GIL, by plain stores: a locked instruction would wait until all of a page's copy has left the
@@ -132,16 +152,26 @@ cdef struct ClientRecord:  # in the arena
     uint64_t tag        # counts this client's claims of a place in the file
     uint64_t pidns
     uint64_t request
-    uint64_t spare[2]
+    uint64_t wake
+    uint64_t spare
     uint64_t counters[56]
 
 cdef struct Slot:
     uint64_t word
     uint64_t side
 
-cdef struct AreaRange:  # page numbers
+cdef struct AllocationEntry:  # in the arena: a buffer or a reservation
+    uint64_t state      # generation:56 · kind:8
     uint64_t first
     uint64_t pages
+    uint64_t area
+    uint64_t client
+    uint64_t request
+    uint64_t claim
+    uint64_t deadline
+    uint8_t name[48]
+    uint64_t lent       # pages of a reservation that hold cache
+    uint64_t spare
 
 cdef struct SpillFile:  # of this process
     uint64_t life
@@ -159,6 +189,7 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     AreaEntry *areas
     TypeEntry *types
     ClientRecord *clients
+    AllocationEntry *allocations
     Slot *slots
     uint64_t *life
     uint64_t *key
@@ -170,9 +201,14 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t pages
     uint64_t nursery
     uint64_t slots_count
-    uint64_t areas_count
-    AreaRange ranges[64]    # the areas as they were at the start: what a peer may write since is not trusted
-    uint64_t next_area      # broker: whose turn it is to take a promoted page
+    uint64_t allocations_count
+    # The broker's own. Ranges of the areas, first page:32 · pages:32, not read from the arena: what a peer may write there is not
+    # trusted. One word each: the control thread changes them while the reclaim thread reads.
+    uint64_t ranges[AREAS_MAX]
+    uint64_t promised[AREAS_MAX]  # pages of each area in reservations that are claimed or lent, as the last sweep began
+    uint64_t next_area      # whose turn it is to take a promoted page
+    uint64_t entries_used   # of the table of allocations, all that were ever used
+    uint32_t *lent_map      # how many pages of each block hold cache, reservations left out
     int32_t pins_max
     int32_t pins            # nursery pages that this process keeps from being reclaimed: granted, or claimed to be cleaned
     uint32_t spill_lock
@@ -232,6 +268,16 @@ cdef inline uint64_t next_life(uint64_t life, uint64_t state, uint64_t owner) no
 cdef inline uint64_t published(uint64_t life) noexcept nogil:
     """The same page in the same hands' sequence, now for all to read."""
     return (<uint64_t>PUBLISHED << LIFE_SHIFT) | (life & SEQUENCE)
+
+
+cdef inline uint64_t *claim_of(Arena *a, uint64_t owner) noexcept nogil:
+    """The claim word of the entry that an area page's owner says, or NULL."""
+    return &a.allocations[owner - 1].claim if 0 < owner <= a.allocations_count else NULL
+
+
+cdef inline uint64_t next_claim(uint64_t claim, uint64_t client) noexcept nogil:
+    """The range changes hands: next generation."""
+    return (((claim >> CLAIM_SHIFT) + 1) << CLAIM_SHIFT) | client
 
 
 cdef inline uint8_t *page_bytes(Arena *a, uint64_t page) noexcept nogil:

@@ -27,6 +27,7 @@ cdef extern from "_atomics.h" nogil:
     void back_off(unsigned step)
     void futex_wait(uint32_t *word, uint32_t expected, uint64_t timeout_ns)
     void futex_wake(uint32_t *word)
+    void futex_wake_all(uint32_t *word)
 
 cdef extern from "_crc32c.h" nogil:
     ctypedef struct crc32c_t:

@@ -32,6 +32,12 @@ cdef extern from "unistd.h" nogil:
     int close(int)
     ssize_t pread(int, void *, size_t, int64_t)
 
+cdef extern from "sys/mman.h" nogil:
+    int madvise(void *, size_t, int)
+
+cdef enum:
+    MADV_POPULATE_WRITE = 23  # since Linux 5.14; older headers have no name for it
+
 cdef extern from "sys/uio.h" nogil:
     struct iovec:
         void *iov_base
@@ -43,12 +49,14 @@ include "_spill.pxi"
 include "_clean.pxi"
 include "_nursery.pxi"
 include "_slots.pxi"
+include "_claim.pxi"
 include "_sweep.pxi"
 
 # The tables have a size in layout.py and a shape here.
 assert sizeof(TypeEntry) == layout.TYPE_BYTES
 assert sizeof(AreaEntry) == layout.AREA_BYTES
 assert sizeof(ClientRecord) == layout.CLIENT_BYTES
+assert sizeof(AllocationEntry) == layout.ALLOCATION_BYTES
 assert sizeof(Slot) == layout.SLOT_BYTES
 assert layout.TYPES_MAX == 256 and layout.CLIENTS_MAX < 1 << 12
 
@@ -75,6 +83,7 @@ cdef class Plane:
     cdef readonly object geometry
     cdef readonly Py_ssize_t page_size
     cdef readonly bint closed
+    cdef uint8_t *populated  # by block of pages: whether this process's page table has them
     cdef int users      # operations under way in threads of this process; changed under the GIL
     cdef object __weakref__
 
@@ -106,6 +115,7 @@ cdef class Plane:
         a.areas = <AreaEntry *>(base + <size_t>geometry.areas_at)
         a.types = <TypeEntry *>(base + <size_t>geometry.types_at)
         a.clients = <ClientRecord *>(base + <size_t>geometry.clients_at)
+        a.allocations = <AllocationEntry *>(base + <size_t>geometry.allocations_at)
         a.slots = <Slot *>(base + <size_t>geometry.slots_at)
         a.life = <uint64_t *>(base + <size_t>geometry.life_at)
         a.key = <uint64_t *>(base + <size_t>geometry.key_at)
@@ -115,11 +125,15 @@ cdef class Plane:
         a.pages = geometry.pages
         a.nursery = geometry.nursery_pages
         a.slots_count = geometry.slots
-        a.areas_count = geometry.areas_count
+        a.allocations_count = geometry.allocations_max
         a.pins_max = geometry.grants_max
-        for i in range(a.areas_count):
-            a.ranges[i].first = a.areas[i].first
-            a.ranges[i].pages = a.areas[i].pages
+        if number == BROKER:
+            a.lent_map = <uint32_t *>calloc(a.pages // LENT_BLOCK + 1, sizeof(uint32_t))
+            if a.lent_map == NULL:
+                raise MemoryError
+        self.populated = <uint8_t *>calloc(a.pages // LENT_BLOCK + 1, 1)
+        if self.populated == NULL:
+            raise MemoryError
         crc32c_init(&a.crc, a.page_size, crc_hardware)
         self.become(number)
         a.spill_dir = os.open(spill_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -134,6 +148,8 @@ cdef class Plane:
             close(self.a.spill_dir)
         if self.memory.buf != NULL:
             PyBuffer_Release(&self.memory)
+        free(self.a.lent_map)
+        free(self.populated)
         free(self.a)
 
     def become(self, int number):
@@ -147,6 +163,7 @@ cdef class Plane:
         self.users = 0
         self.a.pins = 0
         self.a.spill_lock = 0
+        memset(self.populated, 0, self.a.pages // LENT_BLOCK + 1)
         for i in range(256):
             self.a.spill[i].users = 0
 
@@ -219,27 +236,125 @@ cdef class Plane:
 
     # --- the broker's part
 
-    cdef AreaEntry *area(self, int index, uint64_t first, uint64_t pages) except NULL:
-        if not 0 <= index < <int>self.a.areas_count:
+    def set_area(self, int index, uint64_t first, uint64_t pages):
+        """Tells where area `index` is; 0 pages: nowhere. Pages that it loses have been taken before."""
+        if not 0 <= index < AREAS_MAX:
             raise IndexError(f"no area {index}")
-        range_ = self.a.ranges[index]
-        if first < range_.first or not 1 <= pages <= range_.pages or first - range_.first > range_.pages - pages:
+        if pages and (first < self.a.nursery or pages > self.a.pages or first > self.a.pages - pages):
+            raise IndexError(f"pages {first} to {first + pages} are not behind the nursery")
+        store_release(&self.a.ranges[index], (first << 32) | pages)
+
+    cdef AreaEntry *area(self, int index, uint64_t first, uint64_t pages) except NULL:
+        cdef uint64_t begin, count
+        if not 0 <= index < AREAS_MAX:
+            raise IndexError(f"no area {index}")
+        begin, count = self.a.ranges[index] >> 32, self.a.ranges[index] & PAYLOAD
+        if first < begin or not 1 <= pages <= count or first - begin > count - pages:
             raise IndexError(f"pages {first} to {first + pages} are not in area {index}")
+        if self.a.lent_map == NULL:
+            raise ValueError("only the broker's plane takes and gives ranges")
         return &self.a.areas[index]
 
-    def take(self, int area, uint64_t first, uint64_t pages):
-        """Makes the range a buffer; returns how many of its pages held cache. Waits for one page's copy at the most."""
+    def take(self, int area, uint64_t first, uint64_t pages, uint64_t owner=0):
+        """Makes the range a buffer, or keeps it from the cache; `owner`: its entry's number, counted from 1. Returns how many of
+        its pages held cache. Waits for one page's copy at the most.
+        """
         cdef AreaEntry *entry = self.area(area, first, pages)
         cdef uint64_t discards
         with nogil:
-            discards = take_range(self.a, entry, first, pages)
+            discards = set_range(self.a, entry, first, pages, BUFFER, owner)
         return discards
 
-    def give(self, int area, uint64_t first, uint64_t pages):
-        """Ends a buffer: its pages are FREE, to be lent to the cache."""
+    def give(self, int area, uint64_t first, uint64_t pages, uint64_t owner=0):
+        """Lends the range to the cache, from a buffer or anew; `owner`: of a reservation. Waits as `take`."""
         cdef AreaEntry *entry = self.area(area, first, pages)
+        cdef uint64_t discards
         with nogil:
-            give_range(self.a, entry, first, pages)
+            discards = set_range(self.a, entry, first, pages, FREE, owner)
+        return discards
+
+    def entries_used(self, uint64_t count):
+        """Of the table of allocations: the sweep looks at so many for reservations."""
+        self.a.entries_used = min(count, self.a.allocations_count)
+
+    def lent_near(self, uint64_t first, uint64_t pages):
+        """About how many pages of the range hold cache: counted exactly for the blocks of LENT_BLOCK pages that it touches."""
+        cdef uint64_t block, lent = 0
+        if self.a.lent_map == NULL or not pages or first >= self.a.pages or pages > self.a.pages - first:
+            raise IndexError(f"pages {first} to {first + pages}: not counted here")
+        for block in range(first // LENT_BLOCK, (first + pages - 1) // LENT_BLOCK + 1):
+            lent += self.a.lent_map[block]
+        return lent
+
+    # --- reservations
+
+    cdef int entry(self, uint64_t index, uint64_t first, uint64_t pages) except -1:
+        if index >= self.a.allocations_count:
+            raise IndexError(f"no entry {index}")
+        if not pages or first < self.a.nursery or pages > self.a.pages or first > self.a.pages - pages:
+            raise IndexError(f"pages {first} to {first + pages} are in no area")
+        return 0
+
+    def claim(self, uint64_t index, uint64_t state):
+        """Claims the reservation in entry `index` with the state word `state`. Returns whether it did, and the claim word in place,
+        ours or another's; 0: the reservation is gone. The memory is ours once `claim_settled`.
+        """
+        cdef uint64_t claim
+        cdef bint made = False
+        self.entry(index, self.a.nursery, 1)
+        claim = claim_range(self.a, index, state, &made)
+        return made, claim
+
+    def claim_settled(self, uint64_t first, uint64_t pages, double timeout):
+        """Whether nobody fills a page of the range any more; False after `timeout` seconds."""
+        cdef uint64_t deadline = now_ns() + nanoseconds(timeout)
+        cdef bint settled
+        self.entry(0, first, pages)
+        if claim_settled(self.a, first, pages, 0):
+            return True
+        with nogil:
+            settled = claim_settled(self.a, first, pages, deadline)
+        return settled
+
+    def seize(self, uint64_t index, uint64_t claim):
+        """Takes over exactly the claim word `claim`, whose holder is dead, or nobody: our claim word; 0: it has changed."""
+        cdef uint64_t seized
+        self.entry(index, self.a.nursery, 1)
+        return seized if seize_claim(self.a, index, claim, &seized) else 0
+
+    def unclaim(self, uint64_t index, uint64_t claim, uint64_t first, uint64_t pages):
+        """Lends our claimed range again; False: it is shared, or not ours any more: the broker has to be told."""
+        cdef bint lent
+        self.entry(index, first, pages)
+        with nogil:
+            lent = lend_claimed(self.a, index, claim, first, pages)
+        return lent
+
+    def share_claim(self, uint64_t index, uint64_t claim):
+        """Marks exactly the claim word `claim` as several processes'; whether it did."""
+        self.entry(index, self.a.nursery, 1)
+        return share_claim(self.a, index, claim)
+
+    # --- waiting in line: for the broker's word that something was served
+
+    def wake(self, uint64_t number):
+        """Wakes the threads of client `number` that wait in `wait`."""
+        cdef uint64_t *word
+        if not 1 <= number <= <uint64_t>self.geometry.clients_max:
+            raise IndexError(f"no client {number}")
+        word = &self.a.clients[number].wake
+        fetch_add(word, 1)
+        futex_wake_all(<uint32_t *>word)
+
+    def wake_count(self):
+        """How often we were woken; to be read before the look that `wait` is to follow."""
+        return load_acquire(&self.a.me.wake)
+
+    def wait(self, uint64_t seen, double timeout):
+        """Sleeps until we are woken for more than `seen` times, or `timeout` seconds."""
+        cdef uint64_t timeout_ns = nanoseconds(timeout)
+        with nogil:
+            futex_wait(<uint32_t *>&self.a.me.wake, <uint32_t>seen, timeout_ns)
 
     def sweep(self, double timeout):
         """One round of the reclaim thread: sweeps the nursery as far as it needs, then sleeps `timeout` seconds or
@@ -297,6 +412,28 @@ cdef class Plane:
         """A handle on one life of a type; `timeout` bounds a store's waiting, in seconds."""
         return Slots(self, type_, life, timeout)
 
+    def populate(self, uint64_t first, uint64_t nbytes):
+        """Fills this process's page table for the memory of `nbytes` from page `first`, as far as that was not done before: one call
+        costs a third of the faults that it saves.
+        """
+        cdef uint64_t block = first // LENT_BLOCK, end, run, page, stop
+        cdef int failed = 0
+        if not nbytes or first >= self.a.pages or nbytes > (self.a.pages - first) * self.a.page_size:
+            raise IndexError(f"{nbytes} bytes from page {first} are not in the arena")
+        end = (first + (nbytes - 1) // self.a.page_size) // LENT_BLOCK + 1
+        with nogil:
+            while block < end and not failed:
+                if self.populated[block]:
+                    block += 1
+                    continue
+                run = block
+                while block < end and not self.populated[block]:
+                    self.populated[block] = 1
+                    block += 1
+                page, stop = run * LENT_BLOCK, min(block * LENT_BLOCK, self.a.pages)
+                failed = madvise(page_bytes(self.a, page), (stop - page) * self.a.page_size, MADV_POPULATE_WRITE)
+        # Not every kernel has it (Linux 5.14): the pages are faulted in one by one then.
+
     def span(self, uint64_t first, uint64_t nbytes):
         """The memory of a buffer that begins at page `first`."""
         if first >= self.a.pages or nbytes > (self.a.pages - first) * self.a.page_size:
@@ -310,6 +447,7 @@ cdef class Span:
 
     cdef Plane plane
     cdef uint8_t *start
+    cdef uint64_t first
     cdef readonly Py_ssize_t nbytes
     cdef readonly Py_ssize_t exports
     cdef object __weakref__
@@ -317,9 +455,11 @@ cdef class Span:
     def __cinit__(self, Plane plane, uint64_t first, uint64_t nbytes):
         self.plane = plane
         self.start = page_bytes(plane.a, first)
+        self.first = first
         self.nbytes = nbytes
 
     def __getbuffer__(self, Py_buffer *view, int flags):
+        self.plane.populate(self.first, self.nbytes)
         PyBuffer_FillInfo(view, self, self.start, self.nbytes, 0, flags)
         self.exports += 1
 
@@ -328,6 +468,7 @@ cdef class Span:
 
     def zero(self):
         """Clears the memory."""
+        self.plane.populate(self.first, self.nbytes)
         with nogil:
             memset(self.start, 0, self.nbytes)
 

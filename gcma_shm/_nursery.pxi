@@ -23,7 +23,7 @@ cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
     """Frees a page that no word names. Once PUBLISHED, a word that left a page never comes back to it under this
     sequence.
     """
-    if not cas(&a.life[page], life, next_life(life, FREE, 0)):            # @orphan.free
+    if not cas(&a.life[page], life, next_life(life, FREE, life_owner(life))):  # @orphan.free
         return False
     count(a, C_ORPHANS)
     return True
@@ -36,7 +36,7 @@ cdef bint evict(Arena *a, uint64_t page, uint64_t life, Slot *slot, uint64_t wor
     if not cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @evict.word
         return False
     count(a, C_EVICTIONS)
-    return cas(&a.life[page], life, next_life(life, FREE, 0))             # @evict.free
+    return cas(&a.life[page], life, next_life(life, FREE, life_owner(life)))  # @evict.free
 
 
 cdef bint look_up(Arena *a, uint64_t page, uint64_t *life, uint64_t *key, uint64_t *word) noexcept nogil:

@@ -69,7 +69,8 @@ cdef int store_page(
 cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t *out, Tally *tally) noexcept nogil:
     """OK; or BUSY: start over."""
     cdef uint64_t page = word & PAYLOAD
-    cdef uint64_t life, state
+    cdef uint64_t life, state, claim = 0
+    cdef uint64_t *claimed = NULL
     if page >= a.pages:
         return DAMAGED
     life = load_acquire(&a.life[page])                                    # @load.life
@@ -78,7 +79,14 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
     if load_acquire(&slot.word) != word:                                  # @load.again
         return BUSY
     state = life_state(life)
-    if load_relaxed(&a.key[page]) != key or not (state == PUBLISHED or (state == GRANTED and page < a.nursery)):
+    if page >= a.nursery and life_owner(life):  # in a reservation, of which a claim touches nothing but the claim word
+        claimed = claim_of(a, life_owner(life))
+        claim = load_acquire(claimed) if claimed != NULL else CLAIM_CLIENT  # @load.claim
+    if (
+        load_relaxed(&a.key[page]) != key
+        or not (state == PUBLISHED or (state == GRANTED and page < a.nursery))
+        or claim & CLAIM_CLIENT
+    ):
         # In an area: the page was taken for a buffer, which touches no slot word. The value is in the file, since no
         # page enters an area before it is. In the nursery the word must have moved since: a page is never freed while
         # a word names it.
@@ -93,6 +101,10 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
     # cannot make us start over for ever.
     fence_acquire()
     if RECHECK and (load_relaxed(&a.life[page]) ^ life) & SEQUENCE:       # @load.recheck
+        return BUSY
+    # A claimer writes its first byte after its claim and a full fence, and before the range is lent again every page's sequence
+    # advances. So a copy that has a guest's byte finds one of the two moved on.
+    if RECHECK and claimed != NULL and load_relaxed(claimed) != claim:    # @load.claim_again
         return BUSY
     if not load_byte(&a.visited[page]):  # most hits write nothing, so the line stays shared between the caches
         store_byte(&a.visited[page], 1)

@@ -2,7 +2,7 @@
 # of types.
 #
 # Two threads of the broker touch area pages: the reclaim thread fills and evicts, the control thread takes and gives
-# back. Each announces itself and then looks for the other (Dekker's algorithm), full fences on both sides, also on
+# back; and clients claim reservations. Each announces itself and then looks for the other (Dekker's algorithm), full fences on both sides, also on
 # x86, where a store may pass a later load. Whoever comes second yields: the reclaim thread leaves the page alone, or
 # the control thread waits for its one copy.
 
@@ -15,6 +15,28 @@ cdef inline bint room_below(Arena *a, uint64_t share) noexcept nogil:
 cdef inline bint is_taken(Arena *a, uint64_t page) noexcept nogil:
     cdef uint64_t range_ = load_acquire(a.taking)
     return page - (range_ >> 32) < (range_ & PAYLOAD)  # unsigned: below the range wraps to far above it
+
+
+cdef inline bint is_claimed(Arena *a, uint64_t life) noexcept nogil:
+    """Whether the area page of that life lies in a reservation that somebody has claimed."""
+    cdef uint64_t *claim = claim_of(a, life_owner(life))
+    return claim != NULL and load_acquire(claim) & CLAIM_CLIENT != 0
+
+
+cdef inline bint is_lent(AreaEntry *area) noexcept nogil:
+    return load_relaxed(&area.policy) & LENT and not load_relaxed(&area.state) & DRAINED
+
+
+cdef inline void note_lent(Arena *a, AreaEntry *area, uint64_t page, uint64_t life, int by) noexcept nogil:
+    """One page of the area more, or less, holds cache. Those of a reservation are counted in its entry, so that a claim need not
+    count what it drops.
+    """
+    cdef uint64_t owner = life_owner(life)
+    if 0 < owner <= a.allocations_count:
+        fetch_add(&a.allocations[owner - 1].lent, <uint64_t>by)
+    else:
+        fetch_add(&area.lent, <uint64_t>by)
+        add32(<int32_t *>&a.lent_map[page // LENT_BLOCK], by)
 
 
 cdef bint make_room(Arena *a, AreaEntry *area, uint64_t page, bint may_evict) noexcept nogil:
@@ -36,30 +58,55 @@ cdef bint make_room(Arena *a, AreaEntry *area, uint64_t page, bint may_evict) no
         return False
     elif not evict(a, page, life, &a.slots[key & SLOT], word):
         return False
-    fetch_add(&area.lent, <uint64_t>-1)
+    note_lent(a, area, page, life, -1)
     return True
 
 
 cdef bint fill(Arena *a, AreaEntry *area, uint64_t page, uint64_t from_, uint64_t key, uint64_t word) noexcept nogil:
     """Copies nursery page `from_`, which `word` names, into the FREE area page `page`, announced as filling."""
-    cdef uint64_t life = next_life(load_relaxed(&a.life[page]), GRANTED, a.number)
+    cdef uint64_t owner = life_owner(load_relaxed(&a.life[page]))
+    cdef uint64_t life = next_life(load_relaxed(&a.life[page]), GRANTED, owner)
     store_relaxed(&a.life[page], life)                                    # @promote.grant
     fence_release()  # the new sequence before the first byte: a reader of the page's last content must notice
     store_relaxed(&a.key[page], key)
     store_byte(&a.visited[page], 0)
     memcpy(page_bytes(a, page), page_bytes(a, from_), a.page_size)        # @promote.copy
-    store_release(&a.life[page], published(life))                         # @promote.publish
+    store_release(&a.life[page], published(life) | (owner << OWNER_SHIFT))  # @promote.publish
     # From the exact word that was read before the copy, so the bytes are of the value that it names.
     if cas(&a.slots[key & SLOT].word, word, next_word(word, CACHED, page)):  # @promote.swing
-        fetch_add(&area.lent, 1)
+        note_lent(a, area, page, life, 1)
         count(a, C_PROMOTIONS)
         return True
-    store_release(&a.life[page], next_life(life, FREE, 0))                # @promote.drop
+    store_release(&a.life[page], next_life(life, FREE, owner))            # @promote.drop
     return False
 
 
+cdef void count_promised(Arena *a) noexcept nogil:
+    """Brings `promised` up to date. Policy only: what is claimed or filled meanwhile is found when a page is looked at."""
+    cdef uint64_t index, area
+    cdef AllocationEntry *entry
+    memset(a.promised, 0, sizeof(a.promised))
+    for index in range(a.entries_used):
+        entry = &a.allocations[index]
+        area = load_relaxed(&entry.area)
+        if load_relaxed(&entry.state) & KIND == RESERVATION and area < AREAS_MAX:
+            if load_relaxed(&entry.claim) & CLAIM_CLIENT:
+                a.promised[area] += load_relaxed(&entry.pages)
+            else:
+                a.promised[area] += load_relaxed(&entry.lent)
+
+
 cdef inline bint has_room(Arena *a, uint64_t index) noexcept nogil:
-    return a.areas[index].lent + a.areas[index].held < a.ranges[index].pages
+    return a.areas[index].lent + a.areas[index].held + a.promised[index] < (load_relaxed(&a.ranges[index]) & PAYLOAD)
+
+
+cdef inline uint64_t pages_to_skip(Arena *a, uint64_t page, uint64_t life, uint64_t first) noexcept nogil:
+    """From `page` down to the first of the buffer or claimed reservation that it lies in; at least one."""
+    cdef uint64_t owner = life_owner(life), begin
+    if not 0 < owner <= a.allocations_count:
+        return 1
+    begin = max(load_relaxed(&a.allocations[owner - 1].first), first)
+    return page - begin + 1 if begin <= page else 1
 
 
 cdef bint promote(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64_t word, bint wanted) noexcept nogil:
@@ -70,22 +117,33 @@ cdef bint promote(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64
     not hold their pages for ever.
     """
     cdef AreaEntry *area = &a.areas[index]
-    cdef AreaRange range_ = a.ranges[index]
+    cdef uint64_t range_ = load_acquire(&a.ranges[index]), first = range_ >> 32, n = range_ & PAYLOAD
     cdef bint room = has_room(a, index)
-    cdef uint64_t limit = SEEK_MAX if room else (2 * range_.pages if wanted and area.lent else SCRUB_MAX)
-    cdef uint64_t step, page, state
+    cdef uint64_t limit = SEEK_MAX if room else (2 * n if wanted and (area.lent or a.promised[index]) else SCRUB_MAX)
+    cdef uint64_t step, page, life, state
     cdef bint ready, done = False
+    if not n:
+        return False
     for step in range(limit):
-        page = range_.first + range_.pages - 1 - area.clock % range_.pages  # down from the top; buffers grow from below
-        area.clock += 1
-        state = life_state(load_relaxed(&a.life[page]))
+        page = first + n - 1 - area.clock % n  # down from the top; buffers grow from below
+        life = load_relaxed(&a.life[page])
+        state = life_state(life)
         # Looking before announcing as well: announcing page after page of a range that is being taken could keep the
         # control thread waiting. Safety rests on the look after the fence.
-        if state == BUFFER or (room and state != FREE) or is_taken(a, page):
+        if state == BUFFER or is_claimed(a, life):
+            area.clock += pages_to_skip(a, page, life, first)
+            continue
+        area.clock += 1
+        if (room and state != FREE) or is_taken(a, page):
             continue
         store_relaxed(a.filling, page + 1)                                # @promote.announce
         fence_full()
-        ready = not is_taken(a, page) and make_room(a, area, page, wanted and not room)
+        # In this order: whoever took the range before we announced has changed its lives before it took its announcement back,
+        # and so has the area that was shrunk; a reservation's claim word is found by the life. BUFFER is nobody's to fill.
+        ready = not is_taken(a, page)
+        life = load_acquire(&a.life[page])
+        ready = ready and life_state(life) != BUFFER and load_relaxed(&a.ranges[index]) == range_ and not is_claimed(a, life)
+        ready = ready and make_room(a, area, page, wanted and not room)
         if ready:
             done = fill(a, area, page, from_, key, word)
         store_release(a.filling, 0)                                       # @promote.done @promote.yield
@@ -94,11 +152,33 @@ cdef bint promote(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64
     return False
 
 
+cdef inline bint may_take(Arena *a, uint64_t index) noexcept nogil:
+    return load_relaxed(&a.ranges[index]) & PAYLOAD and is_lent(&a.areas[index])
+
+
+cdef int64_t area_in_turn(Arena *a) noexcept nogil:
+    """Which area takes the next page: the next in turn that has room, else the next in turn; -1: none is lent."""
+    cdef uint64_t turn, index
+    cdef int64_t next_ = -1
+    for turn in range(1, <uint64_t>AREAS_MAX + 1):
+        index = (a.next_area + turn) % AREAS_MAX
+        if may_take(a, index):
+            if next_ < 0:
+                next_ = <int64_t>index
+            if has_room(a, index):
+                a.next_area = index
+                return <int64_t>index
+    if next_ >= 0:
+        a.next_area = <uint64_t>next_
+    return next_
+
+
 cdef void settle(Arena *a, uint64_t page) noexcept nogil:
     """Ends a nursery page's time: promoted, evicted, or freed as an orphan. Dirty pages and those of a store in flight
     stay.
     """
-    cdef uint64_t life, key, word, index, turn
+    cdef uint64_t life, key, word
+    cdef int64_t index
     cdef bint wanted
     if not look_up(a, page, &life, &key, &word):
         return
@@ -107,13 +187,8 @@ cdef void settle(Arena *a, uint64_t page) noexcept nogil:
             return
         # Policy, the idea of S3-FIFO (Yang et al., SOSP 2023): the small queue filters out what is never read again.
         wanted = load_byte(&a.visited[page])
-        # Areas in turn; where the one whose turn it is has no room, the next that has.
-        a.next_area = index = (a.next_area + 1) % a.areas_count
-        for turn in range(1, a.areas_count):
-            if has_room(a, index):
-                break
-            index = (a.next_area + turn) % a.areas_count
-        if not promote(a, index, page, key, word, wanted):
+        index = area_in_turn(a)
+        if index < 0 or not promote(a, <uint64_t>index, page, key, word, wanted):
             evict(a, page, life, &a.slots[key & SLOT], word)
             return
     free_orphan(a, page, life)
@@ -143,6 +218,7 @@ cdef void sweep_nursery(Arena *a) noexcept nogil:
     """Moves the hand on until enough of the nursery is free, one lap at the most."""
     cdef uint64_t hand = load_relaxed(a.hand), head, swept = 0
     cdef int n, i
+    count_promised(a)
     while room_below(a, HIGH_WATER) and swept < a.nursery:
         head = load_relaxed(a.head)
         if hand + a.nursery < head:  # clients were faster and went on by direct reclaim
@@ -169,11 +245,14 @@ cdef void sweeper_sleep(Arena *a, uint64_t timeout_ns) noexcept nogil:
     store32(a.wake, 0)
 
 
-cdef uint64_t take_range(Arena *a, AreaEntry *area, uint64_t first, uint64_t n) noexcept nogil:
-    """Makes n pages a buffer's; returns how many held cache. Waits for no client: only for the copy of one page into
-    this range.
+cdef uint64_t set_range(
+    Arena *a, AreaEntry *area, uint64_t first, uint64_t n, uint64_t state, uint64_t owner
+) noexcept nogil:
+    """Takes n pages out of the cache's hands, or gives them to it: BUFFER or FREE, under `owner`; returns how many held cache.
+
+    Waits for no client: only for the copy of one page into this range. A reserved range has to be claimed before.
     """
-    cdef uint64_t page, life, discards = 0
+    cdef uint64_t page = first, end = first + n, block_end, life, discards = 0, dropped
     cdef unsigned step = 0
     store_relaxed(a.taking, (first << 32) | n)                            # @take.announce
     fence_full()
@@ -181,27 +260,25 @@ cdef uint64_t take_range(Arena *a, AreaEntry *area, uint64_t first, uint64_t n) 
         back_off(step)
         step += 1
     # From here on this thread is the only one that changes these words, so plain stores do. Readers see the sequence
-    # move; words that still name these pages heal when they are read.
-    for page in range(first, first + n):
-        life = load_relaxed(&a.life[page])
-        discards += life_state(life) == PUBLISHED
-        store_relaxed(&a.life[page], next_life(life, BUFFER, 0))          # @take.life
+    # move; words that still name these pages heal when they are read. What the holders of a buffer wrote came before the message,
+    # or the death, that brought us here.
+    while page < end:
+        block_end = min(end, (page // LENT_BLOCK + 1) * LENT_BLOCK)
+        dropped = 0
+        for page in range(page, block_end):
+            life = load_relaxed(&a.life[page])
+            dropped += life_state(life) == PUBLISHED and not life_owner(life)
+            store_relaxed(&a.life[page], next_life(life, state, owner))   # @take.life @give.life @release.life
+        if dropped:
+            add32(<int32_t *>&a.lent_map[page // LENT_BLOCK], -<int32_t>dropped)
+        discards += dropped
+        page = block_end
     fetch_add(&area.lent, <uint64_t>0 - discards)
-    fetch_add(&area.held, n)
     # All of it before the answer to the client, and so before the first byte that a holder writes.
     fence_full()
     store_release(a.taking, 0)                                            # @take.done
     fetch_add(&a.me.counters[C_DISCARDS], discards)
     return discards
-
-
-cdef void give_range(Arena *a, AreaEntry *area, uint64_t first, uint64_t n) noexcept nogil:
-    """Ends a buffer. What its holders wrote came before the message, or the death, that brought us here."""
-    cdef uint64_t page
-    fence_release()
-    for page in range(first, first + n):
-        store_relaxed(&a.life[page], next_life(load_relaxed(&a.life[page]), FREE, 0))  # @give.life
-    fetch_add(&area.held, <uint64_t>0 - n)
 
 
 cdef void bury(Arena *a, uint64_t number) noexcept nogil:

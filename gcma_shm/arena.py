@@ -18,8 +18,9 @@ from pathlib import Path
 import posix_ipc
 
 from gcma_shm import layout
+from gcma_shm.areas import Area
 from gcma_shm.errors import ArenaError
-from gcma_shm.layout import Area, Geometry
+from gcma_shm.layout import Geometry
 from gcma_shm.sizes import format_size
 
 SHM_DIR = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory, see shm_overview(7)

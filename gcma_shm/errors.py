@@ -10,6 +10,7 @@ __all__ = [
     "ArenaError",
     "ArenaExhausted",
     "BrokerUnavailable",
+    "BufferExists",
     "Closed",
     "GcmaError",
     "NoSuchArea",
@@ -77,6 +78,10 @@ class NoSuchArea(GcmaError, LookupError):
 
 class NoSuchBuffer(GcmaError, LookupError):
     """No buffer of this identity is held by this client."""
+
+
+class BufferExists(GcmaError, FileExistsError):
+    """There is a buffer or reservation of this name."""
 
 
 class StaleHandle(GcmaError, ReferenceError):

@@ -1,10 +1,10 @@
 """Where everything lies in an arena.
 
 Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back once magic, version, size
-and checksum fit. The layout (version 1), from the arena's first byte:
+and checksum fit. The layout (version 2), from the arena's first byte:
 
     header         4 KiB: identity and geometry with a checksum, then words that change, hot ones on lines of their own
-    areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges
+    areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges; an area that was grown may have several
     types          256 entries of 64 bytes: life, slots, ways of writing
     clients        `clients_max` + 1 records of 512 bytes: state, process, then counters, counted up by the client alone
     allocations    `allocations_max` entries of 128 bytes: buffers and reservations, with the request that asked for it
@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
+from gcma_shm.areas import LENT, Area, AreaSpec, parse_area
 from gcma_shm.errors import ArenaError
 from gcma_shm.sizes import format_size
 
 MAGIC = b"GCMA-SHM"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 PAGE_SIZE_MIN = 4 << 10
 PAGE_SIZE_MAX = 2 << 20
@@ -62,7 +64,7 @@ WAKE_AT = 0x340
 FORKS_AT = 0x380  # counts up after a client has written the record of a child that it is about to fork
 
 # An area's entry.
-AREA_ENTRY = struct.Struct(f"<{NAME_BYTES}sQQQQQQ")  # name, first page, pages, policy, share, alignment, state
+AREA_ENTRY = struct.Struct(f"<{NAME_BYTES}sQQQQQQ")  # the fields of `Area`; no pages: not in use
 AREA_CLOCK_AT = 0x60
 AREA_LENT_AT = 0x68
 AREA_HELD_AT = 0x70
@@ -83,12 +85,13 @@ CLIENT_START_AT = 0x10
 CLIENT_TAG_AT = 0x18
 CLIENT_PIDNS_AT = 0x20
 CLIENT_REQUEST_AT = 0x28
+CLIENT_WAKE_AT = 0x30  # counts up when the broker has served one of the client's requests that waited in line
 CLIENT_COUNTERS_AT = 0x40
 NOBODY = 0
 BROKER = 1
 
 # An allocation's entry: a buffer or a reservation.
-ALLOCATION_STATE_AT = 0x00  # kind:8 (0: none, 1: buffer, 2: reservation) · generation:56; written last
+ALLOCATION_STATE_AT = 0x00  # generation:56 · kind:8; written last
 ALLOCATION_FIRST_AT = 0x08
 ALLOCATION_PAGES_AT = 0x10
 ALLOCATION_AREA_AT = 0x18
@@ -97,19 +100,17 @@ ALLOCATION_REQUEST_AT = 0x28
 ALLOCATION_CLAIM_AT = 0x30
 ALLOCATION_DEADLINE_AT = 0x38  # of a hand-over, in CLOCK_MONOTONIC nanoseconds; 0: none
 ALLOCATION_NAME_AT = 0x40
+ALLOCATION_LENT_AT = 0x70  # of a reservation: pages of it that hold cache
+KIND_BITS = 8
+BUFFER = 1
+RESERVATION = 2
+ALLOCATIONS_MAX = 65535  # the owner in a page's life has 16 bits for an entry's number, counted from 1
+INDEX_BITS = 16  # of a buffer's or reservation's number; above it the entry's generation
 
-
-@dataclass(frozen=True)
-class Area:
-    """A named part of the arena, from which contiguous buffers come."""
-
-    name: str
-    first: int  # page number
-    pages: int
-    policy: int = 0
-    share: int = 0
-    alignment: int = 0
-    state: int = 0
+# A reservation's claim word: generation:47 · shared:1 · client:16; client 0: lent.
+CLAIM_CLIENT = 0xFFFF
+CLAIM_SHARED = 1 << 16
+CLAIM_GENERATION_SHIFT = 17
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,6 @@ class Geometry:
     pages: int
     nursery_pages: int
     slots: int
-    areas_count: int
     types_max: int
     clients_max: int
     grants_max: int
@@ -177,7 +177,7 @@ def _aligned(offset: int, to: int) -> int:
 def _place(size: int, page_size: int, slots: int, clients_max: int) -> dict[str, int]:
     """The tables' offsets, and how many pages the rest holds."""
     upper_pages = size // page_size
-    allocations_max = min(max(upper_pages // 16, 64), 65536)
+    allocations_max = min(max(upper_pages // 16, 64), ALLOCATIONS_MAX)
     at = {"areas_at": HEADER_BYTES}
     at["types_at"] = at["areas_at"] + AREAS_MAX * AREA_BYTES
     at["clients_at"] = at["types_at"] + TYPES_MAX * TYPE_BYTES
@@ -193,25 +193,46 @@ def _place(size: int, page_size: int, slots: int, clients_max: int) -> dict[str,
     return at | {"pages": pages, "allocations_max": allocations_max}
 
 
-def _refuse_areas(areas: dict[str, int]) -> None:
+def _refuse_areas(areas: dict[str, AreaSpec]) -> None:
     if len(areas) > AREAS_MAX:
         raise ValueError(f"{len(areas)} areas: an arena has at most {AREAS_MAX}")
-    for name, size in areas.items():
-        if not name or len(name.encode()) > NAME_BYTES or not name.isprintable() or "=" in name:
-            raise ValueError(f"area name {name!r}: expected 1 to {NAME_BYTES} bytes of printable text without `=`")
-        if size <= 0:
-            raise ValueError(f"area {name!r} of {size} bytes: expected more than zero")
+    for name in areas:
+        refuse_name("area", name)
+        if "=" in name:
+            raise ValueError(f"area name {name!r}: expected one without `=`")
+
+
+def refuse_name(what: str, name: str) -> None:
+    """Raises ValueError for a name that an area or buffer cannot have."""
+    if not name or len(name.encode(errors="replace")) > NAME_BYTES or not name.isprintable():
+        raise ValueError(f"{what} name {name[:80]!r}: expected 1 to {NAME_BYTES} bytes of printable text")
+
+
+def _lay_out(areas: dict[str, AreaSpec], geometry: Geometry) -> list[Area]:
+    """The areas side by side from the arena's end downwards: what alignment leaves between them is in none, and what is below
+    the first is the nursery's.
+    """
+    placed: list[Area] = []
+    end = geometry.pages
+    for name, spec in reversed(areas.items()):
+        count = -(-spec.size // geometry.page_size)
+        first = end - count
+        if spec.align > geometry.page_size:
+            first -= (geometry.pages_at + first * geometry.page_size) % spec.align // geometry.page_size
+        alignment = max(spec.align // geometry.page_size, 1)
+        placed.insert(0, Area(name, first, count, LENT if spec.cache else 0, spec.share, alignment))
+        end = first
+    return placed
 
 
 def plan(
     size: int,
     page_size: int = PAGE_SIZE_MIN,
-    areas: dict[str, int] | None = None,
+    areas: Mapping[str, int | str | AreaSpec] | None = None,
     slots: int | None = None,
     clients_max: int | None = None,
 ) -> tuple[Geometry, list[Area]]:
-    """The geometry of an arena of `size` bytes in all, tables included, and its areas (sizes in bytes, rounded up to
-    pages).
+    """The geometry of an arena of `size` bytes in all, tables included, and its areas (sizes rounded up to pages).
 
     No areas: one called `default` that takes all but the nursery. Raises ValueError for what is no geometry,
     ArenaError for one that does not fit, saying what would.
@@ -225,8 +246,8 @@ def plan(
     wanted_clients = min(max(size // page_size // 64, 8), 256) if clients_max is None else clients_max
     if not 2 <= wanted_clients <= CLIENTS_MAX:
         raise ValueError(f"{wanted_clients} clients: expected 2 to {CLIENTS_MAX}")
-    areas = dict(areas or {})
-    _refuse_areas(areas)
+    specs = {name: parse_area(spec) for name, spec in (areas or {}).items()}
+    _refuse_areas(specs)
 
     at = _place(size, page_size, slots, wanted_clients)
     pages = at["pages"]
@@ -235,44 +256,45 @@ def plan(
     # Half of the nursery must do for what all clients, and the reclaim thread, have in hand, so that no one starves the
     # others by stopping (promise 5).
     nursery_min = max(NURSERY_PAGES_MIN, 2 * (wanted_clients + 1))
-    area_pages = {name: _aligned(area_size, page_size) // page_size for name, area_size in areas.items()}
-    if not area_pages:
-        area_pages = {"default": pages - max(pages // NURSERY_SHARE, nursery_min)}
-    nursery_pages = pages - sum(area_pages.values())
-    if nursery_pages < nursery_min or min(area_pages.values()) < 1:
-        tables = size - pages * page_size
-        needed = tables + (sum(max(n, 1) for n in area_pages.values()) + nursery_min) * (page_size + DESCRIPTOR_BYTES)
-        raise ArenaError(
-            f"an arena of {format_size(size)} is too small: its tables take {format_size(tables)} ({slots} slots, "
-            f"{wanted_clients} clients), the nursery needs {format_size(nursery_min * page_size)}, and the areas were to have "
-            f"{format_size(sum(area_pages.values()) * page_size) if areas else 'at least one page'}; "
-            f"make it about {format_size(_aligned(needed, 1 << 16))}, or the areas smaller, or ask for fewer slots or clients"
-        )
+    if not specs:
+        specs = {"default": AreaSpec(max(pages - max(pages // NURSERY_SHARE, nursery_min), 1) * page_size)}
     geometry = Geometry(
         size=size,
         page_size=page_size,
-        nursery_pages=nursery_pages,
+        nursery_pages=0,
         slots=slots,
-        areas_count=len(area_pages),
         types_max=TYPES_MAX,
         clients_max=wanted_clients,
-        grants_max=min(nursery_pages // 2 // (wanted_clients + 1), GRANTS_MAX),
+        grants_max=0,
         **at,
     )
-    placed, first = [], nursery_pages
-    for name, count in area_pages.items():
-        placed.append(Area(name, first, count))
-        first += count
-    return geometry, placed
+    placed = _lay_out(specs, geometry)
+    nursery_pages = placed[0].first
+    if nursery_pages < nursery_min:
+        tables = size - pages * page_size
+        needed = tables + (pages - nursery_pages + nursery_min) * (page_size + DESCRIPTOR_BYTES)
+        raise ArenaError(
+            f"an arena of {format_size(size)} is too small: its tables take {format_size(tables)} ({slots} slots, "
+            f"{wanted_clients} clients), the nursery needs {format_size(nursery_min * page_size)}, and the areas were to have "
+            f"{format_size(sum(spec.size for spec in specs.values())) if areas else 'at least one page'}; "
+            f"make it about {format_size(_aligned(needed, 1 << 16))}, or the areas smaller, or ask for fewer slots or clients"
+        )
+    grants_max = min(nursery_pages // 2 // (wanted_clients + 1), GRANTS_MAX)
+    return replace(geometry, nursery_pages=nursery_pages, grants_max=grants_max), placed
+
+
+def write_area(memory: memoryview, geometry: Geometry, index: int, area: Area) -> None:
+    """Writes one entry of the table of areas, its clock hand and gauges left as they are."""
+    AREA_ENTRY.pack_into(
+        memory, geometry.area_at(index), area.name.encode(), area.first, area.pages, area.policy, area.share,
+        area.alignment, area.state,
+    )  # fmt: skip
 
 
 def write_header(memory: memoryview, geometry: Geometry, areas: list[Area], arena_id: bytes) -> None:
     """Writes identity, geometry and areas into zeroed memory; the magic last."""
     for index, area in enumerate(areas):
-        AREA_ENTRY.pack_into(
-            memory, geometry.area_at(index), area.name.encode(), area.first, area.pages, area.policy, area.share,
-            area.alignment, area.state,
-        )  # fmt: skip
+        write_area(memory, geometry, index, area)
     values = [getattr(geometry, field.name) for field in fields(Geometry)]
     checked = _IDENTITY.pack(MAGIC, LAYOUT_VERSION, HEADER_BYTES, arena_id) + _GEOMETRY.pack(*values)
     memory[8 : _CHECKED_BYTES + _CHECKSUM.size] = checked[8:] + _CHECKSUM.pack(zlib.crc32(checked))
@@ -300,14 +322,16 @@ def read_header(memory: memoryview, mapped_bytes: int) -> tuple[Geometry, list[A
     if geometry.size != mapped_bytes:
         raise ArenaError(f"the arena was truncated: {mapped_bytes} bytes, its header says {geometry.size}")
     areas: list[Area] = []
-    first = geometry.nursery_pages
-    for index in range(geometry.areas_count):
+    for index in range(AREAS_MAX):
         name, *numbers = AREA_ENTRY.unpack_from(memory, geometry.area_at(index))
         area = Area(name.rstrip(b"\0").decode(errors="replace"), *numbers)
-        if area.first != first or not 1 <= area.pages <= geometry.pages - first:
+        if area.pages:
+            areas.append(area)
+    end = geometry.nursery_pages
+    for area in sorted(areas, key=lambda area: area.first):
+        if area.first < end or area.pages > geometry.pages - area.first:
             raise ArenaError(
-                f"the arena's table of areas is damaged: {area.name!r} is at page {area.first}, expected {first}"
+                f"the arena's table of areas is damaged: {area.name!r} is at page {area.first}, expected {end} or above"
             )
-        areas.append(area)
-        first += area.pages
+        end = area.first + area.pages
     return geometry, areas, arena_id

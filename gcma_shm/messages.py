@@ -63,6 +63,23 @@ class Operation:
 _SIZE = _integer(1, 2**62)
 _LIFE = {"type": _integer(0, layout.TYPES_MAX - 1), "life": _integer(1, NUMBER_MAX)}
 _SLOT = _LIFE | {"offset": _integer(0, 2**40)}
+_NUMBERS = Parameter(
+    lambda v: type(v) is list and len(v) <= 65536 and all(type(b) is int and 0 <= b <= NUMBER_MAX for b in v),
+    "a list of buffer numbers",
+    required=False,
+)
+_BUFFER = {"buffer": _integer(1, NUMBER_MAX)}
+_CLAIM = {"claim": _integer(1, NUMBER_MAX, required=False)}
+_WAIT_MS = _integer(0, 2**40, required=False)
+_NAME = _text(layout.NAME_BYTES)
+_PLACE = {
+    "nbytes": _SIZE,
+    "area": _text(layout.NAME_BYTES, required=False),
+    "offset": _integer(0, 2**62, required=False),
+    "align": _integer(1, 2**62, required=False),
+    "name": _text(layout.NAME_BYTES, required=False),
+    "timeout_ms": _WAIT_MS,
+}
 
 OPERATIONS: dict[str, Operation] = {
     "hello": Operation(
@@ -72,13 +89,8 @@ OPERATIONS: dict[str, Operation] = {
             "mapped": _boolean(),
             "client": _integer(2, layout.CLIENTS_MAX, required=False),
             "arena_id": Parameter(lambda v: type(v) is bytes and len(v) == 16, "16 bytes", required=False),
-            "buffers": Parameter(
-                lambda v: (
-                    type(v) is list and len(v) <= 65536 and all(type(b) is int and 0 <= b <= NUMBER_MAX for b in v)
-                ),
-                "a list of buffer numbers",
-                required=False,
-            ),
+            "buffers": _NUMBERS,
+            "claims": _NUMBERS,
         }
     ),
     "bye": Operation(),
@@ -97,15 +109,21 @@ OPERATIONS: dict[str, Operation] = {
     "contains": Operation(_SLOT),
     "count": Operation(_LIFE),
     "invalidate_area": Operation(_LIFE),
-    "alloc_contig": Operation(
-        {
-            "nbytes": _SIZE,
-            "area": _text(layout.NAME_BYTES, required=False),
-            "offset": _integer(0, 2**62, required=False),
-            "align": _integer(1, 2**62, required=False),
-        }
+    "alloc_contig": Operation(_PLACE),
+    "reserve": Operation(_PLACE),
+    "collect": Operation({"ticket": _integer(1, NUMBER_MAX), "give_up": _boolean(required=False)}),
+    "free_contig": Operation(_BUFFER),
+    "attach": Operation(_BUFFER | _CLAIM | {"token": _integer(1, NUMBER_MAX, required=False)}),
+    "attach_name": Operation({"name": _NAME}),
+    "hand_over": Operation(_BUFFER | _CLAIM | {"timeout_ms": _integer(0, 2**40)}),
+    "free_claim": Operation(_BUFFER | {"claim": _integer(1, NUMBER_MAX)}),
+    "names": Operation({"after": _text(layout.NAME_BYTES, required=False)}),
+    "quota": Operation(
+        {"client": _integer(2, layout.CLIENTS_MAX, required=False), "nbytes": _integer(0, 2**62, required=False)}
     ),
-    "free_contig": Operation({"buffer": _integer(1, NUMBER_MAX)}),
+    "area_drain": Operation({"area": _NAME}),
+    "area_resume": Operation({"area": _NAME}),
+    "area_resize": Operation({"area": _NAME, "nbytes": _SIZE}),
     "areas": Operation(),
     "stats": Operation(),
 }

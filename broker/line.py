@@ -1,0 +1,167 @@
+"""The line: requests for memory that wait until somebody frees some.
+
+Runs on the control thread alone. First come, first served; who comes later may pass only where that can not delay the one in
+front, as in EASY backfilling (Lifka, 1995), but by proof and not by estimate: see `areas.delays`. Nobody waits in it for a
+client: what is in the way is always a guest, and each waiter has its time.
+
+A request that has to wait is answered with a ticket at once. Its client sleeps on a word in the arena and comes for the result
+when it is woken; so no socket, and no other thread of that client, is held up meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gcma_shm.broker.allocations import Allocation, Allocations
+from gcma_shm.broker.areas import Wanted
+from gcma_shm.errors import GcmaError, NoSuchBuffer
+
+LINE_MAX = 1024
+LINE_MAX_CLIENT = 64
+UNCOLLECTED_S = 60.0  # how long a result is kept for a client that does not come for it
+
+
+@dataclass
+class Waiting:
+    """One request in line, or served and not collected."""
+
+    ticket: int
+    client: int
+    request: int
+    wanted: Wanted
+    kind: int
+    name: str | None
+    deadline: float
+    result: Allocation | GcmaError | None = None
+
+
+class Line:
+    """Who waits for memory. `wake(client)` is called when one of its requests was served."""
+
+    def __init__(self, allocations: Allocations, wake: Callable[[int], None]) -> None:
+        self._allocations = allocations
+        self._wake = wake
+        self._waiting: dict[int, Waiting] = {}  # by ticket, in order
+        self._served: dict[int, Waiting] = {}
+        self._tickets = 0
+        allocations.when_freed = self._freed
+        self._freed_since = False
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def ask(
+        self, client: int, request: int, wanted: Wanted, kind: int, name: str | None, timeout_s: float
+    ) -> Allocation | int:
+        """The allocation; or a ticket, when it has to wait. Raises ArenaExhausted: it may not wait, or the line is full."""
+        self._allocations.check(client, wanted, name)
+        front = next(iter(self._waiting.values()), None)
+        if front is None:
+            place = self._allocations.areas.find(wanted)
+        else:
+            place = self._allocations.areas.find_passing(wanted, front.wanted)
+        if place is not None:
+            return self._allocations.settle(client, request, place, kind, name)
+        if timeout_s <= 0:
+            only_later = front is not None and self._allocations.areas.find(wanted) is not None
+            raise self._allocations.exhausted(wanted, in_line=len(self._waiting) if only_later else 0)
+        own = sum(one.client == client for one in self._waiting.values())
+        if len(self._waiting) >= LINE_MAX or own >= LINE_MAX_CLIENT:
+            error = self._allocations.exhausted(wanted)
+            error.args = (f"the line is full ({len(self._waiting)} requests, {own} of this client): {error}",)
+            raise error
+        self._tickets += 1
+        deadline = time.monotonic() + timeout_s
+        self._waiting[self._tickets] = Waiting(self._tickets, client, request, wanted, kind, name, deadline)
+        return self._tickets
+
+    def collect(self, client: int, ticket: int, give_up: bool) -> Allocation | None:
+        """The result of a ticket; None: not yet. `give_up`: it leaves the line, with its result if there is one by now.
+
+        Raises what came of it, ArenaExhausted when its time is over, NoSuchBuffer for a ticket that is not the client's.
+        """
+        served = self._served.get(ticket)
+        if served is not None and served.client == client:
+            del self._served[ticket]
+            if isinstance(served.result, Allocation):
+                return served.result
+            assert served.result is not None
+            raise served.result
+        waiting = self._waiting.get(ticket)
+        if waiting is None or waiting.client != client:
+            raise NoSuchBuffer(f"ticket {ticket} is not in line for this client: collected before, or given up")
+        if not give_up and time.monotonic() < waiting.deadline:
+            return None
+        del self._waiting[ticket]
+        self._freed_since = True  # who stood behind it may be in front now
+        raise self._allocations.exhausted(waiting.wanted)
+
+    def uncollected(self, client: int) -> list[int]:
+        """The numbers of what was allocated for the client and not collected yet."""
+        return [
+            waiting.result.number
+            for waiting in self._served.values()
+            if waiting.client == client and isinstance(waiting.result, Allocation)
+        ]
+
+    def drop(self, client: int) -> None:
+        """A client that is gone leaves the line. What was served and not collected is among what it held."""
+        for tickets in (self._waiting, self._served):
+            for ticket in [ticket for ticket, waiting in tickets.items() if waiting.client == client]:
+                del tickets[ticket]
+                self._freed_since = True
+
+    def expire(self) -> None:
+        """Ends what has waited too long, in line or for its client."""
+        now = time.monotonic()
+        for waiting in [waiting for waiting in self._waiting.values() if waiting.deadline <= now]:
+            del self._waiting[waiting.ticket]
+            self._serve(waiting, self._allocations.exhausted(waiting.wanted))
+            self._freed_since = True
+        for waiting in [one for one in self._served.values() if one.deadline + UNCOLLECTED_S <= now]:
+            del self._served[waiting.ticket]
+            if isinstance(waiting.result, Allocation):
+                self._allocations.give_back(waiting.client, waiting.result)
+
+    def _freed(self) -> None:
+        self._freed_since = True
+
+    def advance(self) -> None:
+        """Serves who can be served, after each request or death that may have freed something."""
+        while self._freed_since and self._waiting:
+            self._freed_since = False
+            front: Waiting | None = None
+            for waiting in list(self._waiting.values()):
+                if waiting.wanted.pages > max(area.largest for area in waiting.wanted.areas):
+                    place = None
+                elif front is None:
+                    place = self._allocations.areas.find(waiting.wanted)
+                else:
+                    place = self._allocations.areas.find_passing(waiting.wanted, front.wanted)
+                if place is None:
+                    front = front or waiting
+                    continue
+                del self._waiting[waiting.ticket]
+                try:
+                    self._allocations.check(waiting.client, waiting.wanted, waiting.name)
+                    result: Allocation | GcmaError = self._allocations.settle(
+                        waiting.client, waiting.request, place, waiting.kind, waiting.name
+                    )
+                except GcmaError as error:  # its quota, or its name, was used up meanwhile
+                    result = error
+                self._serve(waiting, result)
+        self._freed_since = False
+
+    def _serve(self, waiting: Waiting, result: Allocation | GcmaError) -> None:
+        waiting.result = result
+        self._served[waiting.ticket] = waiting
+        self._wake(waiting.client)
+
+    def _check(self) -> None:
+        """Raises AssertionError when an invariant is broken."""
+        assert not self._waiting.keys() & self._served.keys(), "a ticket that is both in line and served"
+        assert len(self._waiting) <= LINE_MAX, "a line beyond its bound"
+        front = next(iter(self._waiting.values()), None)
+        assert front is None or self._allocations.areas.find(front.wanted) is None, "the first in line could be served"

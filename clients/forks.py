@@ -1,0 +1,106 @@
+"""What a client does around os.fork.
+
+The child's record is written before the fork, because afterwards the parent may end before the child has run at all. The
+locks of the channel and of the claims are held meanwhile, so that what the child finds and what the broker lets it inherit are
+the same.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import dataclass, field
+
+from gcma_shm import layout
+from gcma_shm.clients.client import Client
+from gcma_shm.clients.handles import clients
+from gcma_shm.errors import QuotaExceeded
+from gcma_shm.process import start_time
+from gcma_shm.records import Records, State
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Fork:
+    """What was prepared for one client before a fork: its locks, and the record of the child (number 0: none)."""
+
+    client: Client
+    locks: list[threading.Lock] = field(default_factory=list)
+    number: int = 0
+    word: int = 0
+
+
+def _prepare(client: Client) -> Fork:
+    fork = Fork(client)
+    claims = client._claims
+    for lock in (client._channel.lock, *([claims.lock] if claims is not None else [])):
+        if lock.acquire(timeout=client._channel.timeout):
+            fork.locks.append(lock)
+    plane = client._plane
+    if plane is None or claims is None or client.closed:
+        return fork
+    claims.share()
+    records = Records(plane)
+    try:
+        fork.number = records.take(plane.number)
+    except QuotaExceeded as error:
+        log.warning("the child that is about to be forked cannot use %r: %s", client, error)
+        return fork
+    records.fill(fork.number, State.FORKED, 0, 0)
+    fork.word = records.word(fork.number)
+    plane.add(layout.FORKS_AT, 1)
+    return fork
+
+
+def _start(client: Client, fork: Fork | None) -> None:
+    """In the child. `fork`: None for a client that another thread was just making."""
+    if client.closed:
+        return
+    try:
+        if client._plane is not None:
+            pid = os.getpid()
+            # Refused when no record was free, or this child was stopped for so long that it was taken for dead.
+            if fork is None or not fork.number:
+                raise QuotaExceeded("no client record was free at the fork")
+            if not Records(client._plane).start(fork.number, fork.word, pid, start_time(pid) or 0):
+                raise QuotaExceeded("this child began too late")
+            client._plane.become(fork.number)
+        client._reset()
+    except BaseException:  # better no client than one that acts under its parent's number
+        client._disown()
+
+
+_forks = threading.local()  # of each thread that forks: threads may prepare forks at the same time
+
+
+def _before_fork() -> None:
+    # Sorted: one order of locks, whichever threads fork.
+    _forks.prepared = []
+    for client in sorted(clients, key=id):
+        _forks.prepared.append(_prepare(client))
+
+
+def _take_prepared() -> list[Fork]:
+    """What this thread prepared for its fork, kept no longer: it refers to the clients, which must stay collectable."""
+    prepared: list[Fork] = _forks.prepared
+    _forks.prepared = []
+    return prepared
+
+
+def _after_fork_in_parent() -> None:
+    for fork in _take_prepared():
+        for lock in fork.locks:
+            lock.release()
+        if fork.client._claims is not None:
+            fork.client._claims.drain()
+
+
+def _after_fork_in_child() -> None:
+    prepared = {fork.client: fork for fork in _take_prepared()}
+    for client in list(clients):
+        _start(client, prepared.get(client))
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

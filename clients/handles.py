@@ -1,0 +1,82 @@
+"""Handles: buffers and reservations on their way to another process of the arena.
+
+What is pickled says which arena, which allocation in which generation, and how to get there; loading it attaches. The process that
+loads uses its client of that arena, or connects.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gcma_shm.errors import StaleHandle
+
+if TYPE_CHECKING:
+    from gcma_shm.clients.buffer import Buffer
+    from gcma_shm.clients.client import Client
+    from gcma_shm.clients.reservation import Reservation
+
+clients: weakref.WeakSet[Client] = weakref.WeakSet()  # of this process
+_connecting = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """What a handle says. `claim`: a generation of a reservation's claim; 0: the allocation itself. `token`: of a hand-over."""
+
+    endpoint: str
+    arena_id: bytes
+    number: int
+    claim: int = 0
+    token: int = 0
+
+
+class Handle:
+    """Made by `Buffer.hand_over`: holds the buffer until somebody has attached with it, or its time is over.
+
+    Pickle it and load it in another process of the arena: that is a `Buffer`. In the same process, `attach` it.
+    """
+
+    def __init__(self, ticket: Ticket) -> None:
+        self.ticket = ticket
+
+    def attach(self, client: Client | None = None) -> Buffer:
+        """A Buffer over the same memory, for `client`, by default this process's client of the arena.
+
+        Raises StaleHandle when it comes too late, QuotaExceeded, BrokerUnavailable.
+        """
+        return load_buffer(self.ticket, client)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return load_buffer, (self.ticket,)
+
+    def __repr__(self) -> str:
+        return f"<handle of buffer {self.ticket.number} on {self.ticket.endpoint}>"
+
+
+def load_buffer(ticket: Ticket, client: Client | None = None) -> Buffer:
+    """Attaches to what a pickled buffer, or a handle, stands for. Raises StaleHandle, QuotaExceeded, BrokerUnavailable."""
+    return (client or _client_of(ticket)).attach_handle(ticket)
+
+
+def load_reservation(ticket: Ticket) -> Reservation:
+    """The same for a pickled reservation."""
+    return _client_of(ticket).attach_reservation_handle(ticket)
+
+
+def _client_of(ticket: Ticket) -> Client:
+    from gcma_shm.clients.client import connect
+
+    with _connecting:  # two threads that load handles share one client
+        for client in list(clients):
+            if client.mapped and not client.closed and client.arena_id == ticket.arena_id:
+                return client
+        client = connect(ticket.endpoint, mapped=True)  # lives as long as what is attached through it
+        if client.arena_id != ticket.arena_id:
+            client.close()
+            raise StaleHandle(
+                f"the arena of this handle has ended; the broker on {ticket.endpoint} serves another one since"
+            )
+        return client
