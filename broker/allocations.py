@@ -211,20 +211,29 @@ class Allocations:
         if self._by_number.get(allocation.number) is allocation and client in allocation.holders:
             self.free(client, allocation.number)
 
-    def drop(self, client: int, keep: Iterable[int] = (), keep_claims: Iterable[int] = ()) -> int:
-        """Frees what `client` holds but for `keep`, and lends what it has claimed but for `keep_claims`; returns how many
-        it held no longer.
+    def drop(self, client: int) -> int:
+        """Frees all that `client`, which is gone, held or had claimed; returns how much that was."""
+        held = list(self._held.get(client, ()))
+        for number in held:
+            allocation = self._by_number[number]
+            self._end_claim(allocation, client)
+            allocation.holders.discard(client)
+            self._let_go(allocation, client)
+        return len(held)
+
+    def reconcile(self, client: int, known: Iterable[int], known_claims: Iterable[int]) -> None:
+        """Frees what `client` holds but does not know of: it was allocated, or attached, for a reply that it never got.
+
+        A claim that it made itself is no message's matter: it may have made it a moment ago.
         """
-        kept, kept_claims, dropped = set(keep), set(keep_claims), 0
+        known_numbers, known_shares = set(known), set(known_claims)
         for number in list(self._held.get(client, ())):
             allocation = self._by_number[number]
-            if number not in kept_claims:
-                self._end_claim(allocation, client)
-            if number not in kept and client in allocation.holders:
+            if number not in known_shares and client in allocation.claimers and not self._made(allocation, client):
+                self._leave_claim(allocation, client)
+            if number not in known_numbers:
                 allocation.holders.discard(client)
-                dropped += 1
             self._let_go(allocation, client)
-        return dropped
 
     def forget(self, client: int) -> None:
         """The client's number will be another's: its own quota ends."""
@@ -462,6 +471,10 @@ class Allocations:
                 self._leave_claim(allocation, client)
             elif self.claims.seize_from(allocation.index, client):
                 self._lend(allocation)
+
+    def _made(self, allocation: Allocation, client: int) -> bool:
+        """Whether it was `client` who made a shared claim."""
+        return self.claims.shared_by(allocation.index)[0] == client
 
     def _leave_claim(self, allocation: Allocation, client: int) -> None:
         """`client` shares its claim no longer; 0: a handle did. The last one's lends the range."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gcma_shm import arena as arenas
 from gcma_shm import layout
-from gcma_shm._core import Plane
+from gcma_shm._core import Plane, scheduler_slice
 from gcma_shm.areas import LENT, SHARE_WHOLE, Area, AreaSpec
 from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.registry import TypeRegistry
@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 SWITCH_INTERVAL_S = (
     0.0002  # a worker thread gives the GIL up to the control loop after so long; Python's default is 5 ms
 )
+
+
+SLICE_S = 0.0001  # the control loop has little to do at once, and somebody waits for it: let it preempt the others
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
         undo.callback(shutil.rmtree, spill_dir, ignore_errors=True)
         plane = Plane(arena.memory, geometry, layout.BROKER, os.fsencode(spill_dir))
         _sign(plane)
+        scheduler_slice(SLICE_S)  # of this thread, and of ZeroMQ's, which is started here
         server = Server(settings.endpoint, geometry.page_size, stop)
         undo.callback(server.close)
         registry = TypeRegistry(plane, spill_dir)

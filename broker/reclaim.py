@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 
-from gcma_shm._core import Plane
+from gcma_shm._core import Plane, scheduler_slice
 
 NAP_S = 0.1  # how long the sweep sleeps at most; also bounds a wake-up that was lost
 WRITE_BEHIND_S = 1.0  # a dirty page is left alone for so long: what is overwritten meanwhile costs no write
@@ -29,6 +29,7 @@ class ReclaimThread:
         self._thread.join()
 
     def _run(self) -> None:
+        scheduler_slice(0)  # not the control loop's
         head_then = 0
         then = time.monotonic()
         while not self._stopping:

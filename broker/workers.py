@@ -9,6 +9,8 @@ import queue
 import threading
 from collections.abc import Callable
 
+from gcma_shm._core import scheduler_slice
+
 log = logging.getLogger(__name__)
 
 Job = Callable[[], None]
@@ -39,6 +41,7 @@ class Worker:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        scheduler_slice(0)  # not the control loop's
         while (job := self._jobs.get()) is not None:
             try:
                 job()

@@ -407,8 +407,8 @@ class Client:
         give_up.atexit = False  # the broker sees the process end
 
         def free() -> None:
-            give_up.detach()
-            channel.free(number, claim)
+            if give_up.detach() is not None:  # of two threads that free, one does
+                channel.free(number, claim)
 
         self._spans.add(span)
         return Buffer(span, place, self, number, free, claim)

@@ -6,7 +6,6 @@ import threading
 import time
 import weakref
 from collections import deque
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -26,19 +25,16 @@ COPY_S = 0.002  # a page's copy takes a thousandth of that; what takes longer is
 NAP_MIN_S, NAP_MAX_S = 0.00005, 0.001
 
 
-@dataclass
 class Claimed:
-    """A claim of this process."""
+    """A claim of this process; keeps the reservation."""
 
-    word: int
-    first: int
-    pages: int
-    span: weakref.ref[Span]
+    __slots__ = ("generation", "reservation", "span", "word")
 
-    @property
-    def generation(self) -> int:
-        """Of the claim."""
-        return self.word >> CLAIM_GENERATION_SHIFT
+    def __init__(self, reservation: Reservation, word: int, span: weakref.ref[Span]) -> None:
+        self.reservation = reservation
+        self.word = word
+        self.generation = word >> CLAIM_GENERATION_SHIFT
+        self.span = span
 
 
 class Claims:
@@ -58,41 +54,46 @@ class Claims:
 
     def share(self) -> None:
         """Before a fork, with the lock held: from now on none of us lends these ranges by itself."""
-        for number, claimed in self.live.items():
-            self._plane.share_claim(number & layout.ALLOCATIONS_MAX, claimed.word)
+        for claimed in self.live.values():
+            self._plane.share_claim(claimed.reservation.index, claimed.word)
 
-    def claim(self, number: int, first: int, pages: int, timeout: float) -> tuple[Span, Claimed] | int:
-        """The memory of a reservation; or the number of the client that has claimed it.
+    def claim(self, reservation: Reservation) -> tuple[Span, int] | int:
+        """The memory of a reservation and its claim's generation; or the number of the client that has claimed it.
 
         Raises StaleHandle; BrokerUnavailable when a broker that is stopped in its copy of a page does not go on in time.
         """
-        try:
-            with self.lock:
-                return self._claim(number, first, pages, timeout)
-        finally:
+        with self.lock:
+            if self._given_up:
+                self._lend_given_up()
+            got = self._claim(reservation)
+        if self._given_up:
             self.drain()
+        return got
 
-    def _claim(self, number: int, first: int, pages: int, timeout: float) -> tuple[Span, Claimed] | int:
-        index = number & layout.ALLOCATIONS_MAX
-        state = number >> layout.INDEX_BITS << layout.KIND_BITS | layout.RESERVATION
-        self._lend_given_up()
-        made, word = self._plane.claim(index, state)
+    def _claim(self, reservation: Reservation) -> tuple[Span, int] | int:
+        number, index, first, pages = reservation.number, reservation.index, reservation.first, reservation.pages
+        word, span = self._plane.claim(index, reservation.state, first, pages)
         if not word:
             raise StaleHandle("this reservation was released, or its arena's broker took this process for dead")
-        if not made and word & CLAIM_CLIENT == layout.BROKER and self._broker_has_ended():
+        if span is None:
+            if word & CLAIM_CLIENT != layout.BROKER or not self._broker_has_ended():
+                return word & CLAIM_CLIENT
             word = self._plane.seize(index, word)  # it died with the range in its hands
-            made = bool(word)
-        if not made:
-            return word & CLAIM_CLIENT
+            if not word:
+                return layout.BROKER
+            span = self._plane.span(first, reservation.nbytes)
         try:
-            self._settle(first, pages, timeout)
-            span = self._plane.span(first, pages * self._plane.page_size)
-            claimed = self.live[number] = Claimed(word, first, pages, weakref.ref(span))
+            generation = word >> CLAIM_GENERATION_SHIFT
+            # An array that outlives its Buffer keeps the memory; when nothing refers to that any more, it is lent again.
+            reference = weakref.ref(span, lambda _: self.end(number, generation))
+            self.live[number] = Claimed(reservation, word, reference)
+            if not self._plane.claim_settled(first, pages, COPY_S):
+                self._settle(first, pages)
         except BaseException:
             self.live.pop(number, None)
             self._plane.unclaim(index, word, first, pages)
             raise
-        return span, claimed
+        return span, generation
 
     def end(self, number: int, generation: int) -> None:
         """Lends a claimed range again, and waits for nobody. For finalizers, too: another thread may hold the lock, or this one
@@ -115,21 +116,20 @@ class Claims:
             claimed = self.live.get(number)
             if claimed is None or claimed.generation != generation:
                 continue
-            lent = self._plane.unclaim(number & layout.ALLOCATIONS_MAX, claimed.word, claimed.first, claimed.pages)
+            reservation = claimed.reservation
+            lent = self._plane.unclaim(reservation.index, claimed.word, reservation.first, reservation.pages)
             del self.live[number]
             if not lent:
                 self._channel.give_up(number, generation, 0)
 
-    def _settle(self, first: int, pages: int, timeout: float) -> None:
-        if self._plane.claim_settled(first, pages, COPY_S):
-            return
-        deadline = time.monotonic() + timeout
+    def _settle(self, first: int, pages: int) -> None:
+        deadline = time.monotonic() + self._channel.timeout
         while not self._broker_has_ended():  # a dead one's copy never goes on
             if self._plane.claim_settled(first, pages, 10 * COPY_S):
                 return
             if time.monotonic() >= deadline:
                 raise BrokerUnavailable(
-                    f"the broker has been copying one page into this reservation for {timeout:g} s: is it stopped?"
+                    f"the broker has been copying one page into this reservation for {self._channel.timeout:g} s: is it stopped?"
                 )
 
     def _broker_has_ended(self) -> bool:
@@ -147,9 +147,13 @@ class Reservation:
     def __init__(self, client: Client, place: dict[str, Any]) -> None:
         self._client = client
         self._claims = cast(Claims, client._claims)
-        self._number = int(place["buffer"])
-        self._first = int(place["first"])
-        self._pages = int(place["nbytes"]) // client.page_size
+        number = int(place["buffer"])
+        self.number = number
+        self.index = number & layout.ALLOCATIONS_MAX  # of its entry in the arena's table
+        self.state = number >> layout.INDEX_BITS << layout.KIND_BITS | layout.RESERVATION  # that entry's word
+        self.first = int(place["first"])
+        self.pages = int(place["nbytes"]) // client.page_size
+        self._place = {"area": place["area"], "offset": place["offset"], "name": place.get("name")}
         #: Bytes, whole pages.
         self.nbytes: int = place["nbytes"]
         #: The area's name.
@@ -158,9 +162,9 @@ class Reservation:
         self.offset: int = place["offset"]
         #: The name that it was made with, or None.
         self.name: str | None = place.get("name")
-        self._buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
+        self._buffer: weakref.ref[Buffer] | None = None  # the latest
         self._open = True
-        self._give_up = weakref.finalize(self, client._give_up, self._number, 0)
+        self._give_up = weakref.finalize(self, client._give_up, self.number, 0)
         self._give_up.atexit = False  # the broker sees the process end
 
     def claim(self, timeout: float | None = 0) -> Buffer:
@@ -170,44 +174,39 @@ class Reservation:
         (None: for ever), then raises ArenaExhausted, whose `holders` tells who. Raises StaleHandle after `release`; and
         BrokerUnavailable when the broker is stopped in the middle of its copy of one page and does not go on in time.
         """
+        if self.released:
+            raise StaleHandle("this reservation was released")
+        got = self._claims.claim(self)
+        if isinstance(got, int):
+            got = self._wait(got, timeout)
+        span, generation = got
+        claims, number = self._claims, self.number
+        buffer = Buffer(span, self._place, self._client, number, lambda: claims.end(number, generation), generation)
+        self._buffer = weakref.ref(buffer)
+        return buffer
+
+    def _wait(self, claimer: int, timeout: float | None) -> tuple[Span, int]:
+        """Until whoever has claimed it has lent it again."""
         deadline = None if timeout is None else time.monotonic() + timeout
         nap = NAP_MIN_S
         while True:
-            if self.released:
-                raise StaleHandle("this reservation was released")
-            got = self._claims.claim(self._number, self._first, self._pages, self._client._channel.timeout)
-            if not isinstance(got, int):
-                return self._buffer(*got)
-            waited_for_broker = got == layout.BROKER and deadline is not None and timeout is not None
-            if (
-                waited_for_broker
-            ):  # cleaning up after a dead claimer: bounded, and not what the caller's timeout is about
-                deadline = max(deadline or 0, time.monotonic() + NAP_MAX_S)
-            if deadline is not None and time.monotonic() >= deadline:
+            # The broker, cleaning up after a dead claimer, takes a moment that is not what the caller's timeout is about.
+            if deadline is not None and time.monotonic() >= deadline + NAP_MAX_S * (claimer == layout.BROKER):
                 raise ArenaExhausted(
-                    f"this reservation of {self.nbytes} bytes in {self.area!r} is claimed by client {got}; it is had in turn: wait with "
-                    "timeout=, or reserve another",
+                    f"this reservation of {self.nbytes} bytes in {self.area!r} is claimed by client {claimer}; it is had in turn: wait "
+                    "with timeout=, or reserve another",
                     self.nbytes,
                     0,
-                    {got: self.nbytes},
+                    {claimer: self.nbytes},
                 )
             time.sleep(nap)
             nap = min(2 * nap, NAP_MAX_S)
-
-    def _buffer(self, span: Span, claimed: Claimed) -> Buffer:
-        client, number = self._client, self._number
-        # The span keeps the reservation: an array that outlives its Buffer keeps the memory.
-        give_up = weakref.finalize(span, _end, self, claimed.generation)
-        give_up.atexit = False
-
-        def free() -> None:
-            give_up.detach()
-            self._claims.end(number, claimed.generation)
-
-        place = {"area": self.area, "offset": self.offset, "name": self.name}
-        buffer = Buffer(span, place, client, number, free, claimed.generation)
-        self._buffers.add(buffer)
-        return buffer
+            if self.released:
+                raise StaleHandle("this reservation was released")
+            got = self._claims.claim(self)
+            if not isinstance(got, int):
+                return got
+            claimer = got
 
     def release(self) -> None:
         """Gives the promise back; a second time has no effect. The memory is free when its last holder has released it.
@@ -216,17 +215,18 @@ class Reservation:
         """
         if self.released:
             return
-        for buffer in list(self._buffers):
+        buffer = self._buffer() if self._buffer is not None else None
+        if buffer is not None:
             buffer.free()
-        claimed = self._claims.live.get(self._number)
+        claimed = self._claims.live.get(self.number)
         span = claimed.span() if claimed is not None else None
         if span is not None and span.exports:
             raise BufferError(
                 f"reservation of {self.nbytes} bytes in {self.area!r} cannot be released: {span.exports} arrays of its memory are alive"
             )
         self._open = False
-        self._give_up.detach()
-        self._client._channel.free(self._number)
+        if self._give_up.detach() is not None:
+            self._client._channel.free(self.number)
 
     @property
     def released(self) -> bool:
@@ -236,7 +236,7 @@ class Reservation:
     def __reduce__(self) -> tuple[object, ...]:
         if self.released:
             raise StaleHandle("this reservation was released")
-        return load_reservation, (Ticket(self._client.endpoint, self._client.arena_id, self._number),)
+        return load_reservation, (Ticket(self._client.endpoint, self._client.arena_id, self.number),)
 
     def __enter__(self) -> Self:
         return self
@@ -249,8 +249,3 @@ class Reservation:
     def __repr__(self) -> str:
         state = "released" if self.released else f"{self.nbytes} bytes at page {self.offset}"
         return f"<reservation in {self.area!r}: {state}>"
-
-
-def _end(reservation: Reservation, generation: int) -> None:
-    """For finalizers of a claimed span."""
-    reservation._claims.end(reservation._number, generation)

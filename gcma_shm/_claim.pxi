@@ -56,14 +56,15 @@ cdef bint lend_claimed(Arena *a, uint64_t index, uint64_t claim, uint64_t first,
     Idempotent, should we die on the way: the broker then does the same.
     """
     cdef AllocationEntry *entry = &a.allocations[index]
-    cdef uint64_t page, life
+    cdef uint64_t *lives = a.life
+    cdef uint64_t page, life, kept
     if load_acquire(&entry.claim) != claim:
         return False
     fence_release()
     for page in range(first, first + n):
-        life = load_relaxed(&a.life[page])
-        # What is not lent at all stays so.
-        store_relaxed(&a.life[page], next_life(life, BUFFER if life_state(life) == BUFFER else FREE, index + 1))  # @lend.life
+        life = load_relaxed(&lives[page])
+        kept = BUFFER if life_state(life) == BUFFER else FREE  # what is not lent at all stays so
+        store_relaxed(&lives[page], next_life(life, kept, index + 1))     # @lend.life
     store_relaxed(&entry.lent, 0)
     return cas(&entry.claim, claim, next_claim(claim, 0))                 # @lend.word
 

@@ -72,6 +72,15 @@ cdef uint64_t nanoseconds(timeout) except? 0:
     return <uint64_t>min(ns, <double>NEVER / 2) if ns > 0 else 0  # 0 also for what is not a number
 
 
+def scheduler_slice(double seconds):
+    """Asks for scheduler slices of that length for the calling thread and those that it starts from now on; 0: the default.
+
+    A thread that wakes with shorter slices need not wait for one that runs with longer ones. Where the kernel has no such wish
+    (before Linux 6.12), or refuses it, nothing changes.
+    """
+    set_slice(<uint64_t>(seconds * 1e9))
+
+
 cdef class Plane:
     """One process's view of a mapped arena.
 
@@ -295,15 +304,17 @@ cdef class Plane:
             raise IndexError(f"pages {first} to {first + pages} are in no area")
         return 0
 
-    def claim(self, uint64_t index, uint64_t state):
-        """Claims the reservation in entry `index` with the state word `state`. Returns whether it did, and the claim word in place,
-        ours or another's; 0: the reservation is gone. The memory is ours once `claim_settled`.
+    def claim(self, uint64_t index, uint64_t state, uint64_t first, uint64_t pages):
+        """Claims the reservation in entry `index` with the state word `state`. Returns the claim word in place, and the memory; None
+        in its stead: another has claimed it. 0, None: the reservation is gone. The memory is ours once `claim_settled`.
         """
         cdef uint64_t claim
         cdef bint made = False
-        self.entry(index, self.a.nursery, 1)
+        if self.closed:
+            raise Closed("this client is closed")
+        self.entry(index, first, pages)
         claim = claim_range(self.a, index, state, &made)
-        return made, claim
+        return claim, Span(self, first, pages * self.a.page_size) if made else None
 
     def claim_settled(self, uint64_t first, uint64_t pages, double timeout):
         """Whether nobody fills a page of the range any more; False after `timeout` seconds."""

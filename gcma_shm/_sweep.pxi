@@ -252,7 +252,9 @@ cdef uint64_t set_range(
 
     Waits for no client: only for the copy of one page into this range. A reserved range has to be claimed before.
     """
-    cdef uint64_t page = first, end = first + n, block_end, life, discards = 0, dropped
+    cdef uint64_t hands = next_life(0, state, owner) & ~SEQUENCE, cached = <uint64_t>PUBLISHED << (LIFE_SHIFT - OWNER_SHIFT)
+    cdef uint64_t *lives = a.life
+    cdef uint64_t page = first, end = first + n, block_end, at, life, discards = 0, dropped
     cdef unsigned step = 0
     store_relaxed(a.taking, (first << 32) | n)                            # @take.announce
     fence_full()
@@ -265,10 +267,10 @@ cdef uint64_t set_range(
     while page < end:
         block_end = min(end, (page // LENT_BLOCK + 1) * LENT_BLOCK)
         dropped = 0
-        for page in range(page, block_end):
-            life = load_relaxed(&a.life[page])
-            dropped += life_state(life) == PUBLISHED and not life_owner(life)
-            store_relaxed(&a.life[page], next_life(life, state, owner))   # @take.life @give.life @release.life
+        for at in range(page, block_end):
+            life = load_relaxed(&lives[at])
+            dropped += (life >> OWNER_SHIFT) == cached  # in nobody's reservation
+            store_relaxed(&lives[at], hands | ((life + 1) & SEQUENCE))   # @take.life @give.life @release.life
         if dropped:
             add32(<int32_t *>&a.lent_map[page // LENT_BLOCK], -<int32_t>dropped)
         discards += dropped

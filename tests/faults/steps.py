@@ -54,8 +54,11 @@ class Hook:
 class Client:
     """Operations on the slots of both types, logged."""
 
-    def __init__(self, owner: gcma_shm.Client, swaps: list[Swap], log: Log) -> None:
+    def __init__(
+        self, owner: gcma_shm.Client, swaps: list[Swap], log: Log, reservation: gcma_shm.Reservation | None = None
+    ) -> None:
         assert owner._plane is not None
+        self.reservation = reservation
         self.owner = owner
         self.plane = owner._plane
         self.swaps = swaps
@@ -94,6 +97,13 @@ class Client:
         self._log.end(at, read_page(slot, page) if page is not None else None)
         return page is not None
 
+    def claim_and_lend(self) -> None:
+        """Claims the reservation, writes and proves its bytes, and lends it again."""
+        assert self.reservation is not None
+        with self.reservation.claim(timeout=WAIT_S) as buffer, buffer.view as view:
+            view[:] = b"mine" * (buffer.nbytes // 4)
+            assert view == b"mine" * (buffer.nbytes // 4), "bytes of a claimed range have changed"
+
     def invalidate(self, type_: int, offset: int) -> None:
         """Forgets."""
         at = self._log.begin(Kind.STORE, type_ * TYPE_STEP + offset)
@@ -110,6 +120,8 @@ class Scene:
     act: Callable[[Client], object]
     broker_stopped: bool = False  # meanwhile, and no nursery page is free
     broker_needed: bool = False  # to make it ready
+    reserved: bool = False  # the whole area is a reservation, claimed instead of allocated
+    lent_again: bool = False  # what is claimed meanwhile is lent again before the victim goes on
 
 
 def _until(client: Client, place: str, visit: bool) -> None:
@@ -157,6 +169,16 @@ SCENES = (
     Scene("load from an area", _promoted, lambda c: c.load(0, SLOT), broker_needed=True),
     Scene("load from the file", _spilled, lambda c: c.load(0, SLOT)),
     Scene("load what a buffer took", _discarded, lambda c: c.load(0, SLOT), broker_needed=True),
+    Scene("load from a reservation", _promoted, lambda c: c.load(0, SLOT), broker_needed=True, reserved=True),
+    Scene(
+        "load while it is claimed and lent",
+        _promoted,
+        lambda c: c.load(0, SLOT),
+        broker_needed=True,
+        reserved=True,
+        lent_again=True,
+    ),
+    Scene("claim and lend", _promoted, Client.claim_and_lend, broker_needed=True, reserved=True, lent_again=True),
     Scene("invalidate", lambda c: c.store(1, SLOT), lambda c: c.invalidate(1, SLOT)),
     Scene("reclaim for a store", _fill, lambda c: c.store(1, SLOT), broker_stopped=True),
 )
@@ -177,11 +199,13 @@ def stop_broker(owner: EmbeddedClient) -> None:
 
 
 @contextlib.contextmanager
-def victim(storm: Storm, scene: Scene, log: Path, writer: int, step: int) -> Iterator[tuple[Child, Callable[[], bool]]]:
+def victim(
+    storm: Storm, scene: Scene, log: Path, writer: int, step: int, reservation: gcma_shm.Reservation | None = None
+) -> Iterator[tuple[Child, Callable[[], bool]]]:
     """A forked client that acts, stopped at that step; the second value waits for that, False: it ended before."""
 
     def work(said: Said) -> int:
-        client = Client(storm.owner, storm.swaps, Log(log, writer))
+        client = Client(storm.owner, storm.swaps, Log(log, writer), reservation)
         hook = Hook()
         hook.arm(step)
         scene.act(client)
@@ -197,11 +221,21 @@ def victim(storm: Storm, scene: Scene, log: Path, writer: int, step: int) -> Ite
         yield child, stopped
 
 
-def everybody_else_goes_on(storm: Storm, other: Client) -> gcma_shm.Buffer:
-    """While the victim stands still: the whole arena is to be had, its slots can be loaded and stored. Returns the buffer."""
-    buffer = storm.owner.alloc_contig(PLAN.area_pages[0] * PLAN.page_size)
-    with buffer.view as view:
-        view[:] = b"held" * (buffer.nbytes // 4)
+def everybody_else_goes_on(
+    storm: Storm, other: Client, reservation: gcma_shm.Reservation | None
+) -> gcma_shm.Buffer | None:
+    """While the victim stands still: the whole arena is to be had, its slots can be loaded and stored. Returns the buffer; None:
+    the victim has claimed the reservation.
+    """
+    buffer = None
+    if reservation is None:
+        buffer = storm.owner.alloc_contig(PLAN.area_pages[0] * PLAN.page_size)
+    else:
+        with contextlib.suppress(gcma_shm.ArenaExhausted):
+            buffer = reservation.claim()
+    if buffer is not None:
+        with buffer.view as view:
+            view[:] = b"held" * (buffer.nbytes // 4)
     for type_ in range(2):
         for offset in range(SLOT, SLOT + 4):
             other.load(type_, offset)
@@ -209,6 +243,13 @@ def everybody_else_goes_on(storm: Storm, other: Client) -> gcma_shm.Buffer:
         assert other.load(type_, SLOT)
     _fill(other)  # what the victim saw is overwritten now; and here its pages change hands
     return buffer
+
+
+def take_back(buffer: gcma_shm.Buffer, where: str) -> None:
+    """Nobody else has written there."""
+    with buffer.view as view:
+        assert view == b"held" * (buffer.nbytes // 4), f"{where}: a buffer's bytes changed"
+    buffer.free()
 
 
 class Steps:
@@ -249,27 +290,33 @@ class Steps:
         storm, other, where = self._storm, self._other, f"{scene.name}, step {step}"
         path = self._directory / f"victim.{self._writers}"
         log = Log(path, self._writers, 64)
+        reservation = storm.owner.reserve(PLAN.area_pages[0] * PLAN.page_size) if scene.reserved else None
         scene.prepare(other)
         if scene.broker_stopped:
             stop_broker(storm.owner)
             _fill(other)  # no page is free
         buffer = None
-        with victim(storm, scene, path, self._writers, step) as (child, stopped):
+        with victim(storm, scene, path, self._writers, step, reservation) as (child, stopped):
             reached = stopped()
             if scene.broker_stopped:
                 other.store(0, SLOT)
                 other.load(1, SLOT)
                 os.kill(storm.owner.broker_pid, signal.SIGCONT)
             if reached:
-                buffer = everybody_else_goes_on(storm, other)
+                buffer = everybody_else_goes_on(storm, other, reservation)
+                if buffer is not None and scene.lent_again:
+                    take_back(buffer, where)
+                    buffer = None
+                    _fill(other)  # into what was the claimer's
                 os.kill(child.pid, signal.SIGKILL if end == "kill" else signal.SIGCONT)
             if not reached or end != "kill":
                 child.receive()
             child.wait()
         if buffer is not None:
-            with buffer.view as view:
-                assert view == b"held" * (buffer.nbytes // 4), f"{where}: a buffer's bytes changed"
-            buffer.free()
+            take_back(buffer, where)
+        if reservation is not None:
+            reservation.claim(timeout=WAIT_S).free()  # whatever became of the victim
+            reservation.release()
         for type_ in range(2):
             for offset in range(SLOT, SLOT + 4):
                 other.load(type_, offset)
@@ -367,7 +414,7 @@ def main(what: str, names: list[str]) -> None:
             for scene in scenes:
                 if isinstance(playing, Steps):
                     playing.play(scene, what)
-                elif not scene.broker_stopped:
+                elif not (scene.broker_stopped or scene.reserved):
                     playing.play(scene)
         finally:
             os.kill(storm.owner.broker_pid, signal.SIGCONT)  # where a failure left it stopped, it could not be ended

@@ -215,7 +215,7 @@ class Worker:
 
 
 class Guest:
-    """A client that allocates buffers over the cache, fills them, and proves that nobody else wrote into them."""
+    """A client that allocates and reserves over the cache, fills its buffers, and proves that nobody else wrote into them."""
 
     def __init__(self, client: Client, plan: Plan, seed: int, alone: bool) -> None:
         self._alone = alone
@@ -223,6 +223,7 @@ class Guest:
         self._plan = plan
         self._rng = random.Random(seed)
         self._held: list[tuple[gcma_shm.Buffer, bytes]] = []
+        self._reservations: list[gcma_shm.Reservation] = []
         self._filled = 0
         self.rounds = 0
 
@@ -232,9 +233,10 @@ class Guest:
             self.rounds += 1
             if self._held and self._rng.random() < 0.5:
                 self._leave(self._rng.randrange(len(self._held)))
+            elif self._rng.random() < 0.3:
+                self._claim()
             elif self._rng.random() < 0.2:
-                while self._held:
-                    self._leave(0)
+                self._leave_all()
                 for area in range(len(self._plan.area_pages)):  # with nothing held every area is to be had as a whole
                     with contextlib.nullcontext() if self._alone else contextlib.suppress(gcma_shm.ArenaExhausted):
                         self._come(area, self._plan.area_pages[area])
@@ -242,17 +244,37 @@ class Guest:
                 area = self._rng.randrange(len(self._plan.area_pages))
                 with contextlib.suppress(gcma_shm.ArenaExhausted):
                     self._come(area, self._rng.randint(1, max(self._plan.area_pages[area] * 2 // 3, 1)))
-        while self._held:
-            self._leave(0)
+        self._leave_all()
         return self._filled
 
+    def _claim(self) -> None:
+        """Claims a reservation of before, or makes one; which is lent for a while then."""
+        if len(self._reservations) > 3 and not any(buffer.offset == self._reservations[0].offset for buffer, _ in self._held):
+            self._reservations.pop(0).release()
+        for reservation in self._reservations:
+            with contextlib.suppress(gcma_shm.ArenaExhausted):  # claimed already
+                self._fill(reservation.claim())
+                return
+        area = self._rng.randrange(len(self._plan.area_pages))
+        with contextlib.suppress(gcma_shm.ArenaExhausted):
+            pages = self._rng.randint(1, max(self._plan.area_pages[area] // 3, 1))
+            self._reservations.append(self._client.reserve(pages * self._plan.page_size, f"a{area}"))
+
     def _come(self, area: int, pages: int) -> None:
-        buffer = self._client.alloc_contig(pages * self._plan.page_size, f"a{area}")
+        self._fill(self._client.alloc_contig(pages * self._plan.page_size, f"a{area}"))
+
+    def _fill(self, buffer: gcma_shm.Buffer) -> None:
         self._filled += 1
         line = f"guest {os.getpid()} {self._filled}".encode().ljust(64, b"g")
         with buffer.view as view:
             view[:] = line * (buffer.nbytes // 64)
         self._held.append((buffer, line))
+
+    def _leave_all(self) -> None:
+        while self._held:
+            self._leave(0)
+        while self._reservations:
+            self._reservations.pop().release()
 
     def _leave(self, which: int) -> None:
         buffer, line = self._held.pop(which)
