@@ -416,3 +416,13 @@ def cpu_seconds(pid: int) -> float:
     """User and system time that a process has used."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def compile_c(directory: Path, name: str, source: str) -> Path:
+    """Compiles a script's own C there; returns the library's path."""
+    file, library = directory / f"{name}.c", directory / f"{name}.so"
+    file.write_text(source)
+    subprocess.run(
+        [*os.environ.get("CC", "cc").split(), "-O2", "-shared", "-fPIC", "-o", str(library), str(file)], check=True
+    )
+    return library

@@ -1,388 +1,178 @@
-"""What does a contiguous buffer cost? Under a full cache, against a bare echo of the same messages and against SharedMemory.
+"""What does a contiguous buffer cost? The latency of contiguous allocation, as in the GCMA paper: ours against CMA's way and Python's peers.
 
-Two latencies told apart: hand-over (request to address) and usable (the first byte of every 4 KiB written), the latter with and without
-`prefault` at connect. Hand-over and echo are both told cold (the first message after the cache was filled) and warm (after some others). Then
-the sweep by itself, per page. All in one run, in turns.
+Compared sample by sample, in turns, while workers store and load at full speed and the areas are lent out:
+  alloc_contig   a request to the broker, from an area that is lent; also with a fresh client whose page table is empty ("no prefault")
+  claim          of a reservation that is lent
+  idle           alloc_contig from an area that lends nothing (cache=off): what lending costs
+  CMA            dirty pages of the range are written out first (bench/cma.py says how, and where it favours CMA)
+  SharedMemory, posix-ipc   a new object a buffer
+  plasma         an object in a store full of 4 KiB objects (--plasma)
+  echo           a bare ZeroMQ round trip of the same messages
+Each comes after a pause of 2 ms, with caches as cold as the workers leave them; "warm": right after some others of its kind.
+Two latencies are told apart: hand-over (request to address), and usable (the first byte of every 4 KiB written). Twice: with as many workers as
+cores, and with one core left free. Then the sweep by itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, field
-from multiprocessing.shared_memory import SharedMemory
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import alloc_job
 import numpy as np
-import numpy.typing as npt
-import stress
-import zmq
-from _common import (
-    OUT,
-    Crew,
-    Floor,
-    Ratio,
-    Summary,
-    address_of,
-    compile_floor,
-    crew,
-    describe_machine,
-    machine,
-    scratch,
-    table,
-    write_json,
-)
+from _common import OUT, Floor, compile_floor, describe_machine, machine, scratch, write_json
+from alloc_job import NAN, Job, Sample, Samples, Taken
+from alloc_ours import IDLE_AREA, Allocate, Claim, Stage, stage
+from alloc_peers import PosixIpc, Shm
+from alloc_tell import OURS, judge, tell
+from cma import RUN, RUN_MAX, Cma
+from echo import Echo, Transport
+from plasma import NoPlasma, Plasma
+from sweep import sweep
 
 import gcma_shm
-from gcma_shm import layout, messages
-from gcma_shm._core import Plane
-from gcma_shm.clients.embedded import EmbeddedClient
-from gcma_shm.messages import Reply, Request
 from gcma_shm.sizes import format_size, parse_size
 
-SIZES = [64 << 10 << 2 * step for step in range(7)]  # 64 KiB to 256 MiB
-CACHE_TYPE = 1
-FULL = 0.97  # of what no buffer holds: the cache counts as full
-FILL_S = 60.0
-WARM_UP = 5  # messages before the one that is timed warm
-PUBLISHED = 2 << 62
-SWEEP_PAGES = [16, 256, 4096, 16384, 65536]
-DEALER_ROUTER_LINGER_MS = 0
+KERNEL_PAGES = [1, 512, 1024, 2048, 4096, 8192, 16384, 32000]  # as in the evaluation of GCMA's kernel patches
+SIZES = sorted([pages * 4096 for pages in KERNEL_PAGES] + [64 << 10, 256 << 10, 1 << 20, 256 << 20])
+PLASMA_SIZES = [2 << 20, 64 << 20]
+JOBS = ("alloc", "fresh", "claim", "idle", "cma", "shm", "posix", "echo", "plasma")
+PLOTS = Path(__file__).parent.parent / "docs"
+ERRORS_TOLD_MAX = 20
 
 
-# --- the echo: what the transport alone costs
+def make_jobs(options: argparse.Namespace, at: Stage, directory: Path, library: Path, stack: ExitStack) -> list[Job]:
+    """Those that were asked for."""
+    choices: list[tuple[set[str], Callable[[], Iterable[Job]]]] = [
+        ({"alloc"}, lambda: [Allocate(OURS, at, "alloc")]),
+        ({"alloc", "fresh"}, lambda: [Allocate(f"{OURS}, no prefault", at, "alloc", prefault=False)]),
+        ({"claim"}, lambda: [Claim("claim", at)]),
+        ({"claim", "echo"}, lambda: [Claim("claim, warm", at, warm=True)]),
+        ({"claim", "fresh"}, lambda: [Claim("claim, no prefault", at, prefault=False)]),
+        ({"idle"}, lambda: [Allocate("idle", at, IDLE_AREA)]),
+        ({"idle", "fresh"}, lambda: [Allocate("idle, no prefault", at, IDLE_AREA, prefault=False)]),
+        ({"cma"}, lambda: cma_jobs(options, at, directory, stack)),
+        ({"shm"}, lambda: [Shm(at.floor)]),
+        ({"posix"}, lambda: [PosixIpc(at.floor)]),
+        ({"echo"}, lambda: echo_jobs(Transport(stack, directory))),
+        ({"alloc", "echo"}, lambda: [Allocate(f"{OURS}, warm", at, "alloc", warm=True)]),
+        ({"plasma"}, lambda: plasma_jobs(options, library, stack)),
+    ]
+    return [job for needed, make in choices if needed <= set(options.jobs) for job in make()]
 
 
-def make_echo(_index: int, stack: ExitStack, endpoint: str) -> Callable[..., Any]:
-    """A ROUTER in another process that answers each message with one of the length of our reply."""
-    context = stack.enter_context(zmq.Context())
-    socket = stack.enter_context(context.socket(zmq.ROUTER))
-    socket.setsockopt(zmq.LINGER, DEALER_ROUTER_LINGER_MS)
-    socket.bind(endpoint)
-    reply = encoded_reply()
-
-    def serve(count: int) -> None:
-        for _ in range(count):
-            peer, _request = socket.recv_multipart()
-            socket.send_multipart([peer, reply])
-
-    return serve
+def cma_jobs(options: argparse.Namespace, at: Stage, directory: Path, stack: ExitStack) -> list[Job]:
+    """Both ways of writing, for each share of dirty pages."""
+    ways = [(share, direct) for share in options.cma_dirty for direct in (True, False)]
+    return [Cma(at, directory, stack, share, direct, options.cma_run, options.seed) for share, direct in ways]
 
 
-def encoded_request() -> bytes:
-    """An alloc_contig request as our client sends it."""
-    return bytes(messages.encode_request(Request(1000, "alloc_contig", {"nbytes": 64 << 20}))[0])
+def echo_jobs(transport: Transport) -> list[Job]:
+    """After a pause, and after other messages."""
+    return [Echo("echo", transport, warm=False), Echo("echo, warm", transport, warm=True)]
 
 
-def encoded_reply() -> bytes:
-    """The broker's answer to it."""
-    place = {"buffer": 1 << 24, "area": "default", "offset": 10_000, "first": 20_000, "nbytes": 64 << 20}
-    return bytes(messages.encode_reply(Reply(1000, "ok", place))[0])
+def plasma_jobs(options: argparse.Namespace, library: Path, stack: ExitStack) -> list[Job]:
+    """One, or none with the reason printed."""
+    try:
+        if not options.plasma:
+            raise NoPlasma("it needs --plasma")
+        return [Plasma(options.plasma_size, options.plasma_every, library, stack)]
+    except NoPlasma as reason:
+        print(f"plasma is left out: {reason}", file=sys.stderr, flush=True)
+        return []
 
 
-class Echo:
-    """The DEALER's side."""
-
-    def __init__(self, stack: ExitStack, directory: Path) -> None:
-        endpoint = f"ipc://{directory}/echo"
-        self._crew = stack.enter_context(crew(1, make_echo, endpoint))
-        context = stack.enter_context(zmq.Context())
-        self._socket = stack.enter_context(context.socket(zmq.DEALER))
-        self._socket.setsockopt(zmq.LINGER, DEALER_ROUTER_LINGER_MS)
-        self._socket.connect(endpoint)
-        self._request = encoded_request()
-
-    def run(self, count: int) -> list[int]:
-        """Nanoseconds of each round trip."""
-        connection = self._crew.connections[0]
-        connection.send((count,))
-        times, clock = [], time.perf_counter_ns
-        for _ in range(count):
-            start = clock()
-            self._socket.send_multipart([self._request])
-            self._socket.recv_multipart()
-            times.append(clock() - start)
-        Crew.answer(connection)
-        return times
-
-
-# --- buffers
-
-
-@dataclass
-class Times:
-    """Nanoseconds of one size, a list for each job, sample by sample."""
-
-    echo: list[float] = field(default_factory=list)
-    hand_over: list[float] = field(default_factory=list)
-    echo_cold: list[float] = field(default_factory=list)
-    hand_over_cold: list[float] = field(default_factory=list)
-    free: list[float] = field(default_factory=list)
-    usable: list[float] = field(default_factory=list)
-    usable_prefault: list[float] = field(default_factory=list)
-    shared_memory: list[float] = field(default_factory=list)
-    shared_memory_create: list[float] = field(default_factory=list)
-    lent: list[float] = field(default_factory=list)  # share of the area that was lent, before
-    failures: int = 0
-
-
-class Buffers:
-    """Allocates under a full cache."""
-
-    def __init__(self, options: argparse.Namespace, client: EmbeddedClient, floor: Floor, echo: Echo) -> None:
-        self._options = options
-        self._client = client  # connected with prefault
-        self._floor = floor
-        self._echo = echo
-        self._area = client.areas()[0]
-        self._slots = client.stats()["arena"]["slots"] // 2
-        self._swap = client.swap(CACHE_TYPE, self._slots, write="behind")
-        self._page = os.urandom(client.page_size - 1) + b"\1"
-        self._next_slot = 0
-        self._next_offset = 0
-
-    def fill(self) -> float:
-        """Stores new pages until the cache has all that no buffer holds; the share of the area that is lent."""
-        deadline = time.monotonic() + FILL_S
-        while (lent := self._lent()) < FULL and time.monotonic() < deadline:
-            wanted = int((1 - lent) * self._area.size / self._client.page_size) + 64
-            for _ in range(wanted):
-                self._swap.store(self._next_slot % self._slots, self._page)
-                self._next_slot += 1
-            self._swap.sync(timeout=60)
-        return lent
-
-    def _lent(self) -> float:
-        area = self._client.areas()[0]
-        return area.lent / (area.size - area.held)
-
-    def _offset(self, nbytes: int) -> int:
-        """Where the next buffer goes: walking through the area, so that it always takes pages that are lent."""
-        pages = nbytes // self._client.page_size
-        if (self._next_offset + pages) * self._client.page_size > self._area.size:
-            self._next_offset = 0
-        offset = self._next_offset
-        self._next_offset += pages
-        return offset
-
-    def sample(self, nbytes: int, times: Times) -> None:
-        """One of each, in turn."""
-        times.lent.append(self._refill())
-        cold, *_ = self._echo.run(1)
-        times.echo_cold.append(float(cold))
-        times.hand_over_cold.append(self._allocate(self._client, nbytes, times)[0])
-        self._refill()
-        times.echo.append(float(self._echo.run(WARM_UP + 1)[-1]))
-        for _ in range(WARM_UP):
-            self._client.areas()
-        hand_over, usable, free = self._allocate(self._client, nbytes, times)
-        times.hand_over.append(hand_over)
-        times.usable_prefault.append(usable)
-        times.free.append(free)
-        self._refill()
-        with gcma_shm.connect(self._client.endpoint, mapped=True) as fresh:  # a page table of its own, empty
-            times.usable.append(self._allocate(fresh, nbytes, times)[1])
-        self._shared_memory(nbytes, times)
-
-    def _refill(self) -> float:
-        return self.fill() if self._options.load == 0 else self._lent()  # under load the workers fill it
-
-    def _allocate(self, client: gcma_shm.Client, nbytes: int, times: Times) -> tuple[float, float, float]:
-        offset, clock = self._offset(nbytes), time.perf_counter_ns
-        start = clock()
-        try:
-            buffer = client.alloc_contig(nbytes, area=self._area.name, offset=offset)
-        except gcma_shm.GcmaError as error:
-            times.failures += 1
-            print(f"allocation of {format_size(nbytes)} failed: {error}", file=sys.stderr)
-            return np.nan, np.nan, np.nan
-        handed_over = clock()
-        view = buffer.view
-        self._floor.touch(address_of(view), nbytes)
-        used = clock()
-        view.release()
-        before = clock()
-        buffer.free()
-        return float(handed_over - start), float(used - start), float(clock() - before)
-
-    def _shared_memory(self, nbytes: int, times: Times) -> None:
-        clock = time.perf_counter_ns
-        start = clock()
-        shared = SharedMemory(create=True, size=nbytes)
-        created = clock()
-        try:
-            self._floor.touch(address_of(shared.buf), nbytes)
-            times.shared_memory.append(float(clock() - start))
-            times.shared_memory_create.append(float(created - start))
-        finally:
-            shared.close()
-            shared.unlink()
-
-
-JOBS = {
-    "echo_cold": "echo, cold",
-    "hand_over_cold": "hand-over, cold",
-    "echo": "echo",
-    "hand_over": "hand-over",
-    "free": "free",
-    "usable_prefault": "usable, prefaulted",
-    "usable": "usable",
-    "shared_memory_create": "shm create",
-    "shared_memory": "shm usable",
-}
-RATIOS = (
-    ("hand_over_cold", "echo_cold"),
-    ("hand_over", "echo"),
-    ("usable", "shared_memory"),
-    ("usable_prefault", "shared_memory"),
-)
-
-
-def tell(sizes: list[int], taken: dict[int, Times]) -> dict[str, Any]:
-    """Prints the tables; returns the results for JSON."""
-    results: dict[str, Any] = {}
-    rows, ratio_rows = [], []
-    for nbytes in sizes:
-        times = taken[nbytes]
-        summaries = {name: Summary.of(np.asarray(getattr(times, name))) for name in JOBS}
-        ratios = {
-            f"{ours} / {theirs}": Ratio.of(getattr(times, ours), getattr(times, theirs)) for ours, theirs in RATIOS
-        }
-        rows.append([format_size(nbytes), *(f"{s.median / 1e3:.0f} / {s.p99 / 1e3:.0f}" for s in summaries.values())])
-        lent = float(np.mean(times.lent))
-        ratio_rows.append(
-            [format_size(nbytes), *(str(ratio) for ratio in ratios.values()), f"{lent:.0%}", times.failures]
-        )
-        results[format_size(nbytes)] = {
-            "nbytes": nbytes,
-            "ns": {name: asdict(summary) for name, summary in summaries.items()},
-            "ratios": {name: asdict(ratio) for name, ratio in ratios.items()},
-            "lent_before": lent,
-            "failures": times.failures,
-        }
-    print("\n" + table(["us, median / p99; shm: SharedMemory", *JOBS.values()], rows))
-    names = [f"{JOBS[ours]} / {JOBS[theirs]}" for ours, theirs in RATIOS]
-    print("\n" + table(["median (middle 80 %)", *names, "lent before", "failures"], ratio_rows))
-    sys.stdout.flush()
-    return results
-
-
-def buffers(options: argparse.Namespace, directory: Path, floor: Floor) -> dict[str, Any]:
-    """Allocations of all sizes that the arena holds."""
+def run(options: argparse.Namespace, workers: int, directory: Path, library: Path) -> Taken:
+    """All samples of one setting; what takes turns is in a new order each time."""
     with ExitStack() as stack:
-        client = stack.enter_context(
-            gcma_shm.embedded(options.arena, slots=4 * options.arena // 4096, spill_dir=directory, prefault=True)
-        )
-        echo = Echo(stack, directory)
-        allocator = Buffers(options, client, floor, echo)
-        sizes = [nbytes for nbytes in options.size if nbytes <= client.areas()[0].size]
-        print(f"filling the cache: {allocator.fill():.0%} of the area is lent", flush=True)
-        if options.load:
-            _start_load(options, stack, client.endpoint)
-        taken = {nbytes: Times() for nbytes in sizes}
+        at = stack.enter_context(stage(max(options.size), workers, directory, Floor(library), options.seed))
+        jobs = make_jobs(options, at, directory, library, stack)
+        taken: Taken = {
+            nbytes: {job.name: Samples() for job in jobs if any(job.takes(nbytes, turn) for turn in range(options.rounds))}
+            for nbytes in options.size
+        }  # fmt: skip
+        rng = np.random.default_rng(options.seed)
         for turn in range(options.rounds):
-            for nbytes in sizes[turn % len(sizes) :] + sizes[: turn % len(sizes)]:
-                allocator.sample(nbytes, taken[nbytes])
-        return tell(sizes, taken)
+            for size_index in rng.permutation(len(options.size)):
+                nbytes = options.size[size_index]
+                for job_index in rng.permutation(len(jobs)):
+                    if jobs[job_index].name in taken[nbytes]:
+                        _sample(jobs[job_index], nbytes, turn, taken[nbytes][jobs[job_index].name])
+        return taken
 
 
-def _start_load(options: argparse.Namespace, stack: ExitStack, endpoint: str) -> None:
-    """Workers that store and load at full speed until the end."""
-    load = stress.Load(endpoint, options.load, options.arena // 4096, "behind", (50.0, 50.0, 0.0), 0.0, 1, options.seed)
-    team = stack.enter_context(crew(options.load, stress.make_worker, load))
-    for connection in team.connections:
-        connection.send(("run", 1e9))
-    stack.callback(_end_load, team)
-
-
-def _end_load(team: Crew) -> None:
-    for connection in team.connections:
-        with suppress(OSError):
-            connection.close()
-    for process in team.processes:
-        process.terminate()
-
-
-# --- the sweep by itself
-
-
-def sweep(options: argparse.Namespace, directory: Path, floor: Floor) -> dict[str, Any]:
-    """`Plane.take` and `Plane.give` on an arena of our own that nobody else maps, beside a C loop over the same words."""
-    pages_max = max(SWEEP_PAGES)
-    geometry, areas = layout.plan(pages_max * 4096 * 5 // 4, slots=1024, clients_max=8)
-    memory = mmap.mmap(-1, geometry.size)
-    with memoryview(memory) as view:
-        layout.write_header(view, geometry, areas, bytes(16))
-    plane = Plane(memory, geometry, layout.BROKER, os.fsencode(directory))
-    area = areas[0]
-    life: npt.NDArray[np.uint64] = np.frombuffer(memory, np.uint64, area.pages, geometry.life_at + 8 * area.first)
-    own: npt.NDArray[np.uint64] = np.zeros(pages_max, np.uint64)
-    own_at = own.ctypes.data
-    rows, results = [], {}
-    for pages in SWEEP_PAGES:
-        repeats = max(8, 65536 // pages // 8)
-        times: dict[str, list[float]] = {name: [] for name in ("C loop", "take FREE", "take PUBLISHED", "give")}
-        for _ in range(options.rounds):
-            times["C loop"].append(_each(pages, repeats, lambda pages=pages: floor.sweep(own_at, pages)))  # type: ignore[misc]
-            for name, state in (("take FREE", 0), ("take PUBLISHED", PUBLISHED)):
-                took = gave = 0.0
-                for _ in range(repeats):
-                    life[:pages] &= np.uint64((1 << 46) - 1)
-                    life[:pages] |= np.uint64(state)
-                    start = time.perf_counter_ns()
-                    discards = plane.take(0, area.first, pages)
-                    middle = time.perf_counter_ns()
-                    plane.give(0, area.first, pages)
-                    took += middle - start
-                    gave += time.perf_counter_ns() - middle
-                    assert discards == (pages if state else 0)
-                times[name].append(took / repeats / pages)
-                times["give"].append(gave / repeats / pages)
-        summaries = {name: Summary.of(np.asarray(values)) for name, values in times.items()}
-        ratio = Ratio.of(times["take PUBLISHED"], times["C loop"])
-        rows.append([pages, *(f"{s.median:.2f} / {s.p99:.2f}" for s in summaries.values()), str(ratio)])
-        results[str(pages)] = {
-            "ns_per_page": {k: asdict(s) for k, s in summaries.items()},
-            "take PUBLISHED / C loop": asdict(ratio),
-        }
-    print("\n" + table(["pages; ns a page, median / p99", *times, "take PUBLISHED / C loop"], rows))
-    return results
-
-
-def _each(pages: int, repeats: int, call: Callable[[], object]) -> float:
-    start = time.perf_counter_ns()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter_ns() - start) / repeats / pages
+def _sample(job: Job, nbytes: int, turn: int, samples: Samples) -> None:
+    sample = Sample(NAN)
+    if job.takes(nbytes, turn):
+        try:
+            sample = alloc_job.run(job, nbytes)
+        except (gcma_shm.GcmaError, OSError) as error:
+            samples.failures += 1
+            if samples.failures <= ERRORS_TOLD_MAX:
+                print(f"{job.name} of {format_size(nbytes)} failed: {error}", file=sys.stderr, flush=True)
+    samples.add(sample)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the comparison; returns the exit status: 1 when an allocation failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--size", type=parse_size, nargs="+", default=SIZES, metavar="SIZE", help="default: 64K to 256M, times 4"
-    )
-    parser.add_argument("--arena", type=parse_size, default=320 << 20, metavar="SIZE")
-    parser.add_argument(
-        "--load", type=int, default=0, metavar="N", help="worker processes that store and load at full speed meanwhile"
-    )
-    parser.add_argument("--rounds", type=int, default=20, metavar="N")
-    parser.add_argument("--seed", type=int, default=1, metavar="N")
-    parser.add_argument("--out", type=Path, default=OUT / "alloc.json", metavar="FILE")
-    options = parser.parse_args(argv)
+    """Runs the comparison; returns the exit status: 1 when an allocation of ours failed."""
+    options = parse(argv)
     found = machine()
     print(describe_machine(found))
+    results: dict[str, Any] = {"settings": []}
+    failures = 0
     with scratch() as directory:
-        floor = Floor(compile_floor(directory))
-        results = {"buffers": buffers(options, directory, floor), "sweep": sweep(options, directory, floor)}
+        library = compile_floor(directory)
+        results["sweep"] = swept = sweep(max(options.rounds, 20), directory, Floor(library))
+        for workers in options.workers:
+            setting = f"{workers} worker{'s' * (workers != 1)} on {found['cores']} cores"
+            print(f"\n--- {setting}", flush=True)
+            taken = run(options, workers, directory, library)
+            sizes = tell(setting, taken)
+            verdicts = judge(setting, taken, swept)
+            results["settings"].append({"setting": setting, "workers": workers, "sizes": sizes, "expected": verdicts})
+            ours = [samples for jobs in taken.values() for name, samples in jobs.items() if name.startswith((OURS, "claim", "idle"))]  # fmt: skip
+            failures += sum(samples.failures for samples in ours)
     write_json(options.out, "What does a contiguous buffer cost?", found, vars(options), results)
-    return 1 if any(size["failures"] for size in results["buffers"].values()) else 0
+    if options.plots:
+        import plots
+
+        plots.alloc(options.out, PLOTS)
+    return 1 if failures else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--size", type=parse_size, nargs="+", default=SIZES, metavar="SIZE", help="default: the kernel's, and 64K to 256M; the arena is four times the largest")  # fmt: skip
+    add("--pages", type=int, nargs="+", metavar="N", help="sizes in pages of 4 KiB, in place of --size")
+    add("--workers", type=int, nargs="+", default=sorted({cores, max(cores - 1, 0)}, reverse=True), metavar="N", help="settings: so many workers at full speed; 0: the parent fills the areas; default: as many as cores, and one fewer")  # fmt: skip
+    add("--rounds", type=int, default=20, metavar="N", help="samples of each job, size and setting; p99.9 needs a thousand")  # fmt: skip
+    add("--jobs", nargs="+", choices=JOBS, default=list(JOBS), metavar="JOB", help=", ".join(JOBS))
+    add("--cma-dirty", type=float, nargs="+", default=[0.5], metavar="SHARE", help="of a range's pages, that are dirty")
+    add("--cma-run", type=int, default=RUN, metavar="PAGES", help="written to consecutive places of the file at once")
+    add("--plasma", action="store_true", help="compare with plasma; installs pyarrow 11 in ~/.cache/gcma-bench")
+    add("--plasma-size", type=parse_size, nargs="+", default=PLASMA_SIZES, metavar="SIZE", help="default: 2M 64M")
+    add("--plasma-every", type=int, default=1, metavar="ROUNDS", help="its store takes a second or more to fill again")
+    add("--plots", action="store_true", help="write docs/alloc-cdf.svg and docs/alloc-size.svg; needs matplotlib")
+    add("--seed", type=int, default=1, metavar="N")
+    add("--out", type=Path, default=OUT / "alloc.json", metavar="FILE")
+    options = parser.parse_args(argv)
+    if options.pages:
+        options.size = [pages * 4096 for pages in options.pages]
+    options.size = sorted(set(options.size))
+    if options.rounds < 1 or min(options.workers) < 0 or options.plasma_every < 1 or min(options.size) < 1:
+        parser.error("sizes, rounds and --plasma-every must be at least 1, workers not less than 0")
+    if not 1 <= options.cma_run <= RUN_MAX or not all(0 <= share <= 1 for share in options.cma_dirty):
+        parser.error(f"--cma-run: 1 to {RUN_MAX} pages; --cma-dirty: 0 to 1")
+    return options
 
 
 if __name__ == "__main__":

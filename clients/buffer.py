@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from gcma_shm.clients.client import Client
+    from gcma_shm.clients.allocator import Allocator
 
 
 class Buffer:
@@ -30,7 +30,7 @@ class Buffer:
         self,
         span: Span,
         place: Mapping[str, Any],
-        client: Client,
+        client: Allocator,
         number: int,
         free: Callable[[], None],
         claim: int = 0,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from gcma_shm.errors import StaleHandle
 
 if TYPE_CHECKING:
+    from gcma_shm.clients.allocator import Allocator
     from gcma_shm.clients.buffer import Buffer
     from gcma_shm.clients.client import Client
     from gcma_shm.clients.reservation import Reservation
@@ -42,7 +43,7 @@ class Handle:
     def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket
 
-    def attach(self, client: Client | None = None) -> Buffer:
+    def attach(self, client: Allocator | None = None) -> Buffer:
         """A Buffer over the same memory, for `client`, by default this process's client of the arena.
 
         Raises StaleHandle when it comes too late, QuotaExceeded, BrokerUnavailable.
@@ -56,7 +57,7 @@ class Handle:
         return f"<handle of buffer {self.ticket.number} on {self.ticket.endpoint}>"
 
 
-def load_buffer(ticket: Ticket, client: Client | None = None) -> Buffer:
+def load_buffer(ticket: Ticket, client: Allocator | None = None) -> Buffer:
     """Attaches to what a pickled buffer, or a handle, stands for. Raises StaleHandle, QuotaExceeded, BrokerUnavailable."""
     return (client or _client_of(ticket)).attach_handle(ticket)
 

@@ -19,7 +19,7 @@ from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT
 from gcma_shm.process import has_ended
 
 if TYPE_CHECKING:
-    from gcma_shm.clients.client import Client
+    from gcma_shm.clients.allocator import Allocator
 
 COPY_S = 0.002  # a page's copy takes a thousandth of that; what takes longer is looked into
 NAP_MIN_S, NAP_MAX_S = 0.00005, 0.001
@@ -91,7 +91,7 @@ class Claims:
                 self._settle(first, pages)
         except BaseException:
             self.live.pop(number, None)
-            self._plane.unclaim(index, word, first, pages)
+            self._plane.yield_claim(index, word)  # nobody has written there
             raise
         return span, generation
 
@@ -144,7 +144,7 @@ class Reservation:
     nothing refers to any more is released.
     """
 
-    def __init__(self, client: Client, place: dict[str, Any]) -> None:
+    def __init__(self, client: Allocator, place: dict[str, Any]) -> None:
         self._client = client
         self._claims = cast(Claims, client._claims)
         number = int(place["buffer"])

@@ -21,9 +21,10 @@ except ImportError as error:
 from gcma_shm.areas import AreaSpec
 from gcma_shm.clients import forks as forks  # a client follows its process through os.fork
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.client import AreaInfo, Client, NameInfo, QuotaInfo, connect
+from gcma_shm.clients.client import Client, connect
 from gcma_shm.clients.embedded import embedded
 from gcma_shm.clients.handles import Handle
+from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
 from gcma_shm.clients.reservation import Reservation
 from gcma_shm.clients.swap import Swap
 from gcma_shm.errors import (

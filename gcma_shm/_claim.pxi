@@ -69,6 +69,13 @@ cdef bint lend_claimed(Arena *a, uint64_t index, uint64_t claim, uint64_t first,
     return cas(&entry.claim, claim, next_claim(claim, 0))                 # @lend.word
 
 
+cdef bint yield_claim(Arena *a, uint64_t index, uint64_t claim) noexcept nogil:
+    """Ends a claim under which nothing was written, and leaves the lives alone: the broker may be filling a page of the range still,
+    and a sweep that ran across it could give a page a sequence that it has had (a model found the load that this deceives).
+    """
+    return cas(&a.allocations[index].claim, claim, next_claim(claim, 0))  # @claim.yield
+
+
 cdef bint share_claim(Arena *a, uint64_t index, uint64_t claim) noexcept nogil:
     """Marks `claim` as more than one process's, so that none of them lends the range by itself."""
     return cas(&a.allocations[index].claim, claim, claim | CLAIM_SHARED)  # @claim.share

@@ -341,6 +341,11 @@ cdef class Plane:
             lent = lend_claimed(self.a, index, claim, first, pages)
         return lent
 
+    def yield_claim(self, uint64_t index, uint64_t claim):
+        """Gives up a claim that has not settled, under which nothing was written; False: it is shared, or not ours any more."""
+        self.entry(index, self.a.nursery, 1)
+        return yield_claim(self.a, index, claim)
+
     def share_claim(self, uint64_t index, uint64_t claim):
         """Marks exactly the claim word `claim` as several processes'; whether it did."""
         self.entry(index, self.a.nursery, 1)

@@ -30,7 +30,7 @@ MEMORY_MAX_MIB = 1_000
 VERIFIER_TIMEOUT_S = 300
 JOBS_MAX = 2
 
-ROW = "{:12} {:12} {:24} {:9} {:19} {:>9} {:>7}"
+ROW = "{:12} {:13} {:26} {:9} {:19} {:>9} {:>7}"
 STEP = re.compile(r"@([a-z]+\.[a-z_]+)")
 ERRORS = ("assertion violated", "invalid end state", "acceptance cycle")  # what a planted fault may end in
 LIVENESS = "PROGRESS"  # the scene of this name is checked against the model's formula, under weak fairness
@@ -111,10 +111,37 @@ MODELS = (
             "TAKE_WITHOUT_FENCE": "",
             "CLAIM_IGNORES_FILLING": "",
             "TAKE_IGNORES_FILLING": "",
+            "TAKE_OVER_BEFORE_END": "",
             "PROMOTE_IGNORES_CLAIM": "",
             "PROMOTE_IGNORES_TAKING": "",
-            "PROMOTE_IGNORES_LIFE": "",
+            "PROMOTE_LIFE_BEFORE_FENCE": "",
+            "PROMOTE_LIFE_BEFORE_TAKING": "",
             "ANNOUNCE_WITHOUT_LOOKING": LIVENESS,
+        },
+    ),
+    Model(
+        "reserve",
+        scenes=("SCENE_LEND", "SCENE_TURNS", "SCENE_DEATH", "SCENE_RELEASE", "SCENE_STALE"),
+        faults={
+            "LOAD_WITHOUT_CLAIM": "SCENE_LEND",
+            "LOAD_WITHOUT_CLAIM_AGAIN": "SCENE_LEND",
+            "CLAIM_KEEPS_GENERATION": "SCENE_LEND",
+            "CLAIM_IGNORES_FILLING": "SCENE_TURNS",
+            "CLAIM_TAKES_OVER_LIVING": "SCENE_TURNS",
+            "GIVE_UP_SWEEPS": "SCENE_TURNS",
+            "CLAIM_WITHOUT_STATE": "SCENE_STALE",
+            "CLAIM_STARTS_ANEW": "SCENE_STALE",
+            "LEND_WITHOUT_LIFE": "SCENE_LEND",
+            "LEND_WORD_BEFORE_LIFE": "SCENE_DEATH",
+            "PROMOTE_IGNORES_CLAIM": "SCENE_TURNS",
+            "PROMOTE_DROPS_OWNER": "SCENE_LEND",
+            "GRANT_ANY_LIFE": "SCENE_STALE",
+            "TAKE_KEEPS_SEQUENCE": "SCENE_RELEASE",
+            "RELEASE_WITHOUT_CLAIM": "SCENE_STALE",
+            "RELEASE_IGNORES_FILLING": "SCENE_STALE",
+            "DEATH_KEEPS_CLAIM": "SCENE_TURNS",
+            "DEATH_IGNORES_FILLING": "SCENE_TURNS",
+            "DEATH_WITHOUT_LIFE": "SCENE_DEATH",
         },
     ),
 )

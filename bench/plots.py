@@ -1,0 +1,173 @@
+"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc` and `plots.py fragmentation`.
+
+Readable on a light and on a dark page: a panel of their own behind them. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+from _common import OUT
+from alloc_job import POINTS
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, NullLocator
+
+DOCS = Path(__file__).parent.parent / "docs"
+MIB = 1 << 20
+LONG_DECIMALS = re.compile(r"(?<![\w#.])-?\d+\.\d{3,}(?![\w.])")
+PAPER, INK, GRID = "#fbfbf8", "#30343b", "#dcdcd4"
+STYLE: Any = {
+    "figure.facecolor": PAPER, "axes.facecolor": PAPER, "savefig.facecolor": PAPER, "text.color": INK, "axes.labelcolor": INK,
+    "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6,
+    "axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "legend.frameon": False, "legend.fontsize": 8,
+    "lines.linewidth": 1.6, "svg.hashsalt": "gcma-bench", "svg.fonttype": "none", "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Arial"],
+}  # fmt: skip
+# Ours in blues and greens, the others in warm colours; each job keeps its colour everywhere.
+COLOURS = {
+    "alloc_contig": "#1261a8", "claim": "#1a9e77", "idle": "#7fb3dd", "SharedMemory": "#d1495b", "posix-ipc": "#e39aa4",
+    "plasma": "#7a4fa3", "O_DIRECT": "#c06a00", "buffered": "#e0b050",
+}  # fmt: skip
+POLICIES = {"best fit (ours)": "#1261a8", "first fit": "#c06a00", "buddy": "#7a4fa3"}
+
+
+@contextmanager
+def figure(
+    path: Path, rows: int, columns: int, size: tuple[float, float], share_y: bool = False
+) -> Iterator[list[Axes]]:
+    """Its axes, row by row; written in the end, with nothing in it that changes from run to run but the data."""
+    with mpl.rc_context(STYLE):
+        drawn, axes = plt.subplots(
+            rows, columns, figsize=size, sharey="row" if share_y else False, squeeze=False, layout="constrained"
+        )
+        flat = [ax for row in axes for ax in row]
+        yield flat
+        named = {label: line for ax in flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+        drawn.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), 4))
+        drawn.savefig(path, metadata={"Date": None, "Creator": None})
+        plt.close(drawn)
+    # A tenth of a point is finer than anyone sees, and half of the file.
+    path.write_text(LONG_DECIMALS.sub(lambda found: f"{float(found[0]):.1f}", path.read_text()))
+    print(f"written to {path} ({path.stat().st_size >> 10} KiB)")
+
+
+def colour(job: str) -> str:
+    """Of a job, by its name or what it ends with; another's is grey."""
+    return COLOURS.get(job) or next((value for name, value in COLOURS.items() if job.endswith(name)), "#888888")
+
+
+def microseconds(value: float, _position: object) -> str:
+    """A tick's label."""
+    for unit, below in (("µs", 1e6), ("ms", 1e9)):
+        if value < below:
+            return f"{value / (below / 1e3):g} {unit}"
+    return f"{value / 1e9:g} s"
+
+
+def shown(jobs: dict[str, Any]) -> list[str]:
+    """The jobs that a plot has room for: not those with an empty page table, and not the echo."""
+    return [name for name in jobs if ", no prefault" not in name and ", warm" not in name and name != "echo"]
+
+
+def alloc(source: Path, directory: Path) -> None:
+    """The two of `alloc.py`."""
+    settings = json.loads(source.read_text())["results"]["settings"]
+    parts = (("hand_over", "hand-over"), ("usable", "usable"))
+    at_64 = [(one, size["jobs"]) for one in settings for size in one["sizes"].values() if size["nbytes"] == 64 * MIB]
+    if at_64:
+        with figure(directory / "alloc-cdf.svg", len(at_64), 2, (9.5, 3.1 * len(at_64))) as axes:
+            for n, (one, jobs) in enumerate(at_64):
+                for ax, (part, words) in zip(axes[2 * n : 2 * n + 2], parts, strict=True):
+                    _curves(ax, jobs, part)
+                    ax.set_title(f"64 MiB, {words}, {one['setting']}", fontsize=9)
+    with figure(directory / "alloc-size.svg", len(settings), 2, (9.5, 3.3 * len(settings))) as axes:
+        for n, one in enumerate(settings):
+            for ax, (part, words) in zip(axes[2 * n : 2 * n + 2], parts, strict=True):
+                _by_size(ax, list(one["sizes"].values()), part)
+                ax.set_title(f"{words}: median, and p99 dotted; {one['setting']}", fontsize=9)
+
+
+def _curves(ax: Axes, jobs: dict[str, Any], part: str) -> None:
+    for name in shown(jobs):
+        if values := jobs[name][f"{part}_curve_ns"]:
+            ax.plot(values, POINTS / 100, color=colour(name), label=name)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(microseconds))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_ylabel("share of samples")
+    ax.set_ylim(0, 1.01)
+
+
+def _by_size(ax: Axes, sizes: list[dict[str, Any]], part: str) -> None:
+    names = {name: None for size in sizes for name in shown(size["jobs"])}
+    for name in names:
+        found = [(size["nbytes"], size["jobs"][name][f"{part}_ns"]) for size in sizes if name in size["jobs"]]
+        found = [(nbytes, figures) for nbytes, figures in found if figures]
+        for quantile, line in (("median", "-"), ("p99", ":")):
+            ax.plot(
+                [nbytes / MIB for nbytes, _ in found],
+                [figures[quantile] for _, figures in found],
+                line,
+                color=colour(name),
+                linewidth=1.6 if line == "-" else 1.0,
+                marker="." if line == "-" else "",
+                markersize=4,
+                label=name if line == "-" else None,
+            )
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda mib, _: f"{mib:g} MiB" if mib >= 1 else f"{mib * 1024:g} KiB"))
+    ax.yaxis.set_major_formatter(FuncFormatter(microseconds))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.tick_params(axis="x", labelsize=7)
+
+
+def fragmentation(source: Path, directory: Path) -> None:
+    """The one of `fragmentation.py`: avoidable failures against load, and the largest free range over time at the highest."""
+    mixes = json.loads(source.read_text())["results"]
+    with figure(directory / "fragmentation.svg", 2, len(mixes), (2.9 * len(mixes), 5.4), share_y=True) as axes:
+        for n, (mix, loads) in enumerate(mixes.items()):
+            above, below = axes[n], axes[len(mixes) + n]
+            shares = [float(load) for load in loads]
+            for policy, shade in POLICIES.items():
+                rates = [100 * loads[load][policy]["avoidable_share"] for load in loads]
+                above.plot(shares, rates, color=shade, marker=".", label=policy)
+                history = loads[list(loads)[-1]][policy]["largest_free_over_free"]
+                below.plot([100 * k / len(history) for k in range(len(history))], history, color=shade, linewidth=0.9)
+            above.set_yscale("symlog", linthresh=0.01)
+            above.set_ylim(0, 100)
+            above.yaxis.set_major_formatter(FuncFormatter(lambda percent, _: f"{percent:g}"))
+            above.yaxis.set_minor_locator(NullLocator())
+            above.set_title(mix, fontsize=9)
+            above.set_xlabel("held, share of the area")
+            below.set_ylim(0, 1)
+            below.set_xlabel(f"% of the run, at {float(list(loads)[-1]):.0%}")
+        axes[0].set_ylabel("avoidable failures, % of requests")
+        axes[len(mixes)].set_ylabel("largest free range / all that is free")
+
+
+def main() -> int:
+    """Draws what was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("alloc", "fragmentation"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/out/WHAT.json")
+    parser.add_argument("--to", type=Path, default=DOCS, metavar="DIRECTORY")
+    options = parser.parse_args()
+    draw = alloc if options.what == "alloc" else fragmentation
+    draw(options.json or OUT / f"{options.what}.json", options.to)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,294 @@
+"""What a client allocates, reserves and attaches to: buffers by requests, waiting in line, handles and names."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import time
+import weakref
+from typing import Any, cast
+
+from gcma_shm import layout
+from gcma_shm._core import Plane, Span
+from gcma_shm.clients.buffer import Buffer
+from gcma_shm.clients.channel import Channel
+from gcma_shm.clients.handles import Handle, Ticket
+from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
+from gcma_shm.clients.reservation import Claims, Reservation
+from gcma_shm.errors import ArenaError, ArenaExhausted, GcmaError, StaleHandle
+from gcma_shm.messages import Reply
+from gcma_shm.sizes import parse_size
+
+WAIT_SLICE_S = 1.0  # between two looks at the broker while a request waits in line
+SECONDS_MAX = 1e6  # a week and a half: whatever takes longer is a mistake
+BYTES_MAX = 1 << 62  # of a buffer, in the protocol; whatever is larger is refused like this
+
+
+def seconds(name: str, value: float, least: float = 0.0) -> float:
+    """Checks a number of seconds. Raises ValueError."""
+    if not least <= value <= SECONDS_MAX:  # also refuses what is not a number
+        raise ValueError(f"{name} {value}: expected {least} to {SECONDS_MAX:g} seconds")
+    return value
+
+
+class Allocator:
+    """The part of a client that has to do with buffers and reservations."""
+
+    endpoint: str
+    page_size: int
+    _channel: Channel
+    _plane: Plane | None
+    _claims: Claims | None
+    _spans: weakref.WeakSet[Span]
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._channel.closed
+
+    def areas(self) -> list[AreaInfo]:
+        """The arena's areas as they are now."""
+        return [AreaInfo(**info) for info in self._channel.request("areas").results["areas"]]
+
+    def alloc_contig(
+        self,
+        nbytes: int,
+        area: str | None = None,
+        offset: int | None = None,
+        align: int | None = None,
+        zero: bool = False,
+        timeout: float | None = 0,
+        name: str | None = None,
+    ) -> Buffer:
+        """A contiguous buffer of `nbytes`, rounded up to whole pages. Only other buffers and reservations can be in its way,
+        never cache, never a client.
+
+        `area`: by default the one where it fits best. `offset`: exactly that many pages from the area's start (the
+        kernel's start_pfn). `align`: of its place in the area, in bytes, a power of two. `zero`: cleared; otherwise it
+        holds what the cache left there. `timeout`: seconds to wait in line, first come, first served, for others to free
+        memory; 0: not at all, None: for ever. `name`: what other processes `attach` it by.
+
+        Raises ArenaExhausted, QuotaExceeded, NoSuchArea, BufferExists, ValueError; ArenaError for a client that does not
+        map the arena; BrokerUnavailable, Closed.
+        """
+        place, span = self._ask("alloc_contig", nbytes, area, offset, align, timeout, name)
+        if zero:
+            span.zero()
+        return self._buffer(place, span)
+
+    def reserve(
+        self,
+        nbytes: int,
+        area: str | None = None,
+        align: int | None = None,
+        name: str | None = None,
+        *,
+        offset: int | None = None,
+        timeout: float | None = 0,
+    ) -> Reservation:
+        """A buffer promised: its place is decided now and the cache uses it meanwhile; `claim` on it takes microseconds,
+        sends no message and cannot fail.
+
+        Parameters and errors as for `alloc_contig`.
+        """
+        place, _ = self._ask("reserve", nbytes, area, offset, align, timeout, name)
+        return Reservation(self, place)
+
+    def attach(self, name: str | Handle) -> Buffer:
+        """The buffer of that name, or of a handle: this process holds it as well.
+
+        Raises NoSuchBuffer, TypeError for the name of a reservation, StaleHandle, QuotaExceeded, BrokerUnavailable.
+        """
+        if isinstance(name, Handle):
+            return name.attach(self)
+        place, span = self._attach_name(name)
+        if "reservation" in place:
+            self._channel.free(place["buffer"])
+            raise TypeError(f"{name!r} is a reservation: use attach_reservation()")
+        return self._buffer(place, span)
+
+    def attach_reservation(self, name: str) -> Reservation:
+        """The reservation of that name: this process holds it as well, and may claim it in turn with the others.
+
+        Raises NoSuchBuffer, TypeError for the name of a buffer, QuotaExceeded, BrokerUnavailable.
+        """
+        place, _ = self._attach_name(name)
+        if "reservation" not in place:
+            self._channel.free(place["buffer"])
+            raise TypeError(f"{name!r} is a buffer: use attach()")
+        return Reservation(self, place)
+
+    def names(self) -> list[NameInfo]:
+        """The named buffers and reservations of the arena, in the order of their names."""
+        found: list[NameInfo] = []
+        more = True
+        while more:
+            after = {"after": found[-1].name} if found else {}
+            results = self._channel.request("names", after).results
+            found += [
+                NameInfo(
+                    told["name"], told["area"], told["offset"], told["nbytes"], told["holders"], "reservation" in told
+                )
+                for told in results["names"]
+            ]
+            more = results["more"]
+        return found
+
+    def quota(self, nbytes: int | str | None = None, client: int | None = None) -> QuotaInfo:
+        """What a client, by default this one, holds and may hold; `nbytes` sets that, 0: no bound.
+
+        A quota is there to find mistakes, not to stop malice: any process of this user may set it. Raises ValueError.
+        """
+        wanted = {} if client is None else {"client": operator.index(client)}
+        if nbytes is not None:
+            wanted["nbytes"] = parse_size(nbytes) if nbytes else 0
+        told = self._channel.request("quota", wanted).results
+        return QuotaInfo(told["held"], told["quota"] or None)
+
+    def drain_area(self, name: str) -> AreaInfo:
+        """Takes an area out of service: no new buffers, no cache; who holds something there is not disturbed. Raises
+        NoSuchArea.
+        """
+        return AreaInfo(**self._channel.request("area_drain", {"area": name}).results)
+
+    def resume_area(self, name: str) -> AreaInfo:
+        """Puts a drained area back into service. Raises NoSuchArea."""
+        return AreaInfo(**self._channel.request("area_resume", {"area": name}).results)
+
+    def resize_area(self, name: str, size: int | str) -> AreaInfo:
+        """Grows an area by memory that is in no area, or shrinks it at its end.
+
+        Raises NoSuchArea, ValueError; ArenaExhausted when a buffer, or too little memory, is in the way.
+        """
+        return AreaInfo(**self._channel.request("area_resize", {"area": name, "nbytes": parse_size(size)}).results)
+
+    # --- for Buffer, Reservation and Handle
+
+    @property
+    def arena_id(self) -> bytes:
+        """16 bytes that no other arena has."""
+        return bytes(self._channel.greeting["arena_id"])
+
+    def attach_handle(self, ticket: Ticket) -> Buffer:
+        """For `Handle`. Raises StaleHandle."""
+        return self._buffer(*self._attach_ticket(ticket), ticket.claim)
+
+    def attach_reservation_handle(self, ticket: Ticket) -> Reservation:
+        """For a pickled reservation. Raises StaleHandle."""
+        return Reservation(self, self._attach_ticket(ticket)[0])
+
+    def _attach_ticket(self, ticket: Ticket) -> tuple[dict[str, Any], Span]:
+        self._refuse_unmapped()
+        if ticket.arena_id != self.arena_id:
+            raise StaleHandle("this handle is of another arena, or of one that its broker has replaced")
+        parameters = {"buffer": ticket.number}
+        parameters |= {name: value for name, value in (("claim", ticket.claim), ("token", ticket.token)) if value}
+        taken: tuple[dict[str, Any], Span] = self._channel.request(
+            "attach", parameters, then=lambda reply: self._take(reply, ticket.claim)
+        )
+        return taken
+
+    def _attach_name(self, name: str) -> tuple[dict[str, Any], Span]:
+        if not isinstance(name, str):
+            raise TypeError(f"name of type {type(name).__name__}: expected text, or a Handle")
+        layout.refuse_name("buffer", name)
+        self._refuse_unmapped()
+        taken: tuple[dict[str, Any], Span] = self._channel.request("attach_name", {"name": name}, then=self._take)
+        return taken
+
+    def _hand_over(self, number: int, claim: int, timeout: float) -> Handle:
+        wanted = {"buffer": number, "timeout_ms": int(seconds("timeout", timeout) * 1000)} | (
+            {"claim": claim} if claim else {}
+        )
+        token = self._channel.request("hand_over", wanted).results["token"]
+        return Handle(Ticket(self.endpoint, self.arena_id, number, claim, token))
+
+    def _refuse_unmapped(self) -> None:
+        if self._plane is None:
+            raise ArenaError(
+                "a buffer is memory of the arena, which this client does not map; connect with mapped=True on the broker's host"
+            )
+
+    def _ask(
+        self,
+        operation: str,
+        nbytes: int,
+        area: str | None,
+        offset: int | None,
+        align: int | None,
+        timeout: float | None,
+        name: str | None,
+    ) -> tuple[dict[str, Any], Span]:
+        """The place and memory of a new buffer or reservation."""
+        wanted: dict[str, Any] = {"nbytes": min(operator.index(nbytes), BYTES_MAX)}
+        if wanted["nbytes"] < 1:
+            raise ValueError(f"{nbytes} bytes: expected at least 1")
+        for what, text in (("area", area), ("name", name)):
+            if text is not None:
+                if not isinstance(text, str):
+                    raise TypeError(f"{what} of type {type(text).__name__}: expected a name")
+                layout.refuse_name(what, text)
+                wanted[what] = text
+        for what, value, least in (("offset", offset, 0), ("align", align, 1)):
+            if value is not None:
+                wanted[what] = min(operator.index(value), BYTES_MAX)
+                if wanted[what] < least:
+                    raise ValueError(f"{what} {value}: expected at least {least}")
+        self._refuse_unmapped()
+        patience = seconds("timeout", SECONDS_MAX if timeout is None else timeout)
+        if patience:
+            wanted["timeout_ms"] = max(int(patience * 1000), 1)
+        deadline = time.monotonic() + patience
+        got = self._channel.request(operation, wanted, then=self._take)
+        return got if isinstance(got, tuple) else self._wait(got, deadline)
+
+    def _take(self, reply: Reply, claim: int = 0) -> tuple[dict[str, Any], Span] | int:
+        """Under the channel's lock, which a fork takes too: a child has the memory and its hold, or neither. An int: the
+        ticket of a request that waits in line.
+        """
+        place = reply.results
+        if "ticket" in place:
+            return int(place["ticket"])
+        span = cast(Plane, self._plane).span(place["first"], place["nbytes"])
+        self._channel.hold(place["buffer"], claim)
+        return place, span
+
+    def _wait(self, ticket: int, deadline: float) -> tuple[dict[str, Any], Span]:
+        """Until a request in line was served. No lock and no socket is held meanwhile: the broker wakes us by a word in the
+        arena.
+        """
+        plane = cast(Plane, self._plane)
+        try:
+            while True:
+                seen = plane.wake_count()
+                left = deadline - time.monotonic()
+                wanted = {"ticket": ticket, "give_up": left <= 0}
+                got = self._channel.request("collect", wanted, then=self._take)
+                if isinstance(got, tuple):
+                    return got
+                plane.wait(seen, min(left, WAIT_SLICE_S))
+        except ArenaExhausted:
+            raise
+        except BaseException:  # Ctrl-C, say: leave the line, and give back what was served meanwhile
+            with contextlib.suppress(GcmaError):
+                late = self._channel.request("collect", {"ticket": ticket, "give_up": True}, then=self._take)
+                if isinstance(late, tuple):
+                    self._channel.free(late[0]["buffer"])
+            raise
+
+    def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
+        number, channel = place["buffer"], self._channel
+        # When nothing refers to the memory any more, neither a Buffer nor a view or array, it is given back; and the
+        # client lives as long as that.
+        give_up = weakref.finalize(span, self._give_up, number, claim)
+        give_up.atexit = False  # the broker sees the process end
+
+        def free() -> None:
+            if give_up.detach() is not None:  # of two threads that free, one does
+                channel.free(number, claim)
+
+        self._spans.add(span)
+        return Buffer(span, place, self, number, free, claim)
+
+    def _give_up(self, number: int, claim: int) -> None:
+        self._channel.give_up(number, claim)
