@@ -8,9 +8,8 @@ client, a claimer, or a handle under way.
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -20,45 +19,14 @@ from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.broker.areas import Areas, Place, Wanted
 from gcma_shm.broker.claims import Claims
+from gcma_shm.broker.holders import Holders
+from gcma_shm.broker.table import Allocation, HandOver, Table
 from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchBuffer, QuotaExceeded, StaleHandle
-from gcma_shm.layout import BUFFER, INDEX_BITS, KIND_BITS, RESERVATION
+from gcma_shm.layout import BUFFER
 from gcma_shm.sizes import format_size
 
 HAND_OVERS_MAX = 1024  # of one allocation, under way at the same time
 NAMES_PAGE = 1000  # names in one answer
-
-
-@dataclass
-class HandOver:
-    """A handle that holds an allocation until somebody attaches with it. `claim`: a generation; 0: not of a claim."""
-
-    deadline: float
-    claim: int
-
-
-@dataclass(eq=False)
-class Allocation:
-    """A buffer or a reservation. `holders` are client numbers; `claimers` those that share the claim of `claim_generation`."""
-
-    index: int
-    generation: int
-    kind: int
-    place: Place
-    name: str | None
-    holders: set[int] = field(default_factory=set)
-    claimers: set[int] = field(default_factory=set)
-    claim_generation: int = 0
-    handed_over: dict[int, HandOver] = field(default_factory=dict)
-
-    @property
-    def number(self) -> int:
-        """What clients call it; never used again for another."""
-        return self.generation << INDEX_BITS | self.index
-
-    @property
-    def owner(self) -> int:
-        """What the lives of its pages say."""
-        return self.index + 1
 
 
 class Allocations:
@@ -69,17 +37,12 @@ class Allocations:
         self._geometry = plane.geometry
         self.areas = areas
         self.claims = Claims(plane)
-        self.quota = quota  # bytes that each client may hold; None: no bound
-        self.quotas: dict[int, int | None] = {}  # of single clients
+        self.holders = Holders(self._geometry.page_size, quota)
         self.when_freed: Callable[[], None] = lambda: None
-        self._free_entries = list(range(self._geometry.allocations_max - 1, -1, -1))
-        self._entries_used = 0
+        self._table = Table(plane)
         self._by_number: dict[int, Allocation] = {}
         self._reservations: set[Allocation] = set()
         self._by_name: SortedDict[str, Allocation] = SortedDict()
-        self._held: defaultdict[int, set[int]] = defaultdict(set)  # client -> numbers that it holds, or claims
-        self._held_pages: Counter[int] = Counter()
-        self._held_in: defaultdict[str, Counter[int]] = defaultdict(Counter)  # area -> client -> pages
         self._hand_overs: dict[int, Allocation] = {}
         self._tokens = 0
 
@@ -115,18 +78,20 @@ class Allocations:
                 raise BufferExists(
                     f"there is a buffer or reservation {name!r} already: attach to it, or take another name"
                 )
-        self._check_quota(client, wanted.pages)
-        if not self._free_entries:
-            raise QuotaExceeded(
-                f"the arena's table of {self._geometry.allocations_max} buffers is full; free some, or make them larger"
-            )
+        self.holders.check_quota(client, wanted.pages)
+        self._table.check_room()
         if all(wanted.pages > part.pages for area in wanted.areas for part in area.parts):
             raise self.exhausted(wanted)
 
     def settle(self, client: int, request: int, place: Place, kind: int, name: str | None) -> Allocation:
         """Makes a free place the client's. A buffer's cache is dropped on the spot; a reservation is lent again at once."""
         place.area.take(place)
-        allocation = self._enter(place, kind, client, request, name)
+        allocation = self._table.enter(kind, place, client, request, name)
+        self._by_number[allocation.number] = allocation
+        if allocation.is_reservation:
+            self._reservations.add(allocation)
+        if name is not None:
+            self._by_name[name] = allocation
         part = place.part
         if kind == BUFFER:
             self._plane.take(part.index, place.first, place.pages, allocation.owner)
@@ -157,9 +122,8 @@ class Allocations:
         allocation = self._by_number.get(number)
         if allocation is None:
             raise StaleHandle(f"buffer {number} is gone: its last holder has freed it, or died")
-        knows = client in allocation.holders or client in allocation.claimers
-        if not knows:
-            self._check_quota(client, allocation.place.pages)
+        if not allocation.is_known_to(client):
+            self.holders.check_quota(client, allocation.place.pages)
         if claim:
             self._share(allocation, claim)
             allocation.claimers.add(client)
@@ -182,7 +146,7 @@ class Allocations:
         QuotaExceeded.
         """
         allocation = self._by_number.get(number)
-        if allocation is None or client not in allocation.holders | allocation.claimers:
+        if allocation is None or not allocation.is_known_to(client):
             raise NoSuchBuffer(f"buffer {number} is not held by this client: freed before, or never allocated by it")
         if len(allocation.handed_over) >= HAND_OVERS_MAX:
             raise QuotaExceeded(
@@ -193,13 +157,13 @@ class Allocations:
         self._tokens += 1
         allocation.handed_over[self._tokens] = HandOver(time.monotonic() + timeout_s, claim)
         self._hand_overs[self._tokens] = allocation
-        self._write_deadline(allocation)
+        self._table.write_deadline(allocation)
         return self._tokens
 
     def free_claim(self, client: int, number: int, claim: int) -> None:
         """`client` gives up its part in a claim that several share; the last one's lends the range. Raises NoSuchBuffer."""
         allocation = self._by_number.get(number)
-        if allocation is not None and allocation.kind == RESERVATION:
+        if allocation is not None and allocation.is_reservation:
             self._meet(allocation, *self.claims.shared_by(allocation.index))
         if allocation is None or allocation.claim_generation != claim or client not in allocation.claimers:
             raise NoSuchBuffer(f"claim {claim} of reservation {number} is not shared by this client")
@@ -213,7 +177,7 @@ class Allocations:
 
     def drop(self, client: int) -> int:
         """Frees all that `client`, which is gone, held or had claimed; returns how much that was."""
-        held = list(self._held.get(client, ()))
+        held = self.holders.of(client)
         for number in held:
             allocation = self._by_number[number]
             self._end_claim(allocation, client)
@@ -227,7 +191,7 @@ class Allocations:
         A claim that it made itself is no message's matter: it may have made it a moment ago.
         """
         known_numbers, known_shares = set(known), set(known_claims)
-        for number in list(self._held.get(client, ())):
+        for number in self.holders.of(client):
             allocation = self._by_number[number]
             if number not in known_shares and client in allocation.claimers and not self._made(allocation, client):
                 self._leave_claim(allocation, client)
@@ -235,17 +199,13 @@ class Allocations:
                 allocation.holders.discard(client)
             self._let_go(allocation, client)
 
-    def forget(self, client: int) -> None:
-        """The client's number will be another's: its own quota ends."""
-        self.quotas.pop(client, None)
-
     def inherit(self, parent: int, child: int) -> None:
         """A forked child holds what its parent holds, and shares the claims that its parent marked before the fork."""
-        for number in list(self._held.get(parent, ())):
+        for number in self.holders.of(parent):
             allocation = self._by_number[number]
             if parent in allocation.holders:
                 self._hold(allocation, child)
-            if allocation.kind == RESERVATION:
+            if allocation.is_reservation:
                 self._meet(allocation, *self.claims.shared_by(allocation.index))
                 if parent in allocation.claimers:
                     allocation.claimers.add(child)
@@ -343,29 +303,18 @@ class Allocations:
             "first": place.first,
             "nbytes": place.pages * self._geometry.page_size,
         }
-        if allocation.kind == RESERVATION:
+        if allocation.is_reservation:
             told["reservation"] = True
         if allocation.name is not None:
             told["name"] = allocation.name
         return told
-
-    def held_bytes(self, client: int) -> int:
-        """What the client holds, reservations included."""
-        return self._held_pages[client] * self._geometry.page_size
-
-    def quota_of(self, client: int) -> int | None:
-        """Bytes that it may hold; None: no bound."""
-        return self.quotas.get(client, self.quota)
 
     def exhausted(self, wanted: Wanted, in_line: int = 0) -> ArenaExhausted:
         """The error for a request that fits nowhere just now; `in_line`: how many waited before it."""
         size = self._geometry.page_size
         requested = wanted.pages * size
         largest = max((area.largest for area in wanted.areas), default=0) * size
-        holders: Counter[int] = Counter()
-        for area in wanted.areas:
-            for client, pages in self._held_in[area.name].items():
-                holders[client] += pages * size
+        holders = self.holders.in_areas(area.name for area in wanted.areas)
         names = ", ".join(area.name + (" (drained)" if area.drained else "") for area in wanted.areas)
         if wanted.offset is not None:
             what = f"{format_size(requested)} at page {wanted.offset} of {names} are not free"
@@ -378,70 +327,24 @@ class Allocations:
             "Free some, wait with timeout=, or make the area larger",
             requested,
             largest,
-            dict(holders),
+            holders,
         )
 
     # --- inside
 
-    def _check_quota(self, client: int, pages: int) -> None:
-        quota = self.quota_of(client)
-        if quota is not None and (self._held_pages[client] + pages) * self._geometry.page_size > quota:
-            raise QuotaExceeded(
-                f"client {client} may hold {format_size(quota)} and holds {format_size(self.held_bytes(client))}: "
-                f"{format_size(pages * self._geometry.page_size)} more are too much; free some, or raise its quota"
-            )
-
-    def _enter(self, place: Place, kind: int, client: int, request: int, name: str | None) -> Allocation:
-        """Writes the table's entry before the range is taken, its state last: a restarted broker finds every range
-        that may be taken.
-        """
-        index = self._free_entries.pop()
-        if index >= self._entries_used:
-            self._entries_used = index + 1
-            self._plane.entries_used(self._entries_used)
-        at = self._geometry.allocation_at(index)
-        generation = (self._plane.read(at + layout.ALLOCATION_STATE_AT) >> KIND_BITS) + 1
-        name_bytes = (name or "").encode().ljust(layout.NAME_BYTES, b"\0")
-        for offset, value in (
-            (layout.ALLOCATION_FIRST_AT, place.first),
-            (layout.ALLOCATION_PAGES_AT, place.pages),
-            (layout.ALLOCATION_AREA_AT, place.part.index),
-            (layout.ALLOCATION_CLIENT_AT, client),
-            (layout.ALLOCATION_REQUEST_AT, request),
-            (layout.ALLOCATION_DEADLINE_AT, 0),
-            (layout.ALLOCATION_LENT_AT, 0),
-        ):
-            self._plane.write(at + offset, value)
-        if name is not None or self._plane.read(at + layout.ALLOCATION_NAME_AT):
-            for word in range(0, layout.NAME_BYTES, 8):
-                value = int.from_bytes(name_bytes[word : word + 8], "little")
-                self._plane.write(at + layout.ALLOCATION_NAME_AT + word, value)
-        if kind == RESERVATION:
-            self.claims.begin(index)  # before any page says that it is this entry's
-        self._plane.write(at + layout.ALLOCATION_STATE_AT, generation << KIND_BITS | kind)
-        allocation = Allocation(index, generation, kind, place, name)
-        self._by_number[allocation.number] = allocation
-        if kind == RESERVATION:
-            self._reservations.add(allocation)
-        if name is not None:
-            self._by_name[name] = allocation
-        return allocation
-
     def _release(self, allocation: Allocation) -> None:
         place, part = allocation.place, allocation.place.part
-        if allocation.kind == RESERVATION:
+        if allocation.is_reservation:
             self.claims.seize(allocation.index)  # and kept until the entry is used again
         place.area.offer(part, place.first, place.pages)
         if allocation.kind == BUFFER:
             self._add_held(place, -place.pages)
         place.area.give(place)
-        at = self._geometry.allocation_at(allocation.index)
-        self._plane.write(at + layout.ALLOCATION_STATE_AT, allocation.generation << KIND_BITS)
+        self._table.leave(allocation)
         del self._by_number[allocation.number]
         self._reservations.discard(allocation)
         if allocation.name is not None:
             del self._by_name[allocation.name]
-        self._free_entries.append(allocation.index)
         self.when_freed()
 
     def _lend(self, allocation: Allocation) -> None:
@@ -465,7 +368,7 @@ class Allocations:
 
     def _end_claim(self, allocation: Allocation, client: int) -> None:
         """Whatever part `client` has in a claim is over."""
-        if allocation.kind == RESERVATION:
+        if allocation.is_reservation:
             self._meet(allocation, *self.claims.shared_by(allocation.index))
             if client in allocation.claimers:
                 self._leave_claim(allocation, client)
@@ -478,7 +381,7 @@ class Allocations:
 
     def _leave_claim(self, allocation: Allocation, client: int) -> None:
         """`client` shares its claim no longer; 0: a handle did. The last one's lends the range."""
-        if allocation.kind != RESERVATION or not allocation.claim_generation:
+        if not allocation.is_reservation or not allocation.claim_generation:
             return
         claim = allocation.claim_generation
         allocation.claimers.discard(client)
@@ -490,13 +393,7 @@ class Allocations:
     def _end_hand_over(self, allocation: Allocation, token: int) -> None:
         del allocation.handed_over[token]
         del self._hand_overs[token]
-        self._write_deadline(allocation)
-
-    def _write_deadline(self, allocation: Allocation) -> None:
-        """In the arena: until when an allocation may be held by handles alone, for a broker that takes over."""
-        latest = max((one.deadline for one in allocation.handed_over.values()), default=0.0)
-        at = self._geometry.allocation_at(allocation.index) + layout.ALLOCATION_DEADLINE_AT
-        self._plane.write(at, int(latest * 1e9))
+        self._table.write_deadline(allocation)
 
     def _hold(self, allocation: Allocation, client: int) -> None:
         allocation.holders.add(client)
@@ -504,34 +401,15 @@ class Allocations:
 
     def _hold_bit(self, allocation: Allocation, client: int) -> None:
         """After `client` has become a holder or claimer."""
-        if allocation.number not in self._held[client]:
-            self._held[client].add(allocation.number)
-            self._held_pages[client] += allocation.place.pages
-            self._held_in[allocation.place.area.name][client] += allocation.place.pages
-            self._write_holder(allocation, client)
+        if self.holders.add(client, allocation):
+            self._table.write_holder(allocation, client)
 
     def _let_go(self, allocation: Allocation, client: int) -> None:
         """After `client` may have ceased to be one; an allocation that nobody holds is released."""
-        held = self._held.get(client, set())
-        if client not in allocation.holders and client not in allocation.claimers and allocation.number in held:
-            held.discard(allocation.number)
-            self._held_pages[client] -= allocation.place.pages
-            in_area = self._held_in[allocation.place.area.name]
-            in_area[client] -= allocation.place.pages
-            if not in_area[client]:
-                del in_area[client]
-            if not held:
-                del self._held[client]
-                del self._held_pages[client]
-            self._write_holder(allocation, client)
+        if not allocation.is_known_to(client) and self.holders.discard(client, allocation):
+            self._table.write_holder(allocation, client)
         if not (allocation.holders or allocation.claimers or allocation.handed_over):
             self._release(allocation)
-
-    def _write_holder(self, allocation: Allocation, client: int) -> None:
-        """Writes the word of the entry's holders that `client` has a bit in."""
-        word = client // 64
-        bits = sum(1 << holder % 64 for holder in allocation.holders | allocation.claimers if holder // 64 == word)
-        self._plane.write(self._geometry.holders_at + allocation.index * self._geometry.holder_bytes + 8 * word, bits)
 
     def _gauge(self, index: int, at: int) -> int:
         return self._plane.read(self._geometry.area_at(index) + at)
@@ -542,23 +420,20 @@ class Allocations:
     def _check(self) -> None:
         """Raises AssertionError when an invariant is broken."""
         self.areas._check()
+        self.holders._check(self._by_number.values())
         guests: dict[int, int] = {}
         held: Counter[int] = Counter()
-        pages: Counter[int] = Counter()
         for allocation in self._by_number.values():
             place = allocation.place
             guests[place.first] = place.pages
+            held[place.part.index] += place.pages * (not allocation.is_reservation)
             assert place.part.guests.get(place.first) == place.pages, "an allocation that its area does not know"
-            held[place.part.index] += place.pages * (allocation.kind == BUFFER)
-            who = allocation.holders | allocation.claimers
-            assert who or allocation.handed_over, "an allocation that nobody holds"
-            assert all(allocation.number in self._held[client] for client in who), "a holder that does not know"
-            for client in who:
-                pages[client] += place.pages
+            assert allocation.holders or allocation.claimers or allocation.handed_over, (
+                "an allocation that nobody holds"
+            )
             assert allocation.name is None or self._by_name[allocation.name] is allocation, (
                 "a name that leads elsewhere"
             )
-        assert +pages == +self._held_pages, "what clients hold does not add up"
         known = {
             first: n for area in self.areas.by_name.values() for part in area.parts for first, n in part.guests.items()
         }

@@ -18,10 +18,6 @@ class Claims:
         self._plane = plane
         self._geometry = plane.geometry
 
-    def begin(self, index: int) -> None:
-        """An entry becomes a reservation's: nobody has claimed it. The word goes on counting."""
-        self._plane.write(self._at(index), self._next(self._word(index)))
-
     def is_claimed(self, index: int) -> bool:
         """Whether anybody has the range."""
         return bool(self._word(index) & CLAIM_CLIENT)

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gcma_shm.broker.allocations import Allocation, Allocations
+from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.areas import Wanted
+from gcma_shm.broker.table import Allocation
 from gcma_shm.errors import GcmaError, NoSuchBuffer
 
 LINE_MAX = 1024

@@ -19,11 +19,12 @@ from typing import Any
 from gcma_shm import layout, messages
 from gcma_shm._core import Plane
 from gcma_shm.arena import Arena
-from gcma_shm.broker.allocations import Allocation, Allocations
+from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.areas import Areas
 from gcma_shm.broker.line import Line
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.sessions import Client, Sessions
+from gcma_shm.broker.table import Allocation
 from gcma_shm.broker.workers import Job, Worker
 from gcma_shm.errors import ArenaError, Closed, GcmaError, ProtocolError, SlotBusy
 from gcma_shm.messages import Frame, Reply, Request
@@ -248,7 +249,7 @@ class Service:
         for client in clients:
             self.line.drop(client.number)
             self.allocations.drop(client.number)
-            self.allocations.forget(client.number)
+            self.allocations.holders.forget(client.number)
             self.sessions.forget(client)
             number = client.number
 
@@ -305,10 +306,10 @@ class Service:
         if number not in self.sessions.clients:
             raise ValueError(f"there is no client {number}")
         if "nbytes" in p:
-            self.allocations.quotas[number] = p["nbytes"] or None
+            self.allocations.holders.set_quota(number, p["nbytes"] or None)
             log.info("client %d may hold %s", number, p["nbytes"] or "any number of bytes")
-        quota = self.allocations.quota_of(number)
-        return {"client": number, "held": self.allocations.held_bytes(number), "quota": quota or 0}
+        quota = self.allocations.holders.quota_of(number)
+        return {"client": number, "held": self.allocations.holders.held_bytes(number), "quota": quota or 0}
 
     def _area_drain(self, _client: Client, request: Request) -> dict[str, Any]:
         self.allocations.drain(request.parameters["area"])
