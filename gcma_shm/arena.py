@@ -7,6 +7,7 @@ beside the arena. A broker never forks, so no child of it keeps the lock.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import mmap
@@ -64,8 +65,7 @@ def create(name: str, geometry: Geometry, areas: list[Area]) -> Arena:
     """
     fd = _lock_new(name)
     try:
-        _commit(fd, geometry.size)
-        memory = mmap.mmap(fd, geometry.size, flags=mmap.MAP_SHARED)
+        memory = _commit(fd, geometry.size)
         arena_id = secrets.token_bytes(16)
         with memoryview(memory) as view:
             layout.write_header(view, geometry, areas, arena_id)
@@ -101,7 +101,7 @@ def _map(name: str, fd: int) -> Arena:
     size = os.fstat(fd).st_size
     if size < layout.HEADER_BYTES:
         raise ArenaError(f"{name} is not an arena: it has {size} bytes")
-    memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+    memory = _mmap(fd, size)
     with memoryview(memory) as view:
         geometry, areas, found_id = layout.read_header(view, size)
     return Arena(name, memory, geometry, areas, found_id)
@@ -173,16 +173,33 @@ def _is_named(fd: int, name: str) -> bool:
         return False
 
 
-def _commit(fd: int, size: int) -> None:
-    """Gives the object its size and all of its memory, now, or fails now: nobody gets a SIGBUS later."""
+def _mmap(fd: int, size: int) -> mmap.mmap:
+    """The object, mapped by huge pages where the mount of /dev/shm grants them (tmpfs(5), `huge=`)."""
+    memory = mmap.mmap(fd, size, flags=mmap.MAP_SHARED)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _grants_huge_pages_when_asked() -> bool:
+    mounts = (line.split() for line in Path("/proc/mounts").read_text().splitlines())
+    return any(mount[1] == str(SHM_DIR) and "huge=advise" in mount[3].split(",") for mount in mounts)
+
+
+def _commit(fd: int, size: int) -> mmap.mmap:
+    """Gives the object its size and all of its memory, now, or fails now: nobody gets a SIGBUS later. Returns it mapped."""
     free = os.statvfs(SHM_DIR)
     room = min(free.f_bavail * free.f_frsize, _memory_available())
     try:
         if size > room:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(fd, size)
+        memory = _mmap(fd, size)
+        if _grants_huge_pages_when_asked():  # only to whoever touches a mapping that has asked
+            memory.madvise(MADV_POPULATE_WRITE)
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFAULT):
             raise
         raise ArenaError(
             errno.ENOSPC,
@@ -190,6 +207,7 @@ def _commit(fd: int, size: int) -> None:
             f"the arena smaller, or the place larger: as root `mount -o remount,size={(size >> 20) + 64}M {SHM_DIR}`; in a container "
             "`docker run --shm-size=…`; in Kubernetes mount an emptyDir with `medium: Memory` there",
         ) from None
+    return memory
 
 
 def _memory_available() -> int:

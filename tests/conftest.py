@@ -21,6 +21,7 @@ import gcma_shm
 from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane
+from gcma_shm.areas import AreaSpec
 from gcma_shm.clients.embedded import EmbeddedClient
 
 # multiprocessing makes its temporary directory once and removes it at the very end: not in the directory of the one test
@@ -138,6 +139,16 @@ class Bare:
     spill_dir: Path
 
 
+def private_bare(areas: dict[str, int | str | AreaSpec], size: int = 2 << 20) -> Bare:
+    """As `bare`, with those areas, in memory that goes with the last reference to it: one for each example of a property test."""
+    geometry, placed = layout.plan(size, areas=areas, slots=64, clients_max=8)
+    memory = bytearray(geometry.size)
+    layout.write_header(memoryview(memory), geometry, placed, bytes(16))
+    arena = arenas.Arena("private", memory, geometry, placed, bytes(16))  # type: ignore[arg-type] # as good as mapped
+    directory = Path(tempfile.gettempdir())
+    return Bare(arena, Plane(memory, geometry, layout.BROKER, os.fsencode(directory)), directory)
+
+
 @pytest.fixture
 def bare(tmp_path: Path) -> Iterator[Bare]:
     """The broker's view of an arena of 2 MiB: 600 slots, 8 clients, areas `a` (100 pages) and `b` (200 pages)."""
@@ -145,8 +156,9 @@ def bare(tmp_path: Path) -> Iterator[Bare]:
     arena = arenas.create(f"/gcma-test-{os.getpid()}", geometry, areas)
     (tmp_path / "spill").mkdir()
     try:
-        yield Bare(
-            arena, Plane(arena.memory, geometry, layout.BROKER, os.fsencode(tmp_path / "spill")), tmp_path / "spill"
-        )
+        plane = Plane(arena.memory, geometry, layout.BROKER, os.fsencode(tmp_path / "spill"))
+        for index, area in enumerate(areas):  # what the broker's `Areas` do
+            plane.set_area(index, area.first, area.pages)
+        yield Bare(arena, plane, tmp_path / "spill")
     finally:
         arena.destroy()

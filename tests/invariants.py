@@ -9,6 +9,7 @@ import struct
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from gcma_shm.arena import open_arena
@@ -18,9 +19,44 @@ REST_S = 30.0  # how long an arena may take to come to rest: its broker sweeps a
 
 EMPTY, CACHED, SPILLED, ZERO, CLOSED = range(5)
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)
+_BUFFER_KIND, _RESERVATION_KIND = 1, 2
+_BROKER = 1
+_AREAS_MAX = 64
 _DIRTY = 1 << 32
 _LOW = (1 << 32) - 1
 _SLOT = (1 << 48) - 1
+
+
+@dataclass(frozen=True)
+class AreaEntry:
+    """An entry of the table of areas: one range of pages, up to `end`. `lent` and `held` are its gauges."""
+
+    index: int
+    first: int
+    end: int
+    lends: bool
+    lent: int
+    held: int
+
+
+@dataclass(frozen=True)
+class Guest:
+    """An entry of the table of allocations that is in use."""
+
+    number: int  # counted from 1: the owner of its pages
+    kind: int
+    first: int
+    end: int
+    area: int
+    claim: int
+    deadline: int
+    lent: int
+    holders: frozenset[int]
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether it is a reservation that somebody has claimed: what its pages hold is no cache any more."""
+        return self.kind == _RESERVATION_KIND and self.claim & 0xFFFF != 0
 
 
 class Snapshot:
@@ -37,16 +73,31 @@ class Snapshot:
         self.life = self._words(g.life_at, g.pages)
         self.key = self._words(g.key_at, g.pages)
         self.types = [self._words(g.types_at + 64 * t, 4) for t in range(256)]
-        self.areas = []
-        for index in range(g.areas_count):
+        self.areas: dict[int, AreaEntry] = {}
+        for index in range(_AREAS_MAX):
             at = g.areas_at + 128 * index
-            first_page, pages = self._words(at + 48, 2)
+            first_page, pages, policy, _share, _alignment, state = self._words(at + 48, 6)
             _clock, lent, held = self._words(at + 0x60, 3)
-            self.areas.append((first_page, pages, lent, held))
-        self.allocations = [self._words(g.allocations_at + 128 * i, 4) for i in range(g.allocations_max)]
+            if pages:
+                lends = bool(policy & 1) and not state & 1
+                self.areas[index] = AreaEntry(index, first_page, first_page + pages, lends, lent, held)
+        self.guests = [
+            guest for number in range(1, g.allocations_max + 1) if (guest := self._guest(number)) is not None
+        ]
+        self.guest_of = {page: guest for guest in self.guests for page in range(guest.first, guest.end)}
 
     def _words(self, at: int, count: int) -> tuple[int, ...]:
         return struct.unpack_from(f"<{count}Q", self._bytes, at)
+
+    def _guest(self, number: int) -> Guest | None:
+        g, index = self.geometry, number - 1
+        state, first, pages, area, _client, _request, claim, deadline = self._words(g.allocations_at + 128 * index, 8)
+        (lent,) = self._words(g.allocations_at + 128 * index + 0x70, 1)
+        if not state & 0xFF:
+            return None
+        words = self._words(g.holders_at + index * g.holder_bytes, g.holder_bytes // 8)
+        holders = frozenset(64 * n + bit for n, word in enumerate(words) for bit in range(64) if word >> bit & 1)
+        return Guest(number, state & 0xFF, first, first + pages, area, claim, deadline, lent, holders)
 
     def owners(self) -> list[int | None]:
         """The living type of each slot."""
@@ -80,11 +131,13 @@ def _check_slots(s: Snapshot) -> None:
         else:
             assert payload < pages, f"{where}: names no page"
             life, key = s.life[payload], s.key[payload]
+            guest = s.guest_of.get(payload)
             fits = life >> 62 == PUBLISHED and key == (owner or 0) << 48 | slot
+            fits = fits and not (guest is not None and guest.is_claimed)
             if payload < nursery:
                 assert fits, f"{where}: names nursery page {payload}, life {life:#x}, key {key:#x}"
             assert not dirty or payload < nursery, f"{where}: dirty outside the nursery"
-            if fits:  # else: taken for a buffer since, and to be healed when it is read
+            if fits:  # else: taken for a buffer, or claimed, since, and to be healed when it is read
                 named[payload] += 1
     twice = [page for page, count in named.items() if count > 1]
     assert not twice, f"pages named by two slots: {twice}"
@@ -97,27 +150,66 @@ def _check_pages(s: Snapshot) -> None:
     assert not granted, f"pages granted to nobody at work: {granted}"
     assert not any(life >> 62 == BUFFER for life in s.life[: s.geometry.nursery_pages]), "a buffer in the nursery"
     end = s.geometry.nursery_pages
-    for index, (first, pages, lent, held) in enumerate(s.areas):
-        assert first == end, f"area {index} begins at page {first}, expected {end}"
-        end = first + pages
-        states = Counter(life >> 62 for life in s.life[first:end])
-        assert states[PUBLISHED] == lent, f"area {index}: {states[PUBLISHED]} pages hold cache, its gauge says {lent}"
-        assert states[BUFFER] == held, f"area {index}: {states[BUFFER]} pages are buffers', its gauge says {held}"
-        assert lent + held <= pages, f"area {index}: more than full"
-    assert end == s.geometry.pages, "pages that belong to nothing"
+    area_of: dict[int, AreaEntry] = {}
+    for area in sorted(s.areas.values(), key=lambda area: area.first):
+        assert area.first >= end, f"area {area.index} begins at page {area.first}, expected {end} or above"
+        end = area.end
+        pages = range(area.first, area.end)
+        area_of |= dict.fromkeys(pages, area)
+        own = sum(s.life[page] >> 62 == PUBLISHED and not _owner(s.life[page]) for page in pages)
+        assert own == area.lent, f"area {area.index}: {own} pages hold cache, its gauge says {area.lent}"
+        held = sum(page in s.guest_of and s.guest_of[page].kind == _BUFFER_KIND for page in pages)
+        assert held == area.held, f"area {area.index}: {held} pages are buffers', its gauge says {area.held}"
+        assert area.lent + area.held <= area.end - area.first, f"area {area.index}: more than full"
+    assert end <= s.geometry.pages, "an area behind the last page"
+    for page in range(s.geometry.nursery_pages, s.geometry.pages):
+        _check_area_page(page, s.life[page], area_of.get(page), s.guest_of.get(page))
 
 
-def _check_buffers(s: Snapshot) -> None:
-    bought: set[int] = set()
-    for state, first, pages, area in s.allocations:
-        if state & 0xFF:
-            where = range(first, first + pages)
-            assert s.areas[area][0] <= first, "a buffer before its area"
-            assert first + pages <= s.areas[area][0] + s.areas[area][1], "a buffer beyond its area"
-            assert not bought.intersection(where), "buffers overlap"
-            bought.update(where)
-    held = {page for page, life in enumerate(s.life) if life >> 62 == BUFFER}
-    assert held == bought, f"the table of buffers and the descriptors differ in {held ^ bought}"
+def _owner(life: int) -> int:
+    return life >> 46 & 0xFFFF
+
+
+def _check_area_page(page: int, life: int, area: AreaEntry | None, guest: Guest | None) -> None:
+    state, owner = life >> 62, _owner(life)
+    where = f"page {page}, life {life:#x}, of {area or 'no area'} and {guest or 'no guest'}"
+    assert owner == (guest.number if guest is not None else 0), f"{where}: another's"
+    if area is None:
+        assert state in (FREE, BUFFER), f"{where}: in use"
+        return
+    if guest is not None and guest.kind == _BUFFER_KIND:
+        assert state == BUFFER, f"{where}: a buffer's, and not kept for it"
+    elif state == BUFFER:
+        assert not area.lends, f"{where}: kept from the cache for nobody"
+    elif not area.lends:
+        # A reservation that was claimed when the area was drained may be left as it was.
+        assert guest is not None, f"{where}: offered to the cache of an area that has none"
+
+
+def _check_guests(s: Snapshot) -> None:
+    taken: set[int] = set()
+    for guest in s.guests:
+        assert guest.kind in (_BUFFER_KIND, _RESERVATION_KIND), f"{guest}: no such kind"
+        pages, area = range(guest.first, guest.end), s.areas.get(guest.area)
+        assert area is not None, f"{guest}: in no area"
+        assert pages, f"{guest}: of no pages"
+        assert area.first <= guest.first < guest.end <= area.end, f"{guest}: not within {area}"
+        assert not taken.intersection(pages), f"{guest}: overlaps another"
+        taken.update(pages)
+        assert guest.holders or guest.deadline, f"{guest}: nobody holds it"
+        assert not guest.holders & {0, _BROKER}, f"{guest}: held by who is no client"
+        if guest.kind == _RESERVATION_KIND:
+            _check_reservation(s, guest)
+
+
+def _check_reservation(s: Snapshot, guest: Guest) -> None:
+    client, shared = guest.claim & 0xFFFF, guest.claim >> 16 & 1
+    lent = sum(s.life[page] >> 62 == PUBLISHED for page in range(guest.first, guest.end))
+    assert lent == guest.lent, f"{guest}: {lent} pages hold cache"
+    assert client != _BROKER, f"{guest}: the broker has it in its hands"
+    if client and not shared:
+        assert client in guest.holders, f"{guest}: claimed by who does not hold it"
+    assert client or not shared, f"{guest}: a claim that nobody has, shared"
 
 
 def _check_files(s: Snapshot, memory: memoryview, spill_dir: Path) -> None:
@@ -132,7 +224,10 @@ def _check_files(s: Snapshot, memory: memoryview, spill_dir: Path) -> None:
                 page = word & _LOW
                 if word >> 33 & 7 != CACHED or word & _DIRTY:
                     continue
+                guest = s.guest_of.get(page)
                 if s.life[page] >> 62 != PUBLISHED or s.key[page] != type_ << 48 | slot:
+                    continue
+                if guest is not None and guest.is_claimed:
                     continue
                 file.seek((slot - base) * size)
                 at = s.geometry.page_at(page)
@@ -152,7 +247,7 @@ def check_at_rest(name: str, spill_dir: Path | None = None, more: Callable[[Snap
                 assert not snapshot.moved, "the tables do not come to rest"
                 _check_slots(snapshot)
                 _check_pages(snapshot)
-                _check_buffers(snapshot)
+                _check_guests(snapshot)
                 if spill_dir is not None:
                     _check_files(snapshot, memory, spill_dir)
                 more(snapshot)

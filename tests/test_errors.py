@@ -21,6 +21,7 @@ HIERARCHY = {
     "StaleHandle": ReferenceError,
     "SlotBusy": TimeoutError,
     "BrokerUnavailable": ConnectionError,
+    "BufferExists": FileExistsError,
     "SpillError": OSError,
     "SpillCorrupt": errors.SpillError,
     "ProtocolError": ValueError,
@@ -60,6 +61,7 @@ def test_what_they_carry() -> None:
         errors.SpillCorrupt(0, "bad", False),
         errors.ArenaError(28, "too small"),
         errors.Closed("closed"),
+        errors.BufferExists("name"),
     ],
     ids=lambda error: type(error).__name__,
 )

@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gcma_shm import layout
+from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.errors import ArenaError
 from gcma_shm.layout import Geometry, plan, read_header, write_header
 
@@ -44,12 +45,13 @@ def check(geometry: Geometry, areas: list[layout.Area]) -> None:
     assert g.clients_max * g.grants_max <= g.nursery_pages // 2, "clients could starve one another by stopping"
     assert 1 <= g.grants_max <= layout.GRANTS_MAX
     assert g.holder_bytes * 8 > g.clients_max
-    assert 64 <= g.allocations_max <= 65536
+    assert 64 <= g.allocations_max <= layout.ALLOCATIONS_MAX < 1 << layout.INDEX_BITS
     assert areas[0].first == g.nursery_pages
-    for area, after_area in pairwise(areas):
-        assert area.first + area.pages == after_area.first
-    assert areas[-1].first + areas[-1].pages == g.pages
-    assert g.areas_count == len(areas)
+    ends = [*(area.first for area in areas[1:]), g.pages]
+    for area, end in zip(areas, ends, strict=True):
+        assert g.page_at(area.first) % (area.alignment * g.page_size) == 0, "an area that is not aligned in the arena"
+        assert 0 <= end - area.first - area.pages < area.alignment, "more between two areas than alignment needs"
+    assert len(areas) <= layout.AREAS_MAX
     assert g.client_at(g.clients_max) + layout.CLIENT_BYTES <= g.allocations_at
     assert g.page_at(g.pages) <= g.size
 
@@ -60,14 +62,17 @@ def check(geometry: Geometry, areas: list[layout.Area]) -> None:
     page_size=page_sizes,
     slots=st.none() | st.integers(1, 1 << 30),
     clients=st.none() | st.integers(2, layout.CLIENTS_MAX),
-    shares=st.lists(st.integers(1, 40), max_size=6),
+    shares=st.lists(st.tuples(st.integers(1, 40), st.sampled_from([0, 1, 1 << 13, 1 << 16, 1 << 21])), max_size=6),
 )
 @example(size=1 << 20, page_size=4096, slots=None, clients=None, shares=[])
-@example(size=(1 << 20) + 1, page_size=4096, slots=1, clients=2, shares=[99])
+@example(size=(1 << 20) + 1, page_size=4096, slots=1, clients=2, shares=[(99, 0)])
+@example(size=1 << 20, page_size=4096, slots=64, clients=8, shares=[(10, 1 << 16), (10, 0), (10, 1 << 13)])
 def test_a_plan_is_sound_or_refused(
-    size: int, page_size: int, slots: int | None, clients: int | None, shares: list[int]
+    size: int, page_size: int, slots: int | None, clients: int | None, shares: list[tuple[int, int]]
 ) -> None:
-    wanted = {f"area {i}": max(size * share // 100, 1) for i, share in enumerate(shares)}
+    wanted = {
+        f"area {i}": AreaSpec(max(size * share // 100, 1), align=align) for i, (share, align) in enumerate(shares)
+    }
     try:
         geometry, areas = plan(size, page_size, wanted, slots, clients)
     except ArenaError as error:
@@ -82,7 +87,9 @@ def test_a_plan_is_sound_or_refused(
         assert geometry.clients_max == clients
     for area in areas:
         if wanted:
-            assert area.pages == -(-wanted[area.name] // page_size), "sizes are rounded up to pages"
+            spec = wanted[area.name]
+            assert area.pages == -(-spec.size // page_size), "sizes are rounded up to pages"
+            assert area.alignment == max(spec.align // page_size, 1)
 
 
 @pytest.mark.parametrize("size", [64 * M, 100 * M, 256 * M, 1024 * M, 4 << 30, 64 << 30, 1 << 40])
@@ -124,8 +131,45 @@ def test_page_sizes_refused(page_size: int) -> None:
     ids=["no name", "long", "long in bytes", "not printable", "nothing", "negative", "65"],
 )
 def test_areas_refused(areas: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="area"):
+    with pytest.raises(ValueError, match=r"area|size"):
         plan(64 * M, areas=areas)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("4096", AreaSpec(4096)),
+        ("512M", AreaSpec(512 * M)),
+        ("512M,cache=off", AreaSpec(512 * M, cache=False)),
+        ("512M,cache=on", AreaSpec(512 * M)),
+        ("1G, align=2M , share=75%", AreaSpec(1024 * M, align=2 * M, share=75)),
+        ("1M,share=1,align=4096,cache=off", AreaSpec(M, False, 4096, 1)),
+    ],
+)
+def test_areas_as_people_write_them(text: str, spec: AreaSpec) -> None:
+    assert parse_area(text) == spec
+    assert parse_area(str(spec)) == spec
+    assert parse_area(spec) is spec
+    if spec == AreaSpec(spec.size):
+        assert parse_area(spec.size) == spec
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", ",", "0", "-1", "1M,", "1M,cache", "1M,cache=", "1M,cache=yes", "1M,align=3", "1M,align=0", "1M,share=0",
+        "1M,share=101", "1M,share=1.5", "1M,share=%", "1M,cache=on,cache=off", "1M,colour=red", "cache=off",
+    ],
+)  # fmt: skip
+def test_areas_as_people_miswrite_them(text: str) -> None:
+    with pytest.raises(ValueError):
+        parse_area(text)
+
+
+def test_an_area_is_not_any_object() -> None:
+    for wrong in (None, 1.5, [4096]):
+        with pytest.raises(TypeError):
+            parse_area(wrong)  # type: ignore[arg-type] # on purpose
 
 
 @pytest.mark.parametrize(
@@ -142,19 +186,55 @@ def test_too_small(size: int) -> None:
         plan(size)
 
 
-def written(areas: dict[str, int] | None = None) -> tuple[bytearray, Geometry, list[layout.Area]]:
+def written(areas: dict[str, int | str] | None = None) -> tuple[bytearray, Geometry, list[layout.Area]]:
     geometry, placed = plan(2 * M, areas=areas, slots=500, clients_max=8)
     memory = bytearray(geometry.size)
     write_header(memoryview(memory), geometry, placed, ID)
     return memory, geometry, placed
 
 
-@pytest.mark.parametrize("areas", [None, {"frames": 300_000, "é" * 24: 4096}])
-def test_there_and_back(areas: dict[str, int] | None) -> None:
+@pytest.mark.parametrize(
+    "areas",
+    [None, {"frames": 300_000, "é" * 24: 4096}, {"a": "64K,cache=off,share=50", "b": "64K,align=16K", "c": 4096}],
+)
+def test_there_and_back(areas: dict[str, int | str] | None) -> None:
     memory, geometry, placed = written(areas)
     assert read_header(memoryview(memory), len(memory)) == (geometry, placed, ID)
     if areas:
         assert [area.name for area in placed] == list(areas)
+
+
+def test_what_is_said_of_an_area_is_in_its_entry() -> None:
+    _, _, (a, b) = written({"a": "64K,cache=off,share=50", "b": "64K,align=16K"})
+    assert (a.policy, a.share, a.alignment, a.state) == (0, 50, 1, 0)
+    assert (b.policy, b.share, b.alignment, b.state) == (layout.LENT, 100, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("index", "first", "pages"),
+    [(0, -1, 1), (0, 1, 300), (1, -1, 10), (0, 0, 1 << 63), (1, 0, 11), (2, 0, 1), (63, 40, 1)],
+)
+def test_a_damaged_table_of_areas_is_found(index: int, first: int, pages: int) -> None:
+    """`first`: from where the second area is. What lies before the first area, behind the last page, or in two areas."""
+    memory, geometry, (a, b) = written({"a": 40960, "b": 40960})
+    read_header(memoryview(memory), len(memory))
+    at = (a.first, b.first, a.first)[index] + first if index < 3 else a.first
+    layout.write_area(memoryview(memory), geometry, index, layout.Area("x", at, pages))
+    with pytest.raises(ArenaError, match="table of areas"):
+        read_header(memoryview(memory), len(memory))
+
+
+def test_parts_of_an_area_in_any_order() -> None:
+    """An area that was grown, shrunk and grown again has entries anywhere in the table."""
+    memory, geometry, (a, b) = written({"a": 40960, "b": 40960})
+    for index, area in (
+        (0, layout.Area("a", b.first, 5)),
+        (1, layout.Area("", 0, 0)),
+        (63, layout.Area("a", a.first, 3)),
+    ):
+        layout.write_area(memoryview(memory), geometry, index, area)
+    _, areas, _ = read_header(memoryview(memory), len(memory))
+    assert areas == [layout.Area("a", b.first, 5), layout.Area("a", a.first, 3)]
 
 
 def test_the_header_leaves_the_words_that_change_alone() -> None:
@@ -180,7 +260,7 @@ def test_each_flip_in_the_checked_header_is_found(mask: int) -> None:
 def test_another_version_is_said_so() -> None:
     memory, _, _ = written()
     memory[8:12] = struct.pack("<I", layout.LAYOUT_VERSION + 1)
-    with pytest.raises(ArenaError, match=r"version 2.*version 1"):
+    with pytest.raises(ArenaError, match=r"version 3.*version 2"):
         read_header(memoryview(memory), len(memory))
 
 

@@ -15,7 +15,15 @@ from gcma_shm.messages import OPERATIONS, Reply, Request
 
 PAGE = 4096
 SOUND: dict[str, dict[str, Any]] = {
-    "hello": {"pid": 1, "start": 0, "mapped": True, "client": 2, "arena_id": bytes(16), "buffers": [1, 2]},
+    "hello": {
+        "pid": 1,
+        "start": 0,
+        "mapped": True,
+        "client": 2,
+        "arena_id": bytes(16),
+        "buffers": [1, 2],
+        "claims": [3],
+    },
     "bye": {},
     "ping": {},
     "swap_init": {"type": 0, "slots": 1, "write": "behind"},
@@ -26,8 +34,19 @@ SOUND: dict[str, dict[str, Any]] = {
     "contains": {"type": 0, "life": 1, "offset": 0},
     "count": {"type": 0, "life": 2**63 - 1},
     "invalidate_area": {"type": 0, "life": 1},
-    "alloc_contig": {"nbytes": 1, "area": "a", "offset": 0, "align": 1},
+    "alloc_contig": {"nbytes": 1, "area": "a", "offset": 0, "align": 1, "name": "n", "timeout_ms": 0},
+    "reserve": {"nbytes": 2**62, "area": "a", "offset": 2**62, "align": 2**62, "name": "é" * 24, "timeout_ms": 2**40},
+    "collect": {"ticket": 1, "give_up": True},
     "free_contig": {"buffer": 1},
+    "attach": {"buffer": 1, "claim": 1, "token": 2**63 - 1},
+    "attach_name": {"name": "n"},
+    "hand_over": {"buffer": 1, "claim": 1, "timeout_ms": 0},
+    "free_claim": {"buffer": 1, "claim": 1},
+    "names": {"after": "n"},
+    "quota": {"client": 2, "nbytes": 0},
+    "area_drain": {"area": "a"},
+    "area_resume": {"area": "a"},
+    "area_resize": {"area": "a", "nbytes": 1},
     "areas": {},
     "stats": {},
 }
@@ -39,8 +58,10 @@ def header(*parts: object) -> bytes:
     return packed
 
 
-def frames_of(name: str, **change: Any) -> list[messages.Frame]:
-    return messages.encode_request(Request(1, name, SOUND[name] | change, [bytes(PAGE)] * OPERATIONS[name].pages))
+def frames_of(name: str, change: dict[str, Any] | None = None) -> list[messages.Frame]:
+    return messages.encode_request(
+        Request(1, name, SOUND[name] | (change or {}), [bytes(PAGE)] * OPERATIONS[name].pages)
+    )
 
 
 def test_every_operation_has_a_sound_example() -> None:
@@ -80,7 +101,7 @@ def test_a_required_parameter_that_is_missing_and_one_that_is_unknown(name: str)
         with pytest.raises(ProtocolError, match=key):
             messages.decode_request([header(1, 1, name, less), *[bytes(PAGE)] * OPERATIONS[name].pages], PAGE)
     with pytest.raises(ProtocolError, match="colour"):
-        messages.decode_request(frames_of(name, colour=1), PAGE)
+        messages.decode_request(frames_of(name, {"colour": 1}), PAGE)
 
 
 WRONG: dict[str, list[Any]] = {
@@ -101,7 +122,7 @@ def test_parameters_of_another_kind(name: str, key: str) -> None:
     (kind,) = [kind for kind in WRONG if kind in expected]
     for value in WRONG[kind]:
         with pytest.raises(ProtocolError, match=key):
-            messages.decode_request(frames_of(name, **{key: value}), PAGE)
+            messages.decode_request(frames_of(name, {key: value}), PAGE)
 
 
 @pytest.mark.parametrize("name", sorted(SOUND))
@@ -233,6 +254,7 @@ EXAMPLES: list[Exception] = [
     errors.ArenaError(28, "too little"),
     errors.ArenaExhausted("none", 8192, 4096, {2: 100, 3: 5}),
     errors.BrokerUnavailable("late"),
+    errors.BufferExists("taken"),
     errors.Closed("closed"),
     errors.GcmaError("something"),
     errors.NoSuchArea("area"),
