@@ -60,6 +60,11 @@ class Allocations:
         if align is not None and align & (align - 1):
             raise ValueError(f"align {align}: expected a power of two, in bytes")
         align_pages = max((align or 1) // self._geometry.page_size, 1)
+        largest = max(area.pages for area in areas)
+        if align_pages > largest:
+            raise ValueError(
+                f"align {align}: expected at most the area's size, {largest * self._geometry.page_size} bytes"
+            )
         if offset is not None:
             if len(areas) > 1:
                 raise ValueError("offset= without area=: an offset is counted from the start of one area; say which")
@@ -80,7 +85,7 @@ class Allocations:
                 )
         self.holders.check_quota(client, wanted.pages)
         self._table.check_room()
-        if all(wanted.pages > part.pages for area in wanted.areas for part in area.parts):
+        if not any(area.could_ever(wanted) for area in wanted.areas):
             raise self.exhausted(wanted)
 
     def settle(self, client: int, request: int, place: Place, kind: int, name: str | None) -> Allocation:
@@ -315,20 +320,22 @@ class Allocations:
         requested = wanted.pages * size
         largest = max((area.largest for area in wanted.areas), default=0) * size
         holders = self.holders.in_areas(area.name for area in wanted.areas)
-        names = ", ".join(area.name + (" (drained)" if area.drained else "") for area in wanted.areas)
-        if wanted.offset is not None:
-            what = f"{format_size(requested)} at page {wanted.offset} of {names} are not free"
+        names = ", ".join(area.name for area in wanted.areas)
+        told = f"{format_size(requested)}{f' at page {wanted.offset}' if wanted.offset is not None else ''} in {names}"
+        free = f"the largest free range is {format_size(largest)} ({largest // size} pages, {wanted.pages} are wanted)"
+        held = f"buffers and reservations of {len(holders)} client(s) hold {format_size(sum(holders.values()))}"
+        if all(area.drained for area in wanted.areas):
+            why = "drained, out of service until `gcma area resume`"
+        elif not any(area.could_ever(wanted) for area in wanted.areas):
+            limits = ", ".join(f"{area.name} {format_size(area.limit * size)}" for area in wanted.areas)
+            why = f"more than could ever be had there: guests may have at most {limits}, each in one part of the area"
         elif in_line:
-            what = f"{in_line} requests wait in line for memory of {names}, and {format_size(requested)} now could delay them"
+            why = f"{in_line} request(s) wait in line, and this one could delay the first; wait as well, with timeout="
+        elif all(wanted.pages > area.allowance for area in wanted.areas if not area.drained):
+            why = f"the share for buffers is used up; {held}. Free some, wait with timeout=, or make the area larger"
         else:
-            what = f"no free range of {format_size(requested)} in {names}"
-        return ArenaExhausted(
-            f"{what}: the largest is {format_size(largest)}; buffers and reservations of {len(holders)} clients hold the rest. "
-            "Free some, wait with timeout=, or make the area larger",
-            requested,
-            largest,
-            holders,
-        )
+            why = f"{free}; {held}. Free some, wait with timeout=, or make the area larger"
+        return ArenaExhausted(f"no room for {told}: {why}", requested, largest, holders)
 
     # --- inside
 

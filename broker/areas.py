@@ -22,6 +22,7 @@ from gcma_shm._core import Plane
 from gcma_shm.areas import DRAINED, LENT, SHARE_WHOLE, Area
 from gcma_shm.broker.extents import Extents
 from gcma_shm.errors import ArenaError, ArenaExhausted, NoSuchArea
+from gcma_shm.sizes import format_size
 
 EQUAL_FITS = 8  # free ranges that fit about equally well, of which the cache decides
 LOOK_MAX = 1000  # guests that one look at the line considers
@@ -108,17 +109,31 @@ class AreaRoom:
         return sum(part.extents.free for part in self.parts)
 
     @property
+    def limit(self) -> int:
+        """How many pages guests may have together, by its share."""
+        return self.pages * self.described.share // SHARE_WHOLE
+
+    @property
     def allowance(self) -> int:
         """How many more pages guests may have by its share; whether they are in a row is another question."""
         if self.drained:
             return 0
-        used = self.pages - self.free
-        return max(self.pages * self.described.share // SHARE_WHOLE - used, 0)
+        return max(self.limit - (self.pages - self.free), 0)
 
     @property
     def largest(self) -> int:
         """The largest range that a guest could have."""
         return min(max((part.extents.largest for part in self.parts), default=0), self.allowance)
+
+    def could_ever(self, wanted: Wanted) -> bool:
+        """Whether it would fit if no guest were here."""
+        if wanted.pages > self.limit:
+            return False
+        align = max(wanted.align, self.described.alignment)
+        empty = (Extents(part.first, part.pages, part.extents.origin) for part in self.parts)
+        if wanted.offset is None:
+            return any(extents.choose(wanted.pages, align) is not None for extents in empty)
+        return any(extents.is_free(extents.origin + wanted.offset, wanted.pages) for extents in empty)
 
     def take(self, place: Place) -> None:
         """The place is a guest's."""
@@ -256,8 +271,8 @@ class Areas:
         if left:
             size = self._geometry.page_size
             raise ArenaExhausted(
-                f"area {area.name!r} cannot be shrunk to {(area.pages - wanted) * size} bytes: a buffer or reservation is in the "
-                f"way; {(area.pages - wanted + left) * size} bytes is the least just now",
+                f"area {area.name!r} cannot be shrunk to {format_size((area.pages - wanted) * size)}: a buffer or reservation is in "
+                f"the way; {format_size((area.pages - wanted + left) * size)} is the least just now",
                 wanted * size,
                 (wanted - left) * size,
             )
@@ -273,23 +288,30 @@ class Areas:
                 self._entries.append(part.index)
 
     def _grow(self, area: AreaRoom, wanted: int) -> None:
-        if wanted > self._spare.free:
+        last, left = area.parts[-1], wanted
+        at_end = min(self._spare.run_at(last.end), wanted)
+        left -= at_end
+        base, new_parts = area.pages + at_end, []
+        for first, size in sorted(self._spare.ranges(), key=lambda one: -one[1]):
+            if not left:
+                break
+            # Not what continues the last part, and as far on as the offsets in it are aligned like those of the other parts.
+            start = first + at_end if first == last.end else first
+            start += (base - start - self._geometry.pages_at // self._geometry.page_size) % area.described.alignment
+            count = min(first + size - start, left)
+            if count > 0:
+                new_parts.append((start, count))
+                base += count
+                left -= count
+        if left:
             size = self._geometry.page_size
             raise ArenaExhausted(
-                f"area {area.name!r} cannot grow by {wanted * size} bytes: {self._spare.free * size} bytes of the arena are in no "
-                "area; shrink another one first",
+                f"area {area.name!r} cannot grow by {format_size(wanted * size)}: {format_size(self._spare.free * size)} of the arena "
+                "are in no area, and not all of that may be aligned as this one needs it; shrink another one first",
                 wanted * size,
-                self._spare.free * size,
+                (wanted - left) * size,
             )
-        last = area.parts[-1]
-        at_end = min(self._spare.run_at(last.end), wanted)
-        parts_needed, left = 0, wanted - at_end
-        for size in self._spare.sizes():
-            if left <= 0:
-                break
-            left -= size
-            parts_needed += 1
-        if parts_needed > len(self._entries):
+        if len(new_parts) > len(self._entries):
             raise ArenaError(
                 f"area {area.name!r} would have too many parts: an arena has {layout.AREAS_MAX} for all areas"
             )
@@ -298,13 +320,10 @@ class Areas:
             last.extents.grow(at_end)
             self._write_part(area, last)
             area.offer(last, last.end - at_end, at_end)
-        left = wanted - at_end
-        while left:
-            at, count = self._spare.largest_range()
-            count = min(count, left)
-            part = self._add_part(area, at, count)
-            area.offer(part, at, count)
-            left -= count
+        for start, count in new_parts:
+            part = self._add_part(area, start, count)
+            if area.lends:
+                area.offer(part, start, count)
 
     def _add_part(self, area: AreaRoom, first: int, pages: int) -> Part:
         part = Part(self._entries.pop(), first, pages, area.pages)
@@ -365,8 +384,8 @@ def delays(waiting: Wanted, place: Place) -> bool:
     """
     if place.area not in waiting.areas:
         return False
-    if place.area.described.share != SHARE_WHOLE:
-        return True  # what the guest has of the share, the waiting one has not
+    if place.area.described.share != SHARE_WHOLE and place.pages + waiting.pages > place.area.allowance:
+        return True  # what the guest has of the share, the waiting one may lack
     part, begin, end = place.part, place.first, place.first + place.pages
     origin, align = part.extents.origin, max(waiting.align, place.area.described.alignment)
     if waiting.offset is not None:

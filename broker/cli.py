@@ -97,14 +97,11 @@ def _area_list(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> 
 
 def _area_change(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     parameters: dict[str, Any] = {"area": parsed.name}
-    operation = parsed.action
-    if operation in ("grow", "shrink"):
-        now = next((a["size"] for a in ask(parsed.endpoint, "areas", {})["areas"] if a["name"] == parsed.name), 0)
-        by = parse_size(parsed.size)
-        # An area that is not there is the broker's to refuse.
-        parameters["nbytes"] = max(now + by if operation == "grow" else now - by, 1)
-        operation = "resize"
-    info = ask(parsed.endpoint, f"area_{operation}", parameters)
+    operation = f"area_{parsed.action}"
+    if parsed.action in ("grow", "shrink"):
+        parameters["by"] = parse_size(parsed.size) * (1 if parsed.action == "grow" else -1)
+        operation = "area_resize"
+    info = ask(parsed.endpoint, operation, parameters)
     _print_areas([info], info if parsed.json else None)
     return 0
 

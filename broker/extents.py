@@ -71,15 +71,6 @@ class Extents:
         """The free ranges, start and size, in order."""
         return list(self._by_start.items())
 
-    def sizes(self) -> list[int]:
-        """Their sizes, the largest first."""
-        return [size for size, _ in reversed(self._by_size)]
-
-    def largest_range(self) -> tuple[int, int]:
-        """Start and size of the largest free range. Raises IndexError when there is none."""
-        size, start = self._by_size[-1]
-        return start, size
-
     def run_at(self, start: int) -> int:
         """How many are free from `start` on."""
         begin, size = self._around(start)

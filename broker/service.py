@@ -99,6 +99,10 @@ class Service:
             "hand_over": self._hand_over,
             "free_claim": self._free_claim,
             "names": self._names,
+            "stats": lambda _client, _request: self.stats(),
+        }
+        # For an operator, also when no client record is free.
+        self._open: dict[str, Callable[[Client | None, Request], dict[str, Any]]] = {
             "quota": self._quota,
             "areas": lambda _client, _request: {
                 "areas": self.allocations.describe(),
@@ -107,7 +111,6 @@ class Service:
             "area_drain": self._area_drain,
             "area_resume": self._area_resume,
             "area_resize": self._area_resize,
-            "stats": lambda _client, _request: self.stats(),
         }
         self._jobs: dict[str, Callable[[dict[str, Any], Request], Results]] = {
             "swap_init": self._swap_init,
@@ -118,7 +121,7 @@ class Service:
             "load": self._load,
             "invalidate_page": self._invalidate_page,
         }
-        assert {*self._control, *self._jobs, "hello", "sync"} == set(messages.OPERATIONS)
+        assert {*self._control, *self._open, *self._jobs, "hello", "sync"} == set(messages.OPERATIONS)
 
     def request(self, peer: bytes, frames: list[Frame], process: str = "") -> Reply | None:
         """Serves one message: the reply; None when it comes later from a worker, or to nobody (not even a number could
@@ -129,22 +132,26 @@ class Service:
         except messages.Malformed as error:
             refusal = self._refuse(error.number or 0, error)
             return None if error.number is None else refusal
-        number = request.number
         try:
             self._bury(self.sessions.adopt_forked())
             self._requests[request.operation] += 1
-            client = self.sessions.find(peer)
-            if request.operation == "hello":
-                return Reply(number, "ok", self._hello(peer, process, request.parameters))
-            if client is None:
-                return Reply(number, HELLO_NEEDED, {"message": "no session: say hello first"})
-            if request.operation in self._control:
-                return Reply(number, "ok", self._control[request.operation](client, request))
-            self._submit(Peer(peer, client), request)
+            return self._serve(peer, process, request)
         except Exception as error:  # one request must not end the broker
-            return self._refuse(number, error)
+            return self._refuse(request.number, error)
         finally:
             self._advance()
+
+    def _serve(self, peer: bytes, process: str, request: Request) -> Reply | None:
+        client = self.sessions.find(peer)
+        if request.operation in self._open:
+            return Reply(request.number, "ok", self._open[request.operation](client, request))
+        if request.operation == "hello":
+            return Reply(request.number, "ok", self._hello(peer, process, request.parameters))
+        if client is None:
+            return Reply(request.number, HELLO_NEEDED, {"message": "no session: say hello first"})
+        if request.operation in self._control:
+            return Reply(request.number, "ok", self._control[request.operation](client, request))
+        self._submit(Peer(peer, client), request)
         return None
 
     def client_ended(self, pidfd: int) -> None:
@@ -300,9 +307,9 @@ class Service:
         names, more = self.allocations.names(request.parameters.get("after", ""))
         return {"names": names, "more": more}
 
-    def _quota(self, client: Client, request: Request) -> dict[str, Any]:
+    def _quota(self, client: Client | None, request: Request) -> dict[str, Any]:
         p = request.parameters
-        number = p.get("client", client.number)
+        number = p.get("client", client.number if client is not None else 0)
         if number not in self.sessions.clients:
             raise ValueError(f"there is no client {number}")
         if "nbytes" in p:
@@ -311,17 +318,25 @@ class Service:
         quota = self.allocations.holders.quota_of(number)
         return {"client": number, "held": self.allocations.holders.held_bytes(number), "quota": quota or 0}
 
-    def _area_drain(self, _client: Client, request: Request) -> dict[str, Any]:
+    def _area_drain(self, _client: Client | None, request: Request) -> dict[str, Any]:
         self.allocations.drain(request.parameters["area"])
         return self._area_told(request)
 
-    def _area_resume(self, _client: Client, request: Request) -> dict[str, Any]:
+    def _area_resume(self, _client: Client | None, request: Request) -> dict[str, Any]:
         self.allocations.resume(request.parameters["area"])
         return self._area_told(request)
 
-    def _area_resize(self, _client: Client, request: Request) -> dict[str, Any]:
-        p = request.parameters
-        self.allocations.resize(p["area"], -(-p["nbytes"] // self._arena.geometry.page_size))
+    def _area_resize(self, _client: Client | None, request: Request) -> dict[str, Any]:
+        p, page_size = request.parameters, self._arena.geometry.page_size
+        if ("nbytes" in p) == ("by" in p):
+            raise ProtocolError("area_resize: expected either nbytes, the new size, or by, the difference")
+        if "by" in p:
+            (area,) = self.allocations.areas.of(p["area"])
+            by = -(-abs(p["by"]) // page_size)
+            pages = area.pages + (by if p["by"] > 0 else -by)
+        else:
+            pages = -(-p["nbytes"] // page_size)
+        self.allocations.resize(p["area"], pages)
         return self._area_told(request)
 
     def _area_told(self, request: Request) -> dict[str, Any]:

@@ -15,20 +15,12 @@ from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import Handle, Ticket
 from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
 from gcma_shm.clients.reservation import Claims, Reservation
-from gcma_shm.errors import ArenaError, ArenaExhausted, GcmaError, StaleHandle
+from gcma_shm.errors import ArenaError, ArenaExhausted, Closed, GcmaError, StaleHandle
 from gcma_shm.messages import Reply
-from gcma_shm.sizes import parse_size
+from gcma_shm.sizes import SECONDS_MAX, check_seconds, parse_size
 
 WAIT_SLICE_S = 1.0  # between two looks at the broker while a request waits in line
-SECONDS_MAX = 1e6  # a week and a half: whatever takes longer is a mistake
 BYTES_MAX = 1 << 62  # of a buffer, in the protocol; whatever is larger is refused like this
-
-
-def seconds(name: str, value: float, least: float = 0.0) -> float:
-    """Checks a number of seconds. Raises ValueError."""
-    if not least <= value <= SECONDS_MAX:  # also refuses what is not a number
-        raise ValueError(f"{name} {value}: expected {least} to {SECONDS_MAX:g} seconds")
-    return value
 
 
 class Allocator:
@@ -40,6 +32,11 @@ class Allocator:
     _plane: Plane | None
     _claims: Claims | None
     _spans: weakref.WeakSet[Span]
+
+    @property
+    def number(self) -> int:
+        """This client's number, as statistics and ArenaExhausted.holders tell it."""
+        return self._plane.number if self._plane is not None else int(self._channel.greeting["client"])
 
     @property
     def closed(self) -> bool:
@@ -135,13 +132,13 @@ class Allocator:
         return found
 
     def quota(self, nbytes: int | str | None = None, client: int | None = None) -> QuotaInfo:
-        """What a client, by default this one, holds and may hold; `nbytes` sets that, 0: no bound.
+        """What a client, by default this one, holds and may hold; `nbytes` sets that, 0 or "none": no bound.
 
         A quota is there to find mistakes, not to stop malice: any process of this user may set it. Raises ValueError.
         """
         wanted = {} if client is None else {"client": operator.index(client)}
         if nbytes is not None:
-            wanted["nbytes"] = parse_size(nbytes) if nbytes else 0
+            wanted["nbytes"] = 0 if nbytes in (0, "none") else parse_size(nbytes)
         told = self._channel.request("quota", wanted).results
         return QuotaInfo(told["held"], told["quota"] or None)
 
@@ -183,9 +180,14 @@ class Allocator:
             raise StaleHandle("this handle is of another arena, or of one that its broker has replaced")
         parameters = {"buffer": ticket.number}
         parameters |= {name: value for name, value in (("claim", ticket.claim), ("token", ticket.token)) if value}
-        taken: tuple[dict[str, Any], Span] = self._channel.request(
-            "attach", parameters, then=lambda reply: self._take(reply, ticket.claim)
-        )
+        try:
+            taken: tuple[dict[str, Any], Span] = self._channel.request(
+                "attach", parameters, then=lambda reply: self._take(reply, ticket.claim)
+            )
+        except Closed as error:
+            if self.closed:
+                raise
+            raise StaleHandle(str(error)) from error  # the broker serves another arena now
         return taken
 
     def _attach_name(self, name: str) -> tuple[dict[str, Any], Span]:
@@ -196,12 +198,12 @@ class Allocator:
         taken: tuple[dict[str, Any], Span] = self._channel.request("attach_name", {"name": name}, then=self._take)
         return taken
 
-    def _hand_over(self, number: int, claim: int, timeout: float) -> Handle:
-        wanted = {"buffer": number, "timeout_ms": int(seconds("timeout", timeout) * 1000)} | (
+    def _hand_over(self, number: int, claim: int, timeout: float, reservation: bool = False) -> Handle:
+        wanted = {"buffer": number, "timeout_ms": int(check_seconds("timeout", timeout) * 1000)} | (
             {"claim": claim} if claim else {}
         )
         token = self._channel.request("hand_over", wanted).results["token"]
-        return Handle(Ticket(self.endpoint, self.arena_id, number, claim, token))
+        return Handle(Ticket(self.endpoint, self.arena_id, number, claim, token), reservation)
 
     def _refuse_unmapped(self) -> None:
         if self._plane is None:
@@ -227,15 +229,16 @@ class Allocator:
             if text is not None:
                 if not isinstance(text, str):
                     raise TypeError(f"{what} of type {type(text).__name__}: expected a name")
-                layout.refuse_name(what, text)
+                layout.refuse_name("area" if what == "area" else "buffer", text)
                 wanted[what] = text
         for what, value, least in (("offset", offset, 0), ("align", align, 1)):
             if value is not None:
                 wanted[what] = min(operator.index(value), BYTES_MAX)
                 if wanted[what] < least:
                     raise ValueError(f"{what} {value}: expected at least {least}")
-        self._refuse_unmapped()
-        patience = seconds("timeout", SECONDS_MAX if timeout is None else timeout)
+        if not self.closed:
+            self._refuse_unmapped()
+        patience = check_seconds("timeout", SECONDS_MAX if timeout is None else timeout)
         if patience:
             wanted["timeout_ms"] = max(int(patience * 1000), 1)
         deadline = time.monotonic() + patience

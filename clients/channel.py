@@ -7,7 +7,6 @@ its own.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import weakref
@@ -18,8 +17,8 @@ from typing import Any, Protocol
 import zmq
 
 from gcma_shm import messages
-from gcma_shm.endpoint import socket_path
-from gcma_shm.errors import ArenaError, BrokerUnavailable, Closed, GcmaError, NoSuchBuffer
+from gcma_shm.endpoint import refuse_strangers, socket_path
+from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError, NoSuchBuffer
 from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
@@ -225,7 +224,7 @@ class Channel:
                 f"no broker listens on {self.endpoint}: start one with `gcma broker --endpoint {self.endpoint} --size …`, "
                 "or use gcma_shm.embedded()"
             )
-        self._refuse_strangers()
+        refuse_strangers(self.endpoint)
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
         reply = self._receive(request, deadline)
@@ -233,16 +232,6 @@ class Channel:
             raise messages.reply_error(reply)
         self.greeting = reply.results
         self._greeted = True
-
-    def _refuse_strangers(self) -> None:
-        """Pages must not go to whoever was first to make a directory of the right name in /tmp."""
-        with contextlib.suppress(FileNotFoundError):
-            found = self._path.parent.stat()
-            if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
-                raise ArenaError(
-                    f"the directory of {self.endpoint} belongs to user {found.st_uid} with mode {found.st_mode & 0o777:o}: "
-                    "others could listen there in the broker's place; use a directory of your own"
-                )
 
     def _free_given_up(self, deadline: float) -> None:
         while self._greeted and self._given_up:

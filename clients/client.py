@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, cast
 from gcma_shm import layout
 from gcma_shm._core import Plane, Span
 from gcma_shm.arena import Arena, open_arena
-from gcma_shm.clients.allocator import Allocator, seconds
+from gcma_shm.clients.allocator import Allocator
 from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import clients
 from gcma_shm.clients.reservation import Claims
@@ -19,6 +19,7 @@ from gcma_shm.clients.swap import MappedSwap, MessageSwap, Swap
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import ArenaError
 from gcma_shm.process import start_time
+from gcma_shm.sizes import check_seconds
 
 SLOTS_MAX = 1 << 40  # of a type, in the protocol
 
@@ -31,8 +32,8 @@ class Client(Allocator):
     def __init__(
         self, endpoint: str, mapped: bool | None, prefault: bool, timeout: float, wait_for_broker: float
     ) -> None:
-        seconds("timeout", timeout, 0.001)
-        seconds("wait_for_broker", wait_for_broker)
+        check_seconds("timeout", timeout, 0.001)
+        check_seconds("wait_for_broker", wait_for_broker)
         self.endpoint = endpoint
         self._mapped = mapped is not False
         self._plane: Plane | None = None
@@ -92,11 +93,6 @@ class Client(Allocator):
     def mapped(self) -> bool:
         """Whether pages go through shared memory; False: in messages."""
         return self._mapped
-
-    @property
-    def number(self) -> int:
-        """This client's number, as statistics and ArenaExhausted.holders tell it."""
-        return self._plane.number if self._plane is not None else int(self._channel.greeting["client"])
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges of the arena, its clients and its broker; docs/protocol.md lists the keys."""

@@ -35,26 +35,31 @@ class Ticket:
 
 
 class Handle:
-    """Made by `Buffer.hand_over`: holds the buffer until somebody has attached with it, or its time is over.
+    """Made by `hand_over` of a Buffer or Reservation: holds it until somebody has attached with it, or its time is over.
 
-    Pickle it and load it in another process of the arena: that is a `Buffer`. In the same process, `attach` it.
+    Pickle it and load it in another process of the arena: that is a Buffer, or a Reservation, again. A buffer's can also be
+    attached to in the same process.
     """
 
-    def __init__(self, ticket: Ticket) -> None:
-        self.ticket = ticket
+    def __init__(self, ticket: Ticket, reservation: bool = False) -> None:
+        self._ticket = ticket
+        self._reservation = reservation
 
     def attach(self, client: Allocator | None = None) -> Buffer:
         """A Buffer over the same memory, for `client`, by default this process's client of the arena.
 
-        Raises StaleHandle when it comes too late, QuotaExceeded, BrokerUnavailable.
+        Raises StaleHandle when it comes too late, TypeError for a reservation's, QuotaExceeded, BrokerUnavailable.
         """
-        return load_buffer(self.ticket, client)
+        if self._reservation:
+            raise TypeError("this is the handle of a reservation: pickle it, and load it in another process")
+        return load_buffer(self._ticket, client)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return load_buffer, (self.ticket,)
+        return load_reservation if self._reservation else load_buffer, (self._ticket,)
 
     def __repr__(self) -> str:
-        return f"<handle of buffer {self.ticket.number} on {self.ticket.endpoint}>"
+        what = "reservation" if self._reservation else "buffer"
+        return f"<handle of {what} {self._ticket.number} on {self._ticket.endpoint}>"
 
 
 def load_buffer(ticket: Ticket, client: Allocator | None = None) -> Buffer:

@@ -11,10 +11,10 @@ class AreaInfo:
 
     name: str
     size: int
-    held: int  # by buffers
+    held: int  # by buffers and claimed reservations
     lent: int  # to the cache
     free: int  # neither
-    largest_free: int  # range that no buffer or reservation has: what alloc_contig could return
+    largest_free: int  # range that no buffer or reservation has: what alloc_contig could return, but for alignment
     reserved: int = 0  # by reservations, claimed or not
     cache: bool = True  # lent to the cache as far as no buffer holds it
     drained: bool = False  # out of service

@@ -13,10 +13,11 @@ from gcma_shm import layout
 from gcma_shm._core import Plane, Span
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.channel import Channel
-from gcma_shm.clients.handles import Ticket, load_reservation
+from gcma_shm.clients.handles import Handle, Ticket, load_reservation
 from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, StaleHandle
 from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT
 from gcma_shm.process import has_ended
+from gcma_shm.sizes import check_seconds
 
 if TYPE_CHECKING:
     from gcma_shm.clients.allocator import Allocator
@@ -171,14 +172,14 @@ class Reservation:
         """The buffer: in microseconds, without a message, whatever the cache, the clients and the broker do.
 
         It cannot fail for who holds the reservation alone. While another holder has it claimed, waits up to `timeout` seconds
-        (None: for ever), then raises ArenaExhausted, whose `holders` tells who. Raises StaleHandle after `release`; and
+        (None: for ever; in no order among those that wait), then raises ArenaExhausted, whose `holders` tells who. Raises StaleHandle after `release`; and
         BrokerUnavailable when the broker is stopped in the middle of its copy of one page and does not go on in time.
         """
         if self.released:
             raise StaleHandle("this reservation was released")
         got = self._claims.claim(self)
         if isinstance(got, int):
-            got = self._wait(got, timeout)
+            got = self._wait(got, None if timeout is None else check_seconds("timeout", timeout))
         span, generation = got
         claims, number = self._claims, self.number
         buffer = Buffer(span, self._place, self._client, number, lambda: claims.end(number, generation), generation)
@@ -192,9 +193,10 @@ class Reservation:
         while True:
             # The broker, cleaning up after a dead claimer, takes a moment that is not what the caller's timeout is about.
             if deadline is not None and time.monotonic() >= deadline + NAP_MAX_S * (claimer == layout.BROKER):
+                own = " (this process: free that buffer first)" if claimer == self._client.number else ""
                 raise ArenaExhausted(
-                    f"this reservation of {self.nbytes} bytes in {self.area!r} is claimed by client {claimer}; it is had in turn: wait "
-                    "with timeout=, or reserve another",
+                    f"this reservation of {self.nbytes} bytes in {self.area!r} is claimed by client {claimer}{own}; it is had in turn: "
+                    "wait with timeout=, or reserve another",
                     self.nbytes,
                     0,
                     {claimer: self.nbytes},
@@ -227,6 +229,14 @@ class Reservation:
         self._open = False
         if self._give_up.detach() is not None:
             self._client._channel.free(self.number)
+
+    def hand_over(self, timeout: float = 60) -> Handle:
+        """A handle that holds the reservation until another process has attached with it, or for `timeout` seconds; see
+        `Buffer.hand_over`.
+        """
+        if self.released:
+            raise StaleHandle("this reservation was released")
+        return self._client._hand_over(self.number, 0, timeout, reservation=True)
 
     @property
     def released(self) -> bool:

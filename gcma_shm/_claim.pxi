@@ -5,7 +5,8 @@
 
 
 cdef uint64_t claim_range(Arena *a, uint64_t index, uint64_t state, bint *made) noexcept nogil:
-    """Claims the reservation in entry `index` whose state word is `state`, if nobody has: the claim word that is in place then; 0: the entry is not that reservation any more. O(1): readers compare the claim word, no page is touched.
+    """Claims the reservation in entry `index` whose state word is `state`, if nobody has: the claim word that is in place then; 0:
+    the entry is not that reservation any more. O(1): readers compare the claim word, no page is touched.
     """
     cdef AllocationEntry *entry = &a.allocations[index]
     cdef uint64_t claim, mine

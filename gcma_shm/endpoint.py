@@ -77,3 +77,16 @@ def private_dir(path: Path) -> Path:
             f"{path} can be entered by others (mode {found.st_mode & 0o777:o}); chmod 700 it or choose another place"
         )
     return path
+
+
+def refuse_strangers(endpoint: str) -> None:
+    """Pages must not go to whoever was first to make a directory of the right name in /tmp. Raises ArenaError."""
+    try:
+        found = socket_path(endpoint).parent.stat()
+    except FileNotFoundError:
+        return
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+        raise ArenaError(
+            f"the directory of {endpoint} belongs to user {found.st_uid} with mode {found.st_mode & 0o777:o}: "
+            "others could listen there in the broker's place; use a directory of your own"
+        )

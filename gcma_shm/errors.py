@@ -57,7 +57,7 @@ class ArenaExhausted(GcmaError, MemoryError):
 
 
 class QuotaExceeded(GcmaError, MemoryError):
-    """This client may not hold that much."""
+    """This client may not hold that much; or a table of the arena is full (clients, buffers, handles under way)."""
 
 
 class NurseryFull(GcmaError, TimeoutError):
@@ -77,7 +77,7 @@ class NoSuchArea(GcmaError, LookupError):
 
 
 class NoSuchBuffer(GcmaError, LookupError):
-    """No buffer of this identity is held by this client."""
+    """Nothing of this identity is held by this client, or nothing has this name."""
 
 
 class BufferExists(GcmaError, FileExistsError):

@@ -123,7 +123,9 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "area_drain": Operation({"area": _NAME}),
     "area_resume": Operation({"area": _NAME}),
-    "area_resize": Operation({"area": _NAME, "nbytes": _SIZE}),
+    "area_resize": Operation(
+        {"area": _NAME, "nbytes": _integer(1, 2**62, required=False), "by": _integer(-(2**62), 2**62, required=False)}
+    ),
     "areas": Operation(),
     "stats": Operation(),
 }

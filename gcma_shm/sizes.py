@@ -1,10 +1,11 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them."""
 
 from __future__ import annotations
 
 import operator
 import re
 
+SECONDS_MAX = 1e6  # a week and a half: whatever takes longer is a mistake
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _PATTERN = re.compile(r"(\d+)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
@@ -33,3 +34,12 @@ def format_size(size_bytes: int) -> str:
         if size_bytes >= unit_bytes:
             return f"{size_bytes / unit_bytes:.1f}".removesuffix(".0") + f" {unit}"
     return f"{size_bytes} B"
+
+
+def check_seconds(name: str, value: float, least: float = 0.0) -> float:
+    """A number of seconds from `least` to SECONDS_MAX. Raises ValueError, TypeError."""
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} of type {type(value).__name__}: expected seconds")
+    if not least <= value <= SECONDS_MAX:  # also refuses what is not a number
+        raise ValueError(f"{name} {value}: expected {least} to {SECONDS_MAX:g} seconds")
+    return value
