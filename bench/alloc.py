@@ -2,6 +2,7 @@
 
 Compared sample by sample, in turns, while workers store and load at full speed and the areas are lent out:
   alloc_contig   a request to the broker, from an area that is lent; also with a fresh client whose page table is empty ("no prefault")
+                 walking through the area, so that all of it is lent; "placed": where the broker chooses
   claim          of a reservation that is lent
   idle           alloc_contig from an area that lends nothing (cache=off): what lending costs
   CMA            dirty pages of the range are written out first (bench/cma.py says how, and where it favours CMA)
@@ -50,6 +51,7 @@ def make_jobs(options: argparse.Namespace, at: Stage, directory: Path, library: 
     """Those that were asked for."""
     choices: list[tuple[set[str], Callable[[], Iterable[Job]]]] = [
         ({"alloc"}, lambda: [Allocate(OURS, at, "alloc")]),
+        ({"alloc"}, lambda: [Allocate(f"{OURS}, placed", at, "alloc", placed=True)]),
         ({"alloc", "fresh"}, lambda: [Allocate(f"{OURS}, no prefault", at, "alloc", prefault=False)]),
         ({"claim"}, lambda: [Claim("claim", at)]),
         ({"claim", "echo"}, lambda: [Claim("claim, warm", at, warm=True)]),

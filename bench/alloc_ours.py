@@ -100,10 +100,13 @@ def _end_load(team: Crew) -> None:
 class Allocate(Job):
     """`alloc_contig`, walking through an area, so that each buffer takes pages that were not just given back."""
 
-    def __init__(self, name: str, at: Stage, area: str, prefault: bool = True, warm: bool = False) -> None:
+    def __init__(
+        self, name: str, at: Stage, area: str, prefault: bool = True, warm: bool = False, placed: bool = False
+    ) -> None:
         self.name = name
         self._stage = at
         self._area = area
+        self._placed = placed  # by the broker
         self._prefault = prefault
         self._warm = warm
         self._next_offset = 0
@@ -112,7 +115,7 @@ class Allocate(Job):
     def ready(self, nbytes: int) -> Iterator[Callable[[], Sample]]:
         """One buffer."""
         lent = self._stage.refill(self._area) if self._area in LENT_AREAS else NAN
-        offset = self._offset(nbytes)
+        offset = None if self._placed else self._offset(nbytes)
 
         def act() -> Sample:
             for _ in range(WARM_UP if self._warm else 0):

@@ -1,10 +1,17 @@
-"""Ways to place contiguous ranges, for `fragmentation.py`: the broker's own, first fit, and a binary buddy. All work on `range(count)`."""
+"""Ways to place contiguous ranges, for `fragmentation.py`: the broker's own, best fit, first fit, and a binary buddy. All work on `range(count)`."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import cast
 
+from gcma_shm._core import Plane
+from gcma_shm.areas import Area
+from gcma_shm.broker.areas import AreaRoom, Part, Place, Wanted
 from gcma_shm.broker.extents import Extents
+
+BLOCK = 64  # pages of which the broker counts together how many hold cache
+LENT_AFTER = 200  # operations
 
 
 class Policy(ABC):
@@ -24,8 +31,8 @@ class Policy(ABC):
         """The largest request that would be granted now."""
 
 
-class Ours(Policy):
-    """What the broker does: the smallest free range that has them, of equal ones the lowest."""
+class BestFit(Policy):
+    """The smallest free range that has them, of equal ones the lowest: the broker's extents, whatever the cache holds."""
 
     def __init__(self, count: int) -> None:
         self._free = Extents(0, count)
@@ -42,6 +49,51 @@ class Ours(Policy):
     @property
     def largest(self) -> int:
         return self._free.largest
+
+
+class Cache:
+    """Stands in for the broker's plane: which pages the cache has. A block is lent again some operations after it was given back."""
+
+    def __init__(self, count: int) -> None:
+        self._given_at = [0] * (count // BLOCK + 1)
+        self.now = 0
+
+    def give(self, start: int, count: int) -> None:
+        """A buffer ends there."""
+        self.now += 1
+        for block in range(start // BLOCK, (start + count - 1) // BLOCK + 1):
+            self._given_at[block] = self.now
+
+    def lent_near(self, first: int, pages: int) -> int:
+        """About how many pages of the range hold cache."""
+        blocks = self._given_at[first // BLOCK : (first + pages - 1) // BLOCK + 1]
+        return sum(BLOCK for given_at in blocks if self.now - given_at > LENT_AFTER)
+
+
+class Ours(Policy):
+    """What the broker does: best fit, and of ranges that fit about equally well, and of their ends, what costs the cache least."""
+
+    def __init__(self, count: int) -> None:
+        self._cache = Cache(count)
+        self._area = AreaRoom(cast(Plane, self._cache), Area("area", 0, count))
+        self._area.parts.append(Part(0, 0, count, 0))
+        self._places: dict[int, Place] = {}
+
+    def take(self, count: int) -> int | None:
+        place = next(self._area.places(Wanted((self._area,), count)), None)
+        if place is None:
+            return None
+        self._area.take(place)
+        self._places[place.first] = place
+        return place.first
+
+    def give(self, start: int, count: int) -> None:
+        self._area.give(self._places.pop(start))
+        self._cache.give(start, count)
+
+    @property
+    def largest(self) -> int:
+        return self._area.largest
 
 
 class FirstFit(Policy):

@@ -7,9 +7,10 @@ client, a claimer, or a handle under way.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from itertools import islice
 from typing import Any
 
@@ -25,6 +26,7 @@ from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchBuffer, QuotaExc
 from gcma_shm.layout import BUFFER
 from gcma_shm.sizes import format_size
 
+HAND_OVER_MAX_S = 3600.0  # what a handle may hold an allocation for
 HAND_OVERS_MAX = 1024  # of one allocation, under way at the same time
 NAMES_PAGE = 1000  # names in one answer
 
@@ -44,7 +46,6 @@ class Allocations:
         self._reservations: set[Allocation] = set()
         self._by_name: SortedDict[str, Allocation] = SortedDict()
         self._hand_overs: dict[int, Allocation] = {}
-        self._tokens = 0
 
     # --- making them
 
@@ -115,7 +116,8 @@ class Allocations:
         allocation = self._by_number.get(number)
         if allocation is None or client not in allocation.holders:
             raise NoSuchBuffer(f"buffer {number} is not held by this client: freed before, or never allocated by it")
-        self._end_claim(allocation, client)  # it gives up what it has claimed, too
+        if allocation.is_reservation and self.claims.seize_from(allocation.index, client):
+            self._lend(allocation)  # what it has claimed alone; its part in a shared claim is another matter
         allocation.holders.discard(client)
         self._let_go(allocation, client)
 
@@ -127,6 +129,8 @@ class Allocations:
         allocation = self._by_number.get(number)
         if allocation is None:
             raise StaleHandle(f"buffer {number} is gone: its last holder has freed it, or died")
+        if token in allocation.handed_over and allocation.handed_over[token].claim != claim:
+            raise StaleHandle(f"the handle of buffer {number} is of another claim")
         if not allocation.is_known_to(client):
             self.holders.check_quota(client, allocation.place.pages)
         if claim:
@@ -136,7 +140,9 @@ class Allocations:
             allocation.holders.add(client)
         self._hold_bit(allocation, client)
         if token in allocation.handed_over:
+            giver = allocation.handed_over[token].giver
             self._end_hand_over(allocation, token)
+            self._let_go(allocation, giver)
         return allocation
 
     def attach_name(self, client: int, name: str) -> Allocation:
@@ -159,11 +165,12 @@ class Allocations:
             )
         if claim:
             self._share(allocation, claim)
-        self._tokens += 1
-        allocation.handed_over[self._tokens] = HandOver(time.monotonic() + timeout_s, claim)
-        self._hand_overs[self._tokens] = allocation
+        token = secrets.randbits(62) + 1
+        deadline = time.monotonic() + min(timeout_s, HAND_OVER_MAX_S)
+        allocation.handed_over[token] = HandOver(deadline, claim, client)
+        self._hand_overs[token] = allocation
         self._table.write_deadline(allocation)
-        return self._tokens
+        return token
 
     def free_claim(self, client: int, number: int, claim: int) -> None:
         """`client` gives up its part in a claim that several share; the last one's lends the range. Raises NoSuchBuffer."""
@@ -180,15 +187,16 @@ class Allocations:
         if self._by_number.get(allocation.number) is allocation and client in allocation.holders:
             self.free(client, allocation.number)
 
-    def drop(self, client: int) -> int:
-        """Frees all that `client`, which is gone, held or had claimed; returns how much that was."""
-        held = self.holders.of(client)
-        for number in held:
+    def drop(self, client: int, count: int | None = None) -> int:
+        """Frees all, or `count`, of what `client`, which is gone, held or had claimed; returns how much that leaves."""
+        for number in self.holders.of(client)[:count]:
             allocation = self._by_number[number]
             self._end_claim(allocation, client)
             allocation.holders.discard(client)
+            for one in allocation.handed_over.values():  # they hold on, at nobody's charge
+                one.giver = 0 if one.giver == client else one.giver
             self._let_go(allocation, client)
-        return len(held)
+        return len(self.holders.of(client))
 
     def reconcile(self, client: int, known: Iterable[int], known_claims: Iterable[int]) -> None:
         """Frees what `client` holds but does not know of: it was allocated, or attached, for a reply that it never got.
@@ -200,19 +208,24 @@ class Allocations:
             allocation = self._by_number[number]
             if number not in known_shares and client in allocation.claimers and not self._made(allocation, client):
                 self._leave_claim(allocation, client)
-            if number not in known_numbers:
+            if number not in known_numbers and not self.claims.is_claimed_by(allocation.index, client):
                 allocation.holders.discard(client)
             self._let_go(allocation, client)
 
-    def inherit(self, parent: int, child: int) -> None:
-        """A forked child holds what its parent holds, and shares the claims that its parent marked before the fork."""
+    def inherit(self, parent: int, child: int, but_for: Container[int] = ()) -> None:
+        """A forked child holds what its parent holds, but for what that has not fetched yet; and shares the claims that its parent
+        had made before the fork, all of which it marked then. Its quota is its parent's, and is not asked.
+        """
+        self.holders.copy_quota(parent, child)
+        claims_then = self._plane.read(self._geometry.client_at(child) + layout.CLIENT_INHERITED_AT)
         for number in self.holders.of(parent):
             allocation = self._by_number[number]
-            if parent in allocation.holders:
+            if parent in allocation.holders and number not in but_for:
                 self._hold(allocation, child)
             if allocation.is_reservation:
                 self._meet(allocation, *self.claims.shared_by(allocation.index))
-                if parent in allocation.claimers:
+                made_later = self._made(allocation, parent) and self.claims.ordinal(allocation.index) > claims_then
+                if parent in allocation.claimers and not made_later:
                     allocation.claimers.add(child)
                     self._hold_bit(allocation, child)
 
@@ -221,9 +234,10 @@ class Allocations:
         now = time.monotonic()
         for token, allocation in list(self._hand_overs.items()):
             if allocation.handed_over[token].deadline <= now:
+                giver = allocation.handed_over[token].giver
                 self._end_hand_over(allocation, token)
                 self._leave_claim(allocation, 0)
-                self._let_go(allocation, 0)
+                self._let_go(allocation, giver)
 
     # --- changing areas
 
@@ -331,7 +345,9 @@ class Allocations:
             why = f"more than could ever be had there: guests may have at most {limits}, each in one part of the area"
         elif in_line:
             why = f"{in_line} request(s) wait in line, and this one could delay the first; wait as well, with timeout="
-        elif all(wanted.pages > area.allowance for area in wanted.areas if not area.drained):
+        elif (
+            largest < max((p.extents.largest for a in wanted.areas for p in a.parts if not a.drained), default=0) * size
+        ):
             why = f"the share for buffers is used up; {held}. Free some, wait with timeout=, or make the area larger"
         else:
             why = f"{free}; {held}. Free some, wait with timeout=, or make the area larger"

@@ -25,7 +25,8 @@ from gcma_shm.errors import ArenaError, ArenaExhausted, NoSuchArea
 from gcma_shm.sizes import format_size
 
 EQUAL_FITS = 8  # free ranges that fit about equally well, of which the cache decides
-LOOK_MAX = 1000  # guests that one look at the line considers
+LOOK_MAX = 256  # guests that one look at the line considers
+PASSING_MAX = 4  # places that are tried for a request that would pass another
 EQUAL_SHARE = 8  # a range that is larger by no more than this part fits about equally well
 
 
@@ -130,10 +131,12 @@ class AreaRoom:
         if wanted.pages > self.limit:
             return False
         align = max(wanted.align, self.described.alignment)
-        empty = (Extents(part.first, part.pages, part.extents.origin) for part in self.parts)
-        if wanted.offset is None:
-            return any(extents.choose(wanted.pages, align) is not None for extents in empty)
-        return any(extents.is_free(extents.origin + wanted.offset, wanted.pages) for extents in empty)
+        for part in self.parts:
+            origin = part.extents.origin
+            first = origin + wanted.offset if wanted.offset is not None else part.first + (origin - part.first) % align
+            if part.first <= first and first + wanted.pages <= part.end:
+                return True
+        return False
 
     def take(self, place: Place) -> None:
         """The place is a guest's."""
@@ -152,8 +155,8 @@ class AreaRoom:
         else:
             self._plane.take(part.index, first, pages, owner)
 
-    def places(self, wanted: Wanted) -> Iterator[Place]:
-        """Where it could go in this area, the best first."""
+    def places(self, wanted: Wanted, passing: bool = False) -> Iterator[Place]:
+        """Where it could go in this area, the best first. `passing`: out of the way of another, so also at the area's very end."""
         align = max(wanted.align, self.described.alignment)
         if wanted.pages > self.allowance:
             return
@@ -163,9 +166,9 @@ class AreaRoom:
                 if part.first <= first < part.end and part.extents.is_free(first, wanted.pages):
                     yield Place(self, part, first, wanted.pages)
             return
-        yield from self._by_cost(wanted.pages, align)
+        yield from self._by_cost(wanted.pages, align, passing)
 
-    def _by_cost(self, pages: int, align: int) -> Iterator[Place]:
+    def _by_cost(self, pages: int, align: int, passing: bool) -> Iterator[Place]:
         """Best fit; of ranges that fit about equally well, and of their two ends, first what costs the cache least.
 
         The range at an area's end is taken from below: buffers grow from one end, and the cache fills from the other.
@@ -174,7 +177,7 @@ class AreaRoom:
         for part in self.parts:
             for at, start, size in islice(part.extents.fitting(pages, align), EQUAL_FITS):
                 ends = {at}
-                if start + size < part.end:
+                if passing or start + size < part.end:
                     ends.add(at + (start + size - pages - at) // align * align)
                 found.extend((size, self._cost(end, pages), Place(self, part, end, pages)) for end in ends)
         if not found:
@@ -221,7 +224,7 @@ class Areas:
     def find_passing(self, wanted: Wanted, first_in_line: Wanted) -> Place | None:
         """A place that can not delay who is first in line."""
         for area in sorted(wanted.areas, key=lambda area: area.largest):
-            for place in area.places(wanted):
+            for place in islice(area.places(wanted, passing=True), PASSING_MAX):
                 if not delays(first_in_line, place):
                     return place
         return None

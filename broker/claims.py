@@ -22,6 +22,14 @@ class Claims:
         """Whether anybody has the range."""
         return bool(self._word(index) & CLAIM_CLIENT)
 
+    def is_claimed_by(self, index: int, client: int) -> bool:
+        """Whether that client made the claim."""
+        return self._word(index) & CLAIM_CLIENT == client
+
+    def ordinal(self, index: int) -> int:
+        """Which of its client's claims it is."""
+        return self._plane.read(self._geometry.allocation_at(index) + layout.ALLOCATION_ORDINAL_AT)
+
     def lent(self, index: int) -> int:
         """Pages of a reservation that hold cache."""
         return self._plane.read(self._geometry.allocation_at(index) + layout.ALLOCATION_LENT_AT)

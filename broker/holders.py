@@ -66,6 +66,11 @@ class Holders:
         """Its own bound, until it leaves."""
         self._quotas[client] = quota
 
+    def copy_quota(self, parent: int, child: int) -> None:
+        """A forked child's is its parent's."""
+        if parent in self._quotas:
+            self._quotas[child] = self._quotas[parent]
+
     def forget(self, client: int) -> None:
         """Its number will be another's."""
         self._quotas.pop(client, None)
@@ -90,7 +95,7 @@ class Holders:
         numbers: defaultdict[int, set[int]] = defaultdict(set)
         pages: Counter[int] = Counter()
         for allocation in allocations:
-            for client in allocation.holders | allocation.claimers:
+            for client in allocation.known_to():
                 numbers[client].add(allocation.number)
                 pages[client] += allocation.place.pages
         assert numbers == self._numbers, "a holder that does not know, or knows too much"

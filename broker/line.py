@@ -15,13 +15,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gcma_shm.broker.allocations import Allocations
-from gcma_shm.broker.areas import Wanted
+from gcma_shm.broker.areas import Place, Wanted
 from gcma_shm.broker.table import Allocation
 from gcma_shm.errors import GcmaError, NoSuchBuffer
 
 LINE_MAX = 1024
 LINE_MAX_CLIENT = 64
-UNCOLLECTED_S = 60.0  # how long a result is kept for a client that does not come for it
+ASKED_S = 5.0  # a client comes every second; who has not for so long loses its place, or what it was served
+TRIES_MAX = 16  # places that are looked for in one turn of the control loop
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Waiting:
     kind: int
     name: str | None
     deadline: float
+    asked: float  # when its client last came, or was served
     result: Allocation | GcmaError | None = None
 
 
@@ -74,8 +76,8 @@ class Line:
             error.args = (f"the line is full ({len(self._waiting)} requests, {own} of this client): {error}",)
             raise error
         self._tickets += 1
-        deadline = time.monotonic() + timeout_s
-        self._waiting[self._tickets] = Waiting(self._tickets, client, request, wanted, kind, name, deadline)
+        now = time.monotonic()
+        self._waiting[self._tickets] = Waiting(self._tickets, client, request, wanted, kind, name, now + timeout_s, now)
         return self._tickets
 
     def collect(self, client: int, ticket: int, give_up: bool) -> Allocation | None:
@@ -93,7 +95,8 @@ class Line:
         waiting = self._waiting.get(ticket)
         if waiting is None or waiting.client != client:
             raise NoSuchBuffer(f"ticket {ticket} is not in line for this client: collected before, or given up")
-        if not give_up and time.monotonic() < waiting.deadline:
+        waiting.asked = time.monotonic()
+        if not give_up and waiting.asked < waiting.deadline:
             return None
         del self._waiting[ticket]
         self._freed_since = True  # who stood behind it may be in front now
@@ -115,48 +118,70 @@ class Line:
                 self._freed_since = True
 
     def expire(self) -> None:
-        """Ends what has waited too long, in line or for its client."""
+        """Ends what has waited too long; and what its client has not come for: it was stopped, or never got its ticket."""
         now = time.monotonic()
-        for waiting in [waiting for waiting in self._waiting.values() if waiting.deadline <= now]:
-            del self._waiting[waiting.ticket]
-            self._serve(waiting, self._allocations.exhausted(waiting.wanted))
-            self._freed_since = True
-        for waiting in [one for one in self._served.values() if one.deadline + UNCOLLECTED_S <= now]:
+        for waiting in list(self._waiting.values()):
+            if waiting.deadline <= now:
+                self._end(waiting, self._allocations.exhausted(waiting.wanted))
+            elif waiting.asked + ASKED_S <= now:
+                del self._waiting[waiting.ticket]
+                self._freed_since = True
+        for waiting in [one for one in self._served.values() if one.asked + ASKED_S <= now]:
             del self._served[waiting.ticket]
             if isinstance(waiting.result, Allocation):
                 self._allocations.give_back(waiting.client, waiting.result)
+
+    def reconsider(self) -> None:
+        """After an area was shrunk: ends what could never be served any more."""
+        for waiting in list(self._waiting.values()):
+            if not any(area.could_ever(waiting.wanted) for area in waiting.wanted.areas):
+                self._end(waiting, self._allocations.exhausted(waiting.wanted))
 
     def _freed(self) -> None:
         self._freed_since = True
 
     def advance(self) -> None:
-        """Serves who can be served, after each request or death that may have freed something."""
-        while self._freed_since and self._waiting:
+        """Serves who can be served, after each request or death that may have freed something; some, when many wait, and goes on
+        with the next turn.
+        """
+        tries = 0
+        while self._freed_since and self._waiting and tries < TRIES_MAX:
             self._freed_since = False
             front: Waiting | None = None
+            refused: set[Wanted] = set()  # in this pass, and so is whoever wants the same
             for waiting in list(self._waiting.values()):
-                if waiting.wanted.pages > max(area.largest for area in waiting.wanted.areas):
-                    place = None
-                elif front is None:
-                    place = self._allocations.areas.find(waiting.wanted)
-                else:
-                    place = self._allocations.areas.find_passing(waiting.wanted, front.wanted)
+                if waiting.wanted in refused:
+                    continue
+                if tries >= TRIES_MAX:
+                    self._freed_since = True
+                    break
+                place = None
+                if waiting.wanted.pages <= max(area.largest for area in waiting.wanted.areas):
+                    tries += 1
+                    place = self._find(waiting, front)
                 if place is None:
                     front = front or waiting
+                    refused.add(waiting.wanted)
                     continue
-                del self._waiting[waiting.ticket]
-                try:
-                    self._allocations.check(waiting.client, waiting.wanted, waiting.name)
-                    result: Allocation | GcmaError = self._allocations.settle(
-                        waiting.client, waiting.request, place, waiting.kind, waiting.name
-                    )
-                except GcmaError as error:  # its quota, or its name, was used up meanwhile
-                    result = error
-                self._serve(waiting, result)
-        self._freed_since = False
+                self._end(waiting, self._settle(waiting, place))
+                refused.clear()
 
-    def _serve(self, waiting: Waiting, result: Allocation | GcmaError) -> None:
+    def _find(self, waiting: Waiting, front: Waiting | None) -> Place | None:
+        areas = self._allocations.areas
+        return areas.find(waiting.wanted) if front is None else areas.find_passing(waiting.wanted, front.wanted)
+
+    def _settle(self, waiting: Waiting, place: Place) -> Allocation | GcmaError:
+        try:
+            self._allocations.check(waiting.client, waiting.wanted, waiting.name)
+        except GcmaError as error:  # its quota, or its name, was used up meanwhile
+            return error
+        return self._allocations.settle(waiting.client, waiting.request, place, waiting.kind, waiting.name)
+
+    def _end(self, waiting: Waiting, result: Allocation | GcmaError) -> None:
+        del self._waiting[waiting.ticket]
+        self._freed_since = True
         waiting.result = result
+        waiting.asked = time.monotonic()
         self._served[waiting.ticket] = waiting
         self._wake(waiting.client)
 

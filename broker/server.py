@@ -71,11 +71,13 @@ class Server:
         poller.register(self._epoll.fileno(), zmq.POLLIN)
         ticked = time.monotonic()
         while not self._stop.reason:
-            ready = dict(poller.poll(int(TICK_S * 1000)))
+            ready = dict(poller.poll(0 if service.busy else int(TICK_S * 1000)))
             if self._socket in ready:
                 self._serve(service)
             if self._epoll.fileno() in ready:
                 self._other(service, owner_pidfd)
+            if service.busy:
+                service.go_on()
             if time.monotonic() - ticked >= TICK_S:
                 service.tick()
                 ticked = time.monotonic()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ WINDOW_BYTES = 1 << 20  # of pages that one session may have under way
 # What a sync by message may wait for other processes' writes, and how much of it at once.
 SYNC_MAX_MS = 60_000
 SYNC_SLICE_S = 0.2
+DROPS_MAX = 64  # buffers of a client that has left, freed in one turn of the loop
 HELLO_NEEDED = "HelloNeeded"  # the status that tells a peer to introduce itself (again)
 
 
@@ -79,12 +80,13 @@ class Service:
         self._registry = registry
         self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory)), quota)
         self.line = Line(self.allocations, plane.wake)
-        self.sessions = Sessions(plane, self.allocations.inherit, watch)
+        self.sessions = Sessions(plane, self._inherit, watch)
         self.window = max(4, min(messages.WINDOW, WINDOW_BYTES // arena.geometry.page_size))
         jobs_max = arena.geometry.clients_max * messages.WINDOW
         self._page_workers = [Worker(f"pages-{n}", jobs_max) for n in range(PAGE_WORKERS)]
         self._type_worker = Worker("types", jobs_max)
         self._sync_worker = Worker("sync", jobs_max)
+        self._leaving: deque[int] = deque()  # numbers of clients that are gone, and still hold something
         self._requests: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
         self._control: dict[str, Callable[[Client, Request], dict[str, Any]]] = {
@@ -176,8 +178,13 @@ class Service:
             log.exception("looking for forked clients, and for what has waited too long, failed; trying again")
         self._advance()
 
+    def go_on(self) -> None:
+        """A turn's share of the work that is left."""
+        self._advance()
+
     def _advance(self) -> None:
         try:
+            self._take_back()
             self.line.advance()
         except Exception:
             log.exception("serving the line failed; trying again when more is freed")
@@ -224,6 +231,9 @@ class Service:
 
     # --- on the control thread
 
+    def _inherit(self, parent: int, child: int) -> None:
+        self.allocations.inherit(parent, child, but_for=self.line.uncollected(parent))
+
     def _hello(self, peer: bytes, process: str, p: dict[str, Any]) -> dict[str, Any]:
         if p.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
             raise Closed("the arena that this client knows has ended with its broker; connect again")
@@ -255,16 +265,30 @@ class Service:
     def _bury(self, clients: list[Client]) -> None:
         for client in clients:
             self.line.drop(client.number)
-            self.allocations.drop(client.number)
-            self.allocations.holders.forget(client.number)
             self.sessions.forget(client)
-            number = client.number
+            self._leaving.append(client.number)
+        self._take_back()
 
-            def take_back(number: int = number) -> None:
-                self.plane.bury(number)
-                self.sessions.buried(number)
+    @property
+    def busy(self) -> bool:
+        """Whether there is work left for the next turn of the loop, whatever comes."""
+        return bool(self._leaving)
 
-            self._type_worker.submit(take_back, whatever_the_queue=True)
+    def _take_back(self) -> None:
+        """Of the clients that have left, some of what they held: the others are not to wait until all of it is freed."""
+        if not self._leaving:
+            return
+        number = self._leaving[0]
+        if self.allocations.drop(number, DROPS_MAX):
+            return
+        self._leaving.popleft()
+        self.allocations.holders.forget(number)
+
+        def take_back() -> None:
+            self.plane.bury(number)
+            self.sessions.buried(number)
+
+        self._type_worker.submit(take_back, whatever_the_queue=True)
 
     def _ask(self, client: Client, request: Request, kind: int) -> dict[str, Any]:
         _refuse_unmapped(client)
@@ -286,9 +310,9 @@ class Service:
     def _attach(self, client: Client, request: Request) -> dict[str, Any]:
         _refuse_unmapped(client)
         p = request.parameters
-        return self.allocations.place(
-            self.allocations.attach(client.number, p["buffer"], p.get("claim", 0), p.get("token", 0))
-        )
+        claim = p.get("claim", 0)
+        place = self.allocations.place(self.allocations.attach(client.number, p["buffer"], claim, p.get("token", 0)))
+        return place | ({"claim": claim} if claim else {})
 
     def _attach_name(self, client: Client, request: Request) -> dict[str, Any]:
         _refuse_unmapped(client)
@@ -337,6 +361,7 @@ class Service:
         else:
             pages = -(-p["nbytes"] // page_size)
         self.allocations.resize(p["area"], pages)
+        self.line.reconsider()
         return self._area_told(request)
 
     def _area_told(self, request: Request) -> dict[str, Any]:

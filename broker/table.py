@@ -21,6 +21,7 @@ class HandOver:
 
     deadline: float  # time.monotonic()
     claim: int
+    giver: int  # the client that is charged with it meanwhile; 0: it is gone
 
 
 @dataclass(eq=False)
@@ -53,8 +54,16 @@ class Allocation:
         return self.kind == layout.RESERVATION
 
     def is_known_to(self, client: int) -> bool:
-        """Whether the client holds it, or shares its claim."""
-        return client in self.holders or client in self.claimers
+        """Whether the client holds it, shares its claim, or has handed it over to somebody who has not come for it yet."""
+        return (
+            client in self.holders
+            or client in self.claimers
+            or any(one.giver == client for one in self.handed_over.values())
+        )
+
+    def known_to(self) -> set[int]:
+        """All such clients."""
+        return self.holders | self.claimers | {one.giver for one in self.handed_over.values() if one.giver}
 
 
 class Table:
@@ -107,7 +116,7 @@ class Table:
     def write_holder(self, allocation: Allocation, client: int) -> None:
         """Writes the word of the entry's holders that `client` has a bit in."""
         word = client // 64
-        bits = sum(1 << holder % 64 for holder in allocation.holders | allocation.claimers if holder // 64 == word)
+        bits = sum(1 << holder % 64 for holder in allocation.known_to() if holder // 64 == word)
         self._plane.write(self._geometry.holders_at + allocation.index * self._geometry.holder_bytes + 8 * word, bits)
 
     def write_deadline(self, allocation: Allocation) -> None:

@@ -15,7 +15,7 @@ from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import Handle, Ticket
 from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
 from gcma_shm.clients.reservation import Claims, Reservation
-from gcma_shm.errors import ArenaError, ArenaExhausted, Closed, GcmaError, StaleHandle
+from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, GcmaError, NoSuchBuffer, StaleHandle
 from gcma_shm.messages import Reply
 from gcma_shm.sizes import SECONDS_MAX, check_seconds, parse_size
 
@@ -69,9 +69,10 @@ class Allocator:
         map the arena; BrokerUnavailable, Closed.
         """
         place, span = self._ask("alloc_contig", nbytes, area, offset, align, timeout, name)
+        buffer = self._buffer(place, span)
         if zero:
             span.zero()
-        return self._buffer(place, span)
+        return buffer
 
     def reserve(
         self,
@@ -109,9 +110,9 @@ class Allocator:
 
         Raises NoSuchBuffer, TypeError for the name of a buffer, QuotaExceeded, BrokerUnavailable.
         """
-        place, _ = self._attach_name(name)
+        place, span = self._attach_name(name)
         if "reservation" not in place:
-            self._channel.free(place["buffer"])
+            self._buffer(place, span).free()
             raise TypeError(f"{name!r} is a buffer: use attach()")
         return Reservation(self, place)
 
@@ -242,18 +243,29 @@ class Allocator:
         if patience:
             wanted["timeout_ms"] = max(int(patience * 1000), 1)
         deadline = time.monotonic() + patience
-        got = self._channel.request(operation, wanted, then=self._take)
-        return got if isinstance(got, tuple) else self._wait(got, deadline)
+        while True:
+            got = self._channel.request(operation, wanted, then=self._take)
+            if isinstance(got, tuple):
+                return got
+            with contextlib.suppress(NoSuchBuffer):  # we were stopped for so long that we lost our place: ask again
+                return self._wait(got, deadline)
+            wanted["timeout_ms"] = max(int((deadline - time.monotonic()) * 1000), 0)
 
     def _take(self, reply: Reply, claim: int = 0) -> tuple[dict[str, Any], Span] | int:
         """Under the channel's lock, which a fork takes too: a child has the memory and its hold, or neither. An int: the
-        ticket of a request that waits in line.
+        ticket of a request that waits in line. `claim`: the generation of a claim that was attached to.
         """
         place = reply.results
         if "ticket" in place:
             return int(place["ticket"])
+        number = place["buffer"]
         span = cast(Plane, self._plane).span(place["first"], place["nbytes"])
-        self._channel.hold(place["buffer"], claim)
+        if claim or "reservation" not in place:
+            # When nothing refers to the memory any more, neither a Buffer nor a view or array, it is given back; and the
+            # client lives as long as that.
+            place["give_up"] = give_up = weakref.finalize(span, self._give_up, number, claim)
+            give_up.atexit = False  # the broker sees the process end
+        self._channel.hold(number, claim)
         return place, span
 
     def _wait(self, ticket: int, deadline: float) -> tuple[dict[str, Any], Span]:
@@ -270,7 +282,7 @@ class Allocator:
                 if isinstance(got, tuple):
                     return got
                 plane.wait(seen, min(left, WAIT_SLICE_S))
-        except ArenaExhausted:
+        except (ArenaExhausted, BrokerUnavailable, NoSuchBuffer):
             raise
         except BaseException:  # Ctrl-C, say: leave the line, and give back what was served meanwhile
             with contextlib.suppress(GcmaError):
@@ -281,10 +293,7 @@ class Allocator:
 
     def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
         number, channel = place["buffer"], self._channel
-        # When nothing refers to the memory any more, neither a Buffer nor a view or array, it is given back; and the
-        # client lives as long as that.
-        give_up = weakref.finalize(span, self._give_up, number, claim)
-        give_up.atexit = False  # the broker sees the process end
+        give_up = place["give_up"]
 
         def free() -> None:
             if give_up.detach() is not None:  # of two threads that free, one does

@@ -81,7 +81,7 @@ class Buffer:
         """
         if self.freed:
             return
-        if self._span.exports:
+        if not self._span.seal():
             raise BufferError(
                 f"buffer of {self.nbytes} bytes in {self.area!r} cannot be freed: {self._span.exports} views or arrays of "
                 "it are alive; release() or del them first"
@@ -102,7 +102,7 @@ class Buffer:
     @property
     def freed(self) -> bool:
         """Whether `free` was called, or the client closed."""
-        return self._freed or self._client.closed
+        return self._freed or self._span.sealed or self._client.closed
 
     def __reduce__(self) -> tuple[object, ...]:
         self._living()

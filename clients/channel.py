@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import zmq
 
 from gcma_shm import messages
+from gcma_shm._core import Trying
 from gcma_shm.endpoint import refuse_strangers, socket_path
-from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError, NoSuchBuffer
+from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
@@ -107,8 +108,7 @@ class Channel:
                     return then(reply)
             raise AssertionError("one request has one reply")
         finally:
-            if self._given_up:
-                self._drain()
+            self._drain()
 
     def requests(self, wanted: Iterable[Wanted], window: int) -> Iterator[Reply | Exception]:
         """Sends requests, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
@@ -116,6 +116,7 @@ class Channel:
         """
         with self.lock:
             yield from self._requests(wanted, window, 0.0)
+        self._drain()
 
     def _requests(self, wanted: Iterable[Wanted], window: int, patience: float) -> Iterator[Reply | Exception]:
         if self.closed:
@@ -124,7 +125,7 @@ class Channel:
         if not self._greeted:
             self._hello(deadline + self._wait_for_broker)
         self._take_late_replies()
-        self._free_given_up(deadline)
+        self._flush(deadline)
         sent: deque[Request] = deque()
         source = iter(wanted)
         exhausted = False
@@ -153,24 +154,28 @@ class Channel:
         """Counts one hold more; for a `then`, which has the lock."""
         self.held[number, claim] += 1
 
-    def free(self, number: int, claim: int = 0) -> None:
-        """Ends one hold of a buffer or reservation, or of our part in a shared claim; the broker is told of the last. Should that
-        fail, it is told later. Raises BrokerUnavailable.
+    def free(self, number: int, claim: int = 0, holds: int = 1) -> None:
+        """Ends one hold of a buffer or reservation, or of our part in a shared claim; the broker is told of the last, and has
+        done it when this returns. Should that fail, or be interrupted, it is told later. `holds`: see `give_up`. Raises
+        BrokerUnavailable.
         """
-        with self.lock:
-            if not self._ended(number, claim, 1):
-                return
-            try:
-                for reply in self._requests([(*_freeing(number, claim), ())], 1, 0.0):
-                    # The first hello of a forked child may have given it back already.
-                    if isinstance(reply, Exception) and not isinstance(reply, NoSuchBuffer):
-                        raise reply
-            except BaseException:
-                self._given_up.append((number, claim, 0))
-                raise
+        self._given_up.append((number, claim, holds))
+        with contextlib.suppress(Closed):  # an arena that has ended holds nothing
+            with self.lock:
+                if self.closed:
+                    return
+                deadline = time.monotonic() + self.timeout
+                if not self._greeted:
+                    self._hello(deadline)
+                self._take_late_replies()
+                last = self._flush(deadline)
+                reply = self._receive(last, deadline) if last is not None else None
+                if reply is not None and reply.status == "HelloNeeded":
+                    self._greeted = False  # what the next hello does not list is freed by that
+            self._drain()
 
     def give_up(self, number: int, claim: int = 0, holds: int = 1) -> None:
-        """Ends a hold that nobody refers to any more, now or with the next request. For finalizers: waits for no lock, and
+        """Ends a hold that nobody refers to any more, now or with the next request. For finalizers: waits for nobody, and
         raises nothing. `holds` 0: it was not counted, as the claim that this process made itself.
         """
         if self.closed:
@@ -179,22 +184,35 @@ class Channel:
         self._drain()
 
     def _drain(self) -> None:
-        if not self.closed and self.lock.acquire(blocking=False):
-            try:
-                with contextlib.suppress(GcmaError, zmq.ZMQError):
-                    self._free_given_up(time.monotonic() + self.timeout)
-            finally:
-                self.lock.release()
+        """Sends what was given up while the lock was held."""
+        while self._given_up and self._greeted and not self.closed:
+            with Trying(self.lock) as got:
+                if not got:
+                    return  # its holder does this last
+                try:
+                    self._flush(0.0)
+                except (GcmaError, zmq.ZMQError):
+                    return  # the broker is far behind, or gone: with the next request
 
-    def _ended(self, number: int, claim: int, holds: int) -> bool:
-        """So many holds less; whether nothing in this process holds it now."""
-        left = self.held[number, claim] - holds
-        self.held[number, claim] = left
-        if left > 0:
-            return False
-        del self.held[number, claim]
+    def _flush(self, deadline: float) -> Request | None:
+        """Sends what was given up, and waits for no reply: it says nothing that matters. Returns the last request."""
+        last: Request | None = None
+        while self._given_up:
+            number, claim, holds = self._given_up[0]
+            if self._is_last(number, claim, holds):
+                last = self._make(*_freeing(number, claim), ())
+                self._send(last, deadline)
+                self._late += 1
+            self._given_up.popleft()
+            self.held[number, claim] -= holds
+            if self.held[number, claim] <= 0:
+                del self.held[number, claim]
+        return last
+
+    def _is_last(self, number: int, claim: int, holds: int) -> bool:
+        """Whether nothing in this process holds it after so many holds less."""
         own = self.claims.get(number) if claim else None
-        return own is None or own.generation != claim
+        return self.held[number, claim] <= holds and (own is None or own.generation != claim)
 
     def close(self) -> None:
         """Says bye, if the broker still listens, and closes the socket."""
@@ -232,22 +250,6 @@ class Channel:
             raise messages.reply_error(reply)
         self.greeting = reply.results
         self._greeted = True
-
-    def _free_given_up(self, deadline: float) -> None:
-        while self._greeted and self._given_up:
-            number, claim, holds = self._given_up.popleft()
-            if not self._ended(number, claim, holds):
-                continue
-            self._given_up.appendleft((number, claim, 0))  # until the broker has said so
-            request = self._make(*_freeing(number, claim), ())
-            self._send(request, deadline)
-            reply = self._receive(request, deadline)
-            if reply.status == "HelloNeeded":  # what hello does not list is freed by that
-                self._greeted = False
-                self._hello(deadline)
-            elif reply.status not in ("ok", NoSuchBuffer.__name__):
-                raise messages.reply_error(reply)
-            self._given_up.popleft()
 
     def _make(self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...]) -> Request:
         self._number += 1
@@ -291,8 +293,8 @@ class Channel:
 
     def _take_late(self, reply: Reply) -> None:
         self._late = max(self._late - 1, 0)
-        if "buffer" in reply.results:
-            self._given_up.append((int(reply.results["buffer"]), 0, 0))
+        if reply.status == "ok" and "buffer" in reply.results:
+            self._given_up.append((int(reply.results["buffer"]), int(reply.results.get("claim", 0)), 0))
 
     def _unavailable(self, request: Request) -> BrokerUnavailable:
         return BrokerUnavailable(

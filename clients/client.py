@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import weakref
@@ -128,18 +129,34 @@ class Client(Allocator):
         """
         if self._channel.closed:
             return
-        claimed = [claim.span() for claim in self._claims.live.values()] if self._claims is not None else []
-        in_use = [span for span in (*self._spans, *claimed) if span is not None and span.exports]
-        if in_use:
-            raise BufferError(
-                f"the client cannot be closed: views or arrays of {len(in_use)} of its buffers are alive; drop them first"
-            )
-        if self._plane is not None and not self._plane.close(self._channel.timeout):
+        sealed = self._seal()
+        # No claim is under way, nor the sweep that ends one, when the plane closes: after `bye` the broker takes all of it back.
+        with self._claims.lock if self._claims is not None else contextlib.nullcontext():
+            done = self._plane is None or self._plane.close(self._channel.timeout)
+        if not done:
+            for span in sealed:
+                span.unseal()
             raise TimeoutError("a store or load in another thread has not ended; call close() again")
         for swap in list(self._swaps):
             swap.close()
         self._channel.close()
         clients.discard(self)
+
+    def _seal(self) -> list[Span]:
+        """No view of a buffer can be made any more; all of them that were not sealed before. Raises BufferError when there is one."""
+        claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
+        sealed: list[Span] = []
+        for span in (*self._spans, *claimed):
+            if span is None or span.sealed:
+                continue
+            if not span.seal():
+                for other in sealed:
+                    other.unseal()
+                raise BufferError(
+                    "the client cannot be closed: views or arrays of its buffers are alive; drop them first"
+                )
+            sealed.append(span)
+        return sealed
 
     def __enter__(self) -> Self:
         return self

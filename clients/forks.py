@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass, field
 
 from gcma_shm import layout
+from gcma_shm.clients import handles
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import clients
 from gcma_shm.errors import QuotaExceeded
@@ -32,26 +33,26 @@ class Fork:
     word: int = 0
 
 
-def _prepare(client: Client) -> Fork:
-    fork = Fork(client)
-    claims = client._claims
+def _prepare(fork: Fork) -> None:
+    client, claims, plane = fork.client, fork.client._claims, fork.client._plane
     for lock in (client._channel.lock, *([claims.lock] if claims is not None else [])):
         if lock.acquire(timeout=client._channel.timeout):
             fork.locks.append(lock)
-    plane = client._plane
     if plane is None or claims is None or client.closed:
-        return fork
+        return
     claims.share()
     records = Records(plane)
     try:
         fork.number = records.take(plane.number)
     except QuotaExceeded as error:
         log.warning("the child that is about to be forked cannot use %r: %s", client, error)
-        return fork
+        return
+    geometry = plane.geometry
+    claimed = plane.read(geometry.client_at(plane.number) + layout.CLIENT_CLAIMS_AT)
+    plane.write(geometry.client_at(fork.number) + layout.CLIENT_INHERITED_AT, claimed)
     records.fill(fork.number, State.FORKED, 0, 0)
     fork.word = records.word(fork.number)
     plane.add(layout.FORKS_AT, 1)
-    return fork
 
 
 def _start(client: Client, fork: Fork | None) -> None:
@@ -77,9 +78,12 @@ _forks = threading.local()  # of each thread that forks: threads may prepare for
 
 def _before_fork() -> None:
     # Sorted: one order of locks, whichever threads fork.
+    # Each noted before it takes a lock: should a signal interrupt us here, what was taken is given back after the fork.
     _forks.prepared = []
     for client in sorted(clients, key=id):
-        _forks.prepared.append(_prepare(client))
+        fork = Fork(client)
+        _forks.prepared.append(fork)
+        _prepare(fork)
 
 
 def _take_prepared() -> list[Fork]:
@@ -98,6 +102,7 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
+    handles.connecting = threading.Lock()  # another thread of the parent may have held it
     prepared = {fork.client: fork for fork in _take_prepared()}
     for client in list(clients):
         _start(client, prepared.get(client))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gcma_shm.clients.reservation import Reservation
 
 clients: weakref.WeakSet[Client] = weakref.WeakSet()  # of this process
-_connecting = threading.Lock()
+connecting = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def load_reservation(ticket: Ticket) -> Reservation:
 def _client_of(ticket: Ticket) -> Client:
     from gcma_shm.clients.client import connect
 
-    with _connecting:  # two threads that load handles share one client
+    with connecting:  # two threads that load handles share one client
         for client in list(clients):
             if client.mapped and not client.closed and client.arena_id == ticket.arena_id:
                 return client

@@ -6,11 +6,12 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from gcma_shm import layout
-from gcma_shm._core import Plane, Span
+from gcma_shm._core import Plane, Span, Trying
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import Handle, Ticket, load_reservation
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 COPY_S = 0.002  # a page's copy takes a thousandth of that; what takes longer is looked into
 NAP_MIN_S, NAP_MAX_S = 0.00005, 0.001
+
+
+Tell = Callable[[int, int, int], None]
 
 
 class Claimed:
@@ -47,6 +51,7 @@ class Claims:
         self.live: dict[int, Claimed] = {}  # by number
         channel.claims = self.live
         self._given_up: deque[tuple[int, int]] = deque()
+        self._shared: deque[tuple[int, int]] = deque()  # given up, and to be told to the broker
         self.lock = threading.Lock()
 
     def reset(self) -> None:
@@ -55,7 +60,7 @@ class Claims:
 
     def share(self) -> None:
         """Before a fork, with the lock held: from now on none of us lends these ranges by itself."""
-        for claimed in self.live.values():
+        for claimed in list(self.live.values()):
             self._plane.share_claim(claimed.reservation.index, claimed.word)
 
     def claim(self, reservation: Reservation) -> tuple[Span, int] | int:
@@ -63,19 +68,22 @@ class Claims:
 
         Raises StaleHandle; BrokerUnavailable when a broker that is stopped in its copy of a page does not go on in time.
         """
-        with self.lock:
-            if self._given_up:
+        try:
+            with self.lock:
                 self._lend_given_up()
-            got = self._claim(reservation)
-        if self._given_up:
+                return self._claim(reservation)
+        finally:
             self.drain()
-        return got
 
     def _claim(self, reservation: Reservation) -> tuple[Span, int] | int:
         number, index, first, pages = reservation.number, reservation.index, reservation.first, reservation.pages
+        if reservation.released:
+            raise StaleHandle("this reservation was released")
         word, span = self._plane.claim(index, reservation.state, first, pages)
         if not word:
             raise StaleHandle("this reservation was released, or its arena's broker took this process for dead")
+        if span is None and word & ~(-1 << CLAIM_GENERATION_SHIFT) == self._plane.number and number not in self.live:
+            span = self._plane.span(first, reservation.nbytes)  # ours, of a claim that a signal interrupted
         if span is None:
             if word & CLAIM_CLIENT != layout.BROKER or not self._broker_has_ended():
                 return word & CLAIM_CLIENT
@@ -96,32 +104,53 @@ class Claims:
             raise
         return span, generation
 
-    def end(self, number: int, generation: int) -> None:
-        """Lends a claimed range again, and waits for nobody. For finalizers, too: another thread may hold the lock, or this one
-        where it was interrupted; then whoever holds it does this last.
+    def end(self, number: int, generation: int, tell: Tell | None = None) -> None:
+        """Lends a claimed range again. For finalizers, too, and waits for nobody then: another thread may hold the lock, or this one
+        where it was interrupted; then whoever holds it does this last. `tell`: how the broker is told of a part in a shared
+        claim; by default with the next request, if not at once.
         """
         self._given_up.append((number, generation))
-        self.drain()
+        self.drain(tell)
 
-    def drain(self) -> None:
+    def drain(self, tell: Tell | None = None) -> None:
         """Lends what was given up while the lock was held."""
-        while self._given_up and self.lock.acquire(blocking=False):
-            try:
+        while self._given_up:
+            with Trying(self.lock) as got:
+                if not got:
+                    return  # its holder does this last
                 self._lend_given_up()
-            finally:
-                self.lock.release()
+        while self._shared:
+            (tell or self._channel.give_up)(*self._shared.popleft(), 0)
+
+    def retire(self, reservation: Reservation) -> bool:
+        """Nothing is claimed from this Reservation any more, nor will be; False, and nothing has changed: an array of its memory is
+        alive.
+        """
+        with self.lock:
+            self._lend_given_up()
+            claimed = self.live.get(reservation.number)
+            if claimed is not None and claimed.reservation is reservation:
+                span = claimed.span()
+                if span is not None and not span.seal():
+                    return False
+                self._given_up.append((reservation.number, claimed.generation))
+                self._lend_given_up()
+            reservation.retired = True
+        self.drain()
+        return True
 
     def _lend_given_up(self) -> None:
         while self._given_up:
-            number, generation = self._given_up.popleft()
+            number, generation = self._given_up[0]
             claimed = self.live.get(number)
-            if claimed is None or claimed.generation != generation:
-                continue
-            reservation = claimed.reservation
-            lent = self._plane.unclaim(reservation.index, claimed.word, reservation.first, reservation.pages)
-            del self.live[number]
-            if not lent:
-                self._channel.give_up(number, generation, 0)
+            # After the client was closed the broker has it all back, and may have given it to others.
+            if claimed is not None and claimed.generation == generation and not self._plane.closed:
+                reservation = claimed.reservation
+                lent = self._plane.unclaim(reservation.index, claimed.word, reservation.first, reservation.pages)
+                del self.live[number]
+                if not lent:
+                    self._shared.append((number, generation))
+            self._given_up.popleft()
 
     def _settle(self, first: int, pages: int) -> None:
         deadline = time.monotonic() + self._channel.timeout
@@ -163,8 +192,7 @@ class Reservation:
         self.offset: int = place["offset"]
         #: The name that it was made with, or None.
         self.name: str | None = place.get("name")
-        self._buffer: weakref.ref[Buffer] | None = None  # the latest
-        self._open = True
+        self.retired = False
         self._give_up = weakref.finalize(self, client._give_up, self.number, 0)
         self._give_up.atexit = False  # the broker sees the process end
 
@@ -175,24 +203,34 @@ class Reservation:
         (None: for ever; in no order among those that wait), then raises ArenaExhausted, whose `holders` tells who. Raises StaleHandle after `release`; and
         BrokerUnavailable when the broker is stopped in the middle of its copy of one page and does not go on in time.
         """
-        if self.released:
-            raise StaleHandle("this reservation was released")
         got = self._claims.claim(self)
         if isinstance(got, int):
             got = self._wait(got, None if timeout is None else check_seconds("timeout", timeout))
         span, generation = got
         claims, number = self._claims, self.number
-        buffer = Buffer(span, self._place, self._client, number, lambda: claims.end(number, generation), generation)
-        self._buffer = weakref.ref(buffer)
-        return buffer
+        return Buffer(
+            span,
+            self._place,
+            self._client,
+            number,
+            lambda: claims.end(number, generation, self._client._channel.free),
+            generation,
+        )
 
     def _wait(self, claimer: int, timeout: float | None) -> tuple[Span, int]:
         """Until whoever has claimed it has lent it again."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        begun = time.monotonic()
         nap = NAP_MIN_S
         while True:
-            # The broker, cleaning up after a dead claimer, takes a moment that is not what the caller's timeout is about.
-            if deadline is not None and time.monotonic() >= deadline + NAP_MAX_S * (claimer == layout.BROKER):
+            waited = time.monotonic() - begun
+            if (
+                claimer == layout.BROKER
+            ):  # it cleans up after a dead claimer, or drains the area: not what the timeout is about
+                if waited >= self._client._channel.timeout:
+                    raise BrokerUnavailable(
+                        f"the broker has had this reservation in its hands for {waited:.1f} s: is it stopped?"
+                    )
+            elif timeout is not None and waited >= timeout:
                 own = " (this process: free that buffer first)" if claimer == self._client.number else ""
                 raise ArenaExhausted(
                     f"this reservation of {self.nbytes} bytes in {self.area!r} is claimed by client {claimer}{own}; it is had in turn: "
@@ -203,8 +241,6 @@ class Reservation:
                 )
             time.sleep(nap)
             nap = min(2 * nap, NAP_MAX_S)
-            if self.released:
-                raise StaleHandle("this reservation was released")
             got = self._claims.claim(self)
             if not isinstance(got, int):
                 return got
@@ -213,21 +249,15 @@ class Reservation:
     def release(self) -> None:
         """Gives the promise back; a second time has no effect. The memory is free when its last holder has released it.
 
-        Raises BufferError while a view or array of a buffer claimed from it is alive; other claimed buffers are freed.
+        Raises BufferError while a view or array of a buffer claimed from it is alive; a claimed buffer without is freed.
         """
         if self.released:
             return
-        buffer = self._buffer() if self._buffer is not None else None
-        if buffer is not None:
-            buffer.free()
-        claimed = self._claims.live.get(self.number)
-        span = claimed.span() if claimed is not None else None
-        if span is not None and span.exports:
+        if not self._claims.retire(self):
             raise BufferError(
-                f"reservation of {self.nbytes} bytes in {self.area!r} cannot be released: {span.exports} arrays of its memory are alive"
+                f"reservation of {self.nbytes} bytes in {self.area!r} cannot be released: views or arrays of its memory are alive"
             )
-        self._open = False
-        if self._give_up.detach() is not None:
+        if self._give_up.detach() is not None:  # of two threads that release, one does
             self._client._channel.free(self.number)
 
     def hand_over(self, timeout: float = 60) -> Handle:
@@ -241,7 +271,7 @@ class Reservation:
     @property
     def released(self) -> bool:
         """Whether `release` was called, or the client closed."""
-        return not self._open or self._client.closed
+        return self.retired or self._client.closed
 
     def __reduce__(self) -> tuple[object, ...]:
         if self.released:

@@ -151,9 +151,9 @@ cdef struct ClientRecord:  # in the arena
     uint64_t start
     uint64_t tag        # counts this client's claims of a place in the file
     uint64_t pidns
-    uint64_t request
+    uint64_t claims     # counts the reservations that this client has claimed
     uint64_t wake
-    uint64_t spare
+    uint64_t inherited  # of a forked child: its parent's claims at the fork
     uint64_t counters[56]
 
 cdef struct Slot:
@@ -171,7 +171,7 @@ cdef struct AllocationEntry:  # in the arena: a buffer or a reservation
     uint64_t deadline
     uint8_t name[48]
     uint64_t lent       # pages of a reservation that hold cache
-    uint64_t spare
+    uint64_t ordinal    # of the claim, among those of its client
 
 cdef struct SpillFile:  # of this process
     uint64_t life
@@ -273,6 +273,10 @@ cdef inline uint64_t published(uint64_t life) noexcept nogil:
 cdef inline uint64_t *claim_of(Arena *a, uint64_t owner) noexcept nogil:
     """The claim word of the entry that an area page's owner says, or NULL."""
     return &a.allocations[owner - 1].claim if 0 < owner <= a.allocations_count else NULL
+
+
+cdef inline bint is_lent(AreaEntry *area) noexcept nogil:
+    return load_relaxed(&area.policy) & LENT and not load_relaxed(&area.state) & DRAINED
 
 
 cdef inline uint64_t next_claim(uint64_t claim, uint64_t client) noexcept nogil:

@@ -24,6 +24,7 @@ cdef uint64_t claim_range(Arena *a, uint64_t index, uint64_t state, bint *made) 
             # which page it fills, then looks at the claim (`promote`). And a seqlock's entry: the claim is seen before the first
             # byte that we write. Explicit, since on ARM a later store may pass the store of a CAS.
             fence_full()
+            store_relaxed(&entry.ordinal, fetch_add(&a.me.claims, 1) + 1)
             made[0] = True
             return mine
 
@@ -57,17 +58,27 @@ cdef bint lend_claimed(Arena *a, uint64_t index, uint64_t claim, uint64_t first,
     Idempotent, should we die on the way: the broker then does the same.
     """
     cdef AllocationEntry *entry = &a.allocations[index]
+    cdef AreaEntry *area = &a.areas[load_relaxed(&entry.area) % AREAS_MAX]
     cdef uint64_t *lives = a.life
-    cdef uint64_t page, life, kept
-    if load_acquire(&entry.claim) != claim:
-        return False
-    fence_release()
-    for page in range(first, first + n):
-        life = load_relaxed(&lives[page])
-        kept = BUFFER if life_state(life) == BUFFER else FREE  # what is not lent at all stays so
-        store_relaxed(&lives[page], next_life(life, kept, index + 1))     # @lend.life
-    store_relaxed(&entry.lent, 0)
-    return cas(&entry.claim, claim, next_claim(claim, 0))                 # @lend.word
+    cdef uint64_t page, state
+    cdef bint made
+    while True:
+        if load_acquire(&entry.claim) != claim:
+            return False
+        state = FREE if is_lent(area) else BUFFER  # what is not lent at all is kept from the reclaim thread
+        fence_release()
+        for page in range(first, first + n):
+            store_relaxed(&lives[page], next_life(load_relaxed(&lives[page]), state, index + 1))  # @lend.life
+        store_relaxed(&entry.lent, 0)
+        if not cas(&entry.claim, claim, next_claim(claim, 0)):            # @lend.word
+            return False
+        if is_lent(area) == (state == FREE):
+            return True
+        # The area was drained or resumed meanwhile, and the broker passed over a range that was claimed: once more.
+        made = False
+        claim = claim_range(a, index, load_acquire(&entry.state), &made)
+        if not made:
+            return True
 
 
 cdef bint yield_claim(Arena *a, uint64_t index, uint64_t claim) noexcept nogil:

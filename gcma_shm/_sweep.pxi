@@ -23,10 +23,6 @@ cdef inline bint is_claimed(Arena *a, uint64_t life) noexcept nogil:
     return claim != NULL and load_acquire(claim) & CLAIM_CLIENT != 0
 
 
-cdef inline bint is_lent(AreaEntry *area) noexcept nogil:
-    return load_relaxed(&area.policy) & LENT and not load_relaxed(&area.state) & DRAINED
-
-
 cdef inline void note_lent(Arena *a, AreaEntry *area, uint64_t page, uint64_t life, int by) noexcept nogil:
     """One page of the area more, or less, holds cache. Those of a reservation are counted in its entry, so that a claim need not
     count what it drops.

@@ -84,7 +84,8 @@ CLIENT_PID_AT = 0x08
 CLIENT_START_AT = 0x10
 CLIENT_TAG_AT = 0x18
 CLIENT_PIDNS_AT = 0x20
-CLIENT_REQUEST_AT = 0x28
+CLIENT_CLAIMS_AT = 0x28
+CLIENT_INHERITED_AT = 0x38  # of a forked child: its parent's count of claims at the fork
 CLIENT_WAKE_AT = 0x30  # counts up when the broker has served one of the client's requests that waited in line
 CLIENT_COUNTERS_AT = 0x40
 NOBODY = 0
@@ -101,6 +102,7 @@ ALLOCATION_CLAIM_AT = 0x30
 ALLOCATION_DEADLINE_AT = 0x38  # of a hand-over, in CLOCK_MONOTONIC nanoseconds; 0: none
 ALLOCATION_NAME_AT = 0x40
 ALLOCATION_LENT_AT = 0x70  # of a reservation: pages of it that hold cache
+ALLOCATION_ORDINAL_AT = 0x78  # of its claim, among those of the client that made it
 KIND_BITS = 8
 BUFFER = 1
 RESERVATION = 2
@@ -193,6 +195,13 @@ def _place(size: int, page_size: int, slots: int, clients_max: int) -> dict[str,
     return at | {"pages": pages, "allocations_max": allocations_max}
 
 
+def _parse_area(name: str, spec: int | str | AreaSpec) -> AreaSpec:
+    try:
+        return parse_area(spec)
+    except ValueError as error:
+        raise ValueError(f"area {name!r}: {error}") from None
+
+
 def _refuse_areas(areas: dict[str, AreaSpec]) -> None:
     if len(areas) > AREAS_MAX:
         raise ValueError(f"{len(areas)} areas: an arena has at most {AREAS_MAX}")
@@ -246,7 +255,7 @@ def plan(
     wanted_clients = min(max(size // page_size // 64, 8), 256) if clients_max is None else clients_max
     if not 2 <= wanted_clients <= CLIENTS_MAX:
         raise ValueError(f"{wanted_clients} clients: expected 2 to {CLIENTS_MAX}")
-    specs = {name: parse_area(spec) for name, spec in (areas or {}).items()}
+    specs = {name: _parse_area(name, spec) for name, spec in (areas or {}).items()}
     _refuse_areas(specs)
 
     at = _place(size, page_size, slots, wanted_clients)

@@ -7,10 +7,11 @@ directory in its environment, an arena belongs to whom its lock belongs, and a d
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import util as multiprocessing_util
 from pathlib import Path
@@ -139,12 +140,13 @@ class Bare:
     spill_dir: Path
 
 
-def private_bare(areas: dict[str, int | str | AreaSpec], size: int = 2 << 20) -> Bare:
+def private_bare(areas: Mapping[str, int | str | AreaSpec], size: int = 2 << 20) -> Bare:
     """As `bare`, with those areas, in memory that goes with the last reference to it: one for each example of a property test."""
     geometry, placed = layout.plan(size, areas=areas, slots=64, clients_max=8)
-    memory = bytearray(geometry.size)
-    layout.write_header(memoryview(memory), geometry, placed, bytes(16))
-    arena = arenas.Arena("private", memory, geometry, placed, bytes(16))  # type: ignore[arg-type] # as good as mapped
+    memory = mmap.mmap(-1, geometry.size)
+    with memoryview(memory) as view:
+        layout.write_header(view, geometry, placed, bytes(16))
+    arena = arenas.Arena("private", memory, geometry, placed, bytes(16))
     directory = Path(tempfile.gettempdir())
     return Bare(arena, Plane(memory, geometry, layout.BROKER, os.fsencode(directory)), directory)
 

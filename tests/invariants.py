@@ -236,6 +236,14 @@ def _check_files(s: Snapshot, memory: memoryview, spill_dir: Path) -> None:
                 )
 
 
+def check_tables(memory: memoryview, geometry: Geometry) -> None:
+    """The same of what one process has in private memory, files aside; at rest as soon as no call is under way."""
+    snapshot = Snapshot(memory, geometry)
+    _check_slots(snapshot)
+    _check_pages(snapshot)
+    _check_guests(snapshot)
+
+
 def check_at_rest(name: str, spill_dir: Path | None = None, more: Callable[[Snapshot], None] = lambda _: None) -> None:
     """Raises AssertionError when an invariant of the arena `name` is broken, and stays broken while nobody uses it."""
     arena = open_arena(name)

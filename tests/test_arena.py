@@ -11,8 +11,9 @@ import pytest
 
 from gcma_shm import arena as arenas
 from gcma_shm import layout
+from gcma_shm.areas import Area
 from gcma_shm.errors import ArenaError
-from gcma_shm.layout import Area, Geometry
+from gcma_shm.layout import Geometry
 from tests.conftest import Bare
 from tests.processes import descriptors, in_fork
 

@@ -186,6 +186,233 @@ def test_ranges(bare: Bare) -> None:
     bare.plane.give(0, first, pages)
 
 
+def life(bare: Bare, page: int) -> tuple[int, int, int]:
+    """State, owner, sequence."""
+    word = bare.plane.read(bare.arena.geometry.life_at + 8 * page)
+    return word >> 62, word >> 46 & 0xFFFF, word & (1 << 46) - 1
+
+
+def test_each_change_of_hands_takes_the_next_sequence(bare: Bare) -> None:
+    first = bare.arena.areas[0].first
+    for n, (change, owner, state) in enumerate(
+        ((bare.plane.take, 7, 3), (bare.plane.give, 7, 0), (bare.plane.take, 65535, 3), (bare.plane.give, 0, 0)), 1
+    ):
+        assert change(0, first + 1, 2, owner) == 0
+        assert life(bare, first) == life(bare, first + 3) == (0, 0, 0)
+        assert life(bare, first + 1) == life(bare, first + 2) == (state, owner, n)
+
+
+def test_areas_are_where_the_broker_says(bare: Bare) -> None:
+    plane, g = bare.plane, bare.arena.geometry
+    for index, first, pages in (
+        (-1, g.nursery_pages, 1),
+        (layout.AREAS_MAX, g.nursery_pages, 1),
+        (0, g.nursery_pages - 1, 1),
+        (0, g.pages - 1, 2),
+        (0, g.pages, 1),
+        (0, g.nursery_pages, 2**63),
+        (0, 2**63, 2**63),
+    ):
+        with pytest.raises(IndexError):
+            plane.set_area(index, first, pages)
+    plane.set_area(63, g.pages - 3, 3)
+    plane.take(63, g.pages - 3, 3)
+    plane.set_area(63, 0, 0)
+    with pytest.raises(IndexError):
+        plane.take(63, g.pages - 3, 3)
+    other = Plane(bare.arena.memory, g, 2, os.fsencode(bare.spill_dir))
+    other.set_area(0, g.nursery_pages, 5)
+    with pytest.raises(ValueError, match="broker"):
+        other.take(0, g.nursery_pages, 5)
+    with pytest.raises(IndexError):
+        other.lent_near(g.nursery_pages, 5)
+
+
+# --- reservations
+
+RESERVED = 9 << 8 | layout.RESERVATION  # the state word of the entry below
+
+
+def reserved(bare: Bare, index: int = 3, pages: int = 50) -> tuple[int, int]:
+    """An entry of the table as the broker writes it, in the middle of the first area; its pages."""
+    g, first = bare.arena.geometry, bare.arena.areas[0].first + 20
+    at = g.allocation_at(index)
+    for offset, value in (
+        (layout.ALLOCATION_FIRST_AT, first),
+        (layout.ALLOCATION_PAGES_AT, pages),
+        (layout.ALLOCATION_CLAIM_AT, 5 << 17),
+        (layout.ALLOCATION_STATE_AT, RESERVED),
+    ):
+        bare.plane.write(at + offset, value)
+    bare.plane.write(g.holders_at + index * g.holder_bytes, 1 << 2)
+    bare.plane.entries_used(index + 1)
+    bare.plane.give(0, first, pages, index + 1)
+    return first, pages
+
+
+def client(bare: Bare, number: int) -> Plane:
+    return Plane(bare.arena.memory, bare.arena.geometry, number, os.fsencode(bare.spill_dir))
+
+
+def test_a_claim_is_one_clients_until_it_lends(bare: Bare) -> None:
+    first, pages = reserved(bare)
+    two, three = client(bare, 2), client(bare, 3)
+    for wrong in (RESERVED + 256, RESERVED & ~255 | layout.BUFFER, RESERVED & ~255, 0):
+        assert two.claim(3, wrong, first, pages) == (0, None), "another reservation"
+    word, span = two.claim(3, RESERVED, first, pages)
+    assert word == 6 << 17 | 2
+    assert span is not None
+    assert span.nbytes == pages * 4096
+    assert two.claim_settled(first, pages, 0)
+    for plane in (two, three):
+        assert plane.claim(3, RESERVED, first, pages) == (word, None)
+        assert not three.unclaim(3, word + 1, first, pages)
+    assert {life(bare, page)[1:] for page in range(first, first + pages)} == {(4, 1)}
+    assert two.unclaim(3, word, first, pages)
+    assert {life(bare, page) for page in range(first, first + pages)} == {(0, 4, 2)}
+    assert not two.unclaim(3, word, first, pages), "once"
+    again, span = three.claim(3, RESERVED, first, pages)
+    assert again == 8 << 17 | 3
+    assert three.yield_claim(3, again)
+    assert not three.yield_claim(3, again)
+    assert life(bare, first)[2] == 2, "nothing was written there"
+    del span
+    check_at_rest(bare.arena.name)
+
+
+def test_a_shared_claim_is_lent_by_nobody_alone(bare: Bare) -> None:
+    first, pages = reserved(bare)
+    two = client(bare, 2)
+    word, _ = two.claim(3, RESERVED, first, pages)
+    assert two.share_claim(3, word)
+    assert not two.share_claim(3, word)
+    assert not two.unclaim(3, word, first, pages)
+    assert not two.yield_claim(3, word)
+    shared = word | layout.CLAIM_SHARED
+    assert bare.plane.seize(3, word) == 0
+    seized = bare.plane.seize(3, shared)
+    assert seized == (word >> 17) + 1 << 17 | layout.BROKER
+    assert two.claim(3, RESERVED, first, pages) == (seized, None)
+    assert two.seize(3, seized) == (word >> 17) + 2 << 17 | 2, "from a broker that has died"
+
+
+def test_a_claim_waits_for_the_page_that_is_being_filled(bare: Bare) -> None:
+    first, pages = reserved(bare)
+    two = client(bare, 2)
+    for page, settled in ((first - 1, True), (first, False), (first + pages - 1, False), (first + pages, True)):
+        bare.plane.write(layout.FILLING_AT, page + 1)
+        assert two.claim_settled(first, pages, 0.001) == settled
+    bare.plane.write(layout.FILLING_AT, 0)
+
+
+@pytest.mark.parametrize(
+    ("index", "first", "pages"), [(2**40, 0, 1), (64, 0, 1), (3, -1, 1), (3, 0, 0), (3, 250, 51), (3, 0, 2**63)]
+)
+def test_entries_and_pages_that_are_none(bare: Bare, index: int, first: int, pages: int) -> None:
+    """`first`: from the first page behind the nursery."""
+    assert bare.arena.geometry.allocations_max == 64
+    first += bare.arena.geometry.nursery_pages
+    with pytest.raises(IndexError):
+        bare.plane.claim(index, RESERVED, first, pages)
+    with pytest.raises(IndexError):
+        bare.plane.unclaim(index, 0, first, pages)
+    if index == 3:
+        with pytest.raises(IndexError):
+            bare.plane.claim_settled(first, pages, 0)
+        return
+    for call in (bare.plane.seize, bare.plane.share_claim, bare.plane.yield_claim):
+        with pytest.raises(IndexError):
+            call(index, 0)
+
+
+def test_a_closed_plane_claims_nothing(bare: Bare) -> None:
+    first, pages = reserved(bare)
+    two = client(bare, 2)
+    assert two.close(1.0)
+    with pytest.raises(Closed):
+        two.claim(3, RESERVED, first, pages)
+
+
+def test_a_reservation_holds_cache_until_it_is_claimed(bare: Bare) -> None:
+    """Its cache is gone the moment that it is claimed, heals when it is read, and is counted in its entry."""
+    first, pages = reserved(bare)
+    g, two, swap = bare.arena.geometry, client(bare, 2), declared(bare, slots=600)
+    at_lent = g.allocation_at(3) + layout.ALLOCATION_LENT_AT
+    for n in range(600):
+        swap.store(n, struct.pack("<Q", n + 1) * 512)
+        bare.plane.sweep(0)
+    assert bare.plane.read(at_lent) == pages
+    assert {life(bare, page)[:2] for page in range(first, first + pages)} == {(2, 4)}
+    own = sum(bare.plane.read(g.area_at(index) + layout.AREA_LENT_AT) for index in range(2))
+    assert own == 300 - pages
+    check_at_rest(bare.arena.name, bare.spill_dir)
+    word, span = two.claim(3, RESERVED, first, pages)
+    assert span is not None
+    assert two.claim_settled(first, pages, 0)
+    memoryview(span)[:] = b"\xbb" * pages * 4096
+    check_at_rest(bare.arena.name, bare.spill_dir)
+    for n in range(600):
+        assert swap.load(n) == struct.pack("<Q", n + 1) * 512
+        bare.plane.sweep(0)
+    assert counts(bare)["heals"] >= pages
+    assert bytes(memoryview(span)) == b"\xbb" * pages * 4096, "nobody wrote there"
+    assert two.unclaim(3, word, first, pages)
+    assert bare.plane.read(at_lent) == 0
+    for _ in range(3):
+        for n in range(600):
+            assert swap.load(n) == struct.pack("<Q", n + 1) * 512
+            swap.store(n, struct.pack("<Q", n + 1) * 512)
+            bare.plane.sweep(0)
+    assert bare.plane.read(at_lent) > 0, "the cache has it again"
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_how_much_cache_is_near_is_known_by_blocks(bare: Bare) -> None:
+    swap = declared(bare, slots=600)
+    plane, (a, b) = bare.plane, bare.arena.areas
+    assert plane.lent_near(a.first, 300) == 0
+    for n in range(600):
+        swap.store(n, struct.pack("<Q", n + 1) * 512)
+        plane.sweep(0)
+    assert plane.lent_near(a.first, 300) == 300
+    block = (b.first + 64) // 64 * 64
+    assert plane.lent_near(block, 1) == plane.lent_near(block + 63, 1) == plane.lent_near(block, 64) == 64
+    assert plane.lent_near(block + 63, 2) == 128
+    plane.take(1, block + 10, 20)
+    assert plane.lent_near(block + 10, 20) == 44, "about"
+    plane.give(1, block + 10, 20)
+    assert plane.lent_near(block, 1) == 44
+    for first, count in ((a.first, 0), (496, 1), (495, 2), (0, 2**63)):
+        with pytest.raises(IndexError):
+            plane.lent_near(first, count)
+
+
+def test_waking_counts_so_that_no_wake_is_lost(bare: Bare) -> None:
+    two = client(bare, 2)
+    seen = two.wake_count()
+    bare.plane.wake(2)
+    two.wait(seen, 100.0)  # woken before it slept: returns at once
+    assert two.wake_count() == seen + 1
+    two.wait(seen + 1, 0.001)
+    bare.plane.wake(3)
+    assert two.wake_count() == seen + 1
+    for number in (0, 9, 2**40):
+        with pytest.raises(IndexError):
+            bare.plane.wake(number)
+
+
+def test_populating_does_not_change_what_is_there(bare: Bare) -> None:
+    g = bare.arena.geometry
+    span = bare.plane.span(g.pages - 70, 70 * 4096)
+    memoryview(span)[:] = b"\7" * 70 * 4096
+    bare.plane.populate(g.pages - 70, 70 * 4096)
+    bare.plane.populate(0, g.pages * 4096)
+    assert bytes(memoryview(span)) == b"\7" * 70 * 4096
+    for first, nbytes in ((0, 0), (g.pages, 1), (g.pages - 1, 4097), (0, 2**63)):
+        with pytest.raises(IndexError):
+            bare.plane.populate(first, nbytes)
+
+
 def test_types_and_handles_that_are_none(bare: Bare) -> None:
     for type_ in (256, 2**40):
         with pytest.raises(IndexError):

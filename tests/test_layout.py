@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gcma_shm import layout
-from gcma_shm.areas import AreaSpec, parse_area
+from gcma_shm.areas import LENT, Area, AreaSpec, parse_area
 from gcma_shm.errors import ArenaError
 from gcma_shm.layout import Geometry, plan, read_header, write_header
 
@@ -20,7 +20,7 @@ ID = bytes(range(16))
 page_sizes = st.sampled_from([1 << n for n in range(12, 22)])
 
 
-def check(geometry: Geometry, areas: list[layout.Area]) -> None:
+def check(geometry: Geometry, areas: list[Area]) -> None:
     """No table overlaps another, everything is aligned, and the pages fit."""
     g = geometry
     sizes = [
@@ -186,7 +186,7 @@ def test_too_small(size: int) -> None:
         plan(size)
 
 
-def written(areas: dict[str, int | str] | None = None) -> tuple[bytearray, Geometry, list[layout.Area]]:
+def written(areas: dict[str, int | str] | None = None) -> tuple[bytearray, Geometry, list[Area]]:
     geometry, placed = plan(2 * M, areas=areas, slots=500, clients_max=8)
     memory = bytearray(geometry.size)
     write_header(memoryview(memory), geometry, placed, ID)
@@ -207,7 +207,7 @@ def test_there_and_back(areas: dict[str, int | str] | None) -> None:
 def test_what_is_said_of_an_area_is_in_its_entry() -> None:
     _, _, (a, b) = written({"a": "64K,cache=off,share=50", "b": "64K,align=16K"})
     assert (a.policy, a.share, a.alignment, a.state) == (0, 50, 1, 0)
-    assert (b.policy, b.share, b.alignment, b.state) == (layout.LENT, 100, 4, 0)
+    assert (b.policy, b.share, b.alignment, b.state) == (LENT, 100, 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_damaged_table_of_areas_is_found(index: int, first: int, pages: int) -
     memory, geometry, (a, b) = written({"a": 40960, "b": 40960})
     read_header(memoryview(memory), len(memory))
     at = (a.first, b.first, a.first)[index] + first if index < 3 else a.first
-    layout.write_area(memoryview(memory), geometry, index, layout.Area("x", at, pages))
+    layout.write_area(memoryview(memory), geometry, index, Area("x", at, pages))
     with pytest.raises(ArenaError, match="table of areas"):
         read_header(memoryview(memory), len(memory))
 
@@ -228,13 +228,13 @@ def test_parts_of_an_area_in_any_order() -> None:
     """An area that was grown, shrunk and grown again has entries anywhere in the table."""
     memory, geometry, (a, b) = written({"a": 40960, "b": 40960})
     for index, area in (
-        (0, layout.Area("a", b.first, 5)),
-        (1, layout.Area("", 0, 0)),
-        (63, layout.Area("a", a.first, 3)),
+        (0, Area("a", b.first, 5)),
+        (1, Area("", 0, 0)),
+        (63, Area("a", a.first, 3)),
     ):
         layout.write_area(memoryview(memory), geometry, index, area)
     _, areas, _ = read_header(memoryview(memory), len(memory))
-    assert areas == [layout.Area("a", b.first, 5), layout.Area("a", a.first, 3)]
+    assert areas == [Area("a", b.first, 5), Area("a", a.first, 3)]
 
 
 def test_the_header_leaves_the_words_that_change_alone() -> None:

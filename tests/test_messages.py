@@ -46,7 +46,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "quota": {"client": 2, "nbytes": 0},
     "area_drain": {"area": "a"},
     "area_resume": {"area": "a"},
-    "area_resize": {"area": "a", "nbytes": 1},
+    "area_resize": {"area": "a", "nbytes": 1, "by": -(2**62)},
     "areas": {},
     "stats": {},
 }
@@ -121,6 +121,8 @@ def test_parameters_of_another_kind(name: str, key: str) -> None:
     expected = OPERATIONS[name].parameters[key].expected
     (kind,) = [kind for kind in WRONG if kind in expected]
     for value in WRONG[kind]:
+        if (key, value) == ("by", -1):
+            continue  # a difference, which may be less than zero
         with pytest.raises(ProtocolError, match=key):
             messages.decode_request(frames_of(name, {key: value}), PAGE)
 

@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -49,11 +48,15 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def waiter(client: Client, nbytes: int, **options: Any) -> Callable[[Said], None]:
-    """For a forked child: a client of its own that waits for memory, says what it got, and frees it when it is told."""
+    """For a forked child: a client of its own that waits for memory when it is told to, says what it got, and frees it when it is told.
+
+    To be forked before what it will wait for is allocated: it would hold that, too.
+    """
 
     def child(said: Said) -> None:
         with gcma_shm.connect(client.endpoint) as own:
             said.say(own.number)
+            said.hear()
             with own.alloc_contig(nbytes, timeout=WAIT_S, **options) as buffer:
                 said.say((buffer.offset, buffer.nbytes))
                 said.hear()
@@ -186,12 +189,14 @@ def test_what_is_asked_for_is_what_comes(client: EmbeddedClient, pool: ThreadPoo
 
 
 def test_processes_are_served_in_order(client: EmbeddedClient) -> None:
-    first = client.alloc_contig(SIZE)
     with contextlib.ExitStack() as children:
         running: list[Child] = []
-        for n in range(3):
+        for _ in range(3):
             running.append(children.enter_context(forked(waiter(client, SIZE))))
             running[-1].receive()
+        first = client.alloc_contig(SIZE)
+        for n, child in enumerate(running):
+            child.tell()
             assert in_line(client, n + 1)
         first.free()
         for n, child in enumerate(running):
@@ -304,9 +309,10 @@ def test_time_over(client: EmbeddedClient) -> None:
 
 
 def test_a_killed_waiter_leaves_the_line(client: EmbeddedClient, pool: ThreadPoolExecutor) -> None:
-    first = client.alloc_contig(SIZE)
     with forked(waiter(client, SIZE)) as running:
         running.receive()
+        first = client.alloc_contig(SIZE)
+        running.tell()
         assert in_line(client, 1)
         behind = pool.submit(client.alloc_contig, SIZE, timeout=WAIT_S)
         assert in_line(client, 2)
@@ -319,9 +325,10 @@ def test_a_killed_waiter_leaves_the_line(client: EmbeddedClient, pool: ThreadPoo
 
 def test_a_waiter_killed_as_it_is_served(client: EmbeddedClient) -> None:
     for _ in range(5):
-        first = client.alloc_contig(SIZE)
         with forked(waiter(client, SIZE)) as running:
             running.receive()
+            first = client.alloc_contig(SIZE)
+            running.tell()
             assert in_line(client, 1)
             first.free()
             running.kill()
@@ -337,6 +344,7 @@ def test_an_interrupted_waiter_leaves_the_line(client: EmbeddedClient, behind: b
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with gcma_shm.connect(client.endpoint) as own:
             said.say()
+            said.hear()
             try:
                 own.alloc_contig(SIZE, timeout=None, name="late")
             except KeyboardInterrupt:
@@ -346,22 +354,22 @@ def test_an_interrupted_waiter_leaves_the_line(client: EmbeddedClient, behind: b
                 said.say(buffer.nbytes)
             said.hear()
 
-    first = client.alloc_contig(SIZE)
-    with ThreadPoolExecutor(1) as pool:
+    with forked(child) as running, ThreadPoolExecutor(1) as pool:
+        running.receive()
+        first = client.alloc_contig(SIZE)
         earlier = pool.submit(client.alloc_contig, SIZE, timeout=WAIT_S) if behind else None
         assert in_line(client, int(behind))
-        with forked(child) as running:
-            running.receive()
-            assert in_line(client, 1 + behind)
-            os.kill(running.pid, signal.SIGINT)
-            assert running.receive() == "interrupted"
-            assert in_line(client, int(behind))
-            first.free()
-            if earlier is not None:
-                earlier.result(WAIT_S).free()
-            assert (held(client), client.names()) == (0, [])
-            running.tell()
-            assert running.receive() == PAGE
+        running.tell()
+        assert in_line(client, 1 + behind)
+        os.kill(running.pid, signal.SIGINT)
+        assert running.receive() == "interrupted"
+        assert in_line(client, int(behind))
+        first.free()
+        if earlier is not None:
+            earlier.result(WAIT_S).free()
+        assert (held(client), client.names()) == (0, [])
+        running.tell()
+        assert running.receive() == PAGE
 
 
 def test_a_closed_client_leaves_the_line(client: EmbeddedClient, pool: ThreadPoolExecutor) -> None:
@@ -379,9 +387,10 @@ def test_a_closed_client_leaves_the_line(client: EmbeddedClient, pool: ThreadPoo
 
 def test_a_stopped_waiter_blocks_nobody(client: EmbeddedClient, pool: ThreadPoolExecutor) -> None:
     """It is served in its turn, stopped or not: what it asked for is its own, and nobody waits for more than that."""
-    first = client.alloc_contig(SIZE)
     with forked(waiter(client, 8 * PAGE)) as running:
         running.receive()
+        first = client.alloc_contig(SIZE)
+        running.tell()
         assert in_line(client, 1)
         behind = pool.submit(client.alloc_contig, 8 * PAGE, timeout=WAIT_S)
         assert in_line(client, 2)
@@ -400,9 +409,10 @@ def test_a_stopped_waiter_blocks_nobody(client: EmbeddedClient, pool: ThreadPool
 
 
 def test_a_stopped_waiter_that_is_killed(client: EmbeddedClient, pool: ThreadPoolExecutor) -> None:
-    first = client.alloc_contig(SIZE)
     with forked(waiter(client, SIZE, name="theirs")) as running:
         running.receive()
+        first = client.alloc_contig(SIZE)
+        running.tell()
         assert in_line(client, 1)
         os.kill(running.pid, signal.SIGSTOP)
         assert eventually(lambda: all_stopped(running.pid))
@@ -466,11 +476,13 @@ def test_what_can_never_be_is_not_waited_for(client: EmbeddedClient, timeout: fl
     assert client.stats()["broker"]["in_line"] == 0
 
 
-def test_a_share_can_be_too_small_for_ever() -> None:
+def test_what_a_share_can_never_give_is_not_waited_for(pool: ThreadPoolExecutor) -> None:
     with gcma_shm.embedded("4M", areas={"a": f"{SIZE},share=50"}) as client:
         client.alloc_contig(SIZE // 2, timeout=None).free()
-        with pytest.raises(ArenaExhausted):
-            client.alloc_contig(SIZE // 2 + PAGE, timeout=5)
+        refused = pool.submit(client.alloc_contig, SIZE // 2 + PAGE, timeout=3)
+        assert eventually(lambda: refused.done() or client.stats()["broker"]["in_line"] == 1)
+        assert refused.done(), "it waits for what no free can bring"
+        assert isinstance(refused.exception(), ArenaExhausted)
 
 
 def test_a_share_is_waited_for(pool: ThreadPoolExecutor) -> None:
@@ -523,10 +535,7 @@ def test_a_name_or_quota_used_up_meanwhile(client: EmbeddedClient, pool: ThreadP
         assert in_line(client, 3)
         other.quota(PAGE)
         first.free()
-        results = [one.exception(WAIT_S) for one in named]
-        assert sorted(type(result) for result in results) == [type(None), BufferExists] or {
-            type(result) for result in results
-        } == {type(None), BufferExists}
+        assert {type(one.exception(WAIT_S)) for one in named} == {type(None), BufferExists}
         with pytest.raises(QuotaExceeded):
             large.result(WAIT_S)
         for one in named:
@@ -543,7 +552,10 @@ def test_nothing_leaks_in_a_crowd(client: EmbeddedClient) -> None:
         with gcma_shm.connect(client.endpoint) as own:
             for n in range(150):
                 try:
-                    with own.alloc_contig((n % AREA_PAGES + 1) * PAGE, timeout=0.001 * (n % 7)) as buffer, buffer.view as view:
+                    with (
+                        own.alloc_contig((n % AREA_PAGES + 1) * PAGE, timeout=0.001 * (n % 7)) as buffer,
+                        buffer.view as view,
+                    ):
                         word = os.getpid().to_bytes(4, "little") + n.to_bytes(4, "little")
                         view[:] = word * (len(view) // 8)
                         assert bytes(view) == word * (len(view) // 8)
@@ -551,12 +563,10 @@ def test_nothing_leaks_in_a_crowd(client: EmbeddedClient) -> None:
                     failures += 1
         return failures
 
-    before = time.monotonic()
     with contextlib.ExitStack() as children:
         running = [children.enter_context(forked(crowd)) for _ in range(4)]
         for child in running:
             child.receive()
-    assert time.monotonic() > before
     assert in_line(client, 0)
     assert held(client) == 0
     client.alloc_contig(SIZE).free()
