@@ -36,11 +36,14 @@ class StopSignals:
         # What is ignored stays ignored: `nohup` means it.
         wanted = [number for number in SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
         self._before = {number: signal.signal(number, self._note) for number in wanted}
+        # Whichever thread the kernel gives the signal to, the pipe is written at once, and not when this one wakes next.
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         os.close(self.fd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import pytest
@@ -16,7 +17,7 @@ from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import AreaSpec
 from gcma_shm.broker import allocations as allocations_module
-from gcma_shm.broker.allocations import HAND_OVERS_MAX, Allocations
+from gcma_shm.broker.allocations import HAND_OVER_MAX_S, HAND_OVERS_MAX, Allocations
 from gcma_shm.broker.areas import Areas
 from gcma_shm.broker.table import Allocation
 from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchArea, NoSuchBuffer, QuotaExceeded, StaleHandle
@@ -203,13 +204,36 @@ def test_the_last_holder_frees(allocations: Allocations) -> None:
     allocations._check()
     with pytest.raises(ArenaExhausted):
         allocate(allocations, 2, PAGE, "a")
-    assert allocations.drop(3) == 1
+    assert allocations.drop(3) == 0, "nothing is left of it"
     with pytest.raises(ArenaExhausted) as raised:
         allocate(allocations, 2, PAGE, "a")
     assert raised.value.holders == {4: 100 * PAGE}
-    assert allocations.drop(4) == 1
+    assert allocations.drop(4) == 0
     assert allocations.drop(4) == 0
     allocate(allocations, 2, 100 * PAGE, "a")
+
+
+def test_the_dead_leave_bit_by_bit(allocations: Allocations, bare: Bare) -> None:
+    """So many at a time, so that nobody waits until all of it is freed; and whatever it is."""
+    kept = allocate(allocations, 3, PAGE)
+    allocations.attach(2, kept.number)
+    for n in range(9):
+        allocate(allocations, 2, PAGE, kind=BUFFER if n % 3 else RESERVATION)
+    given = allocate(allocations, 2, PAGE)
+    allocations.hand_over(2, given.number, 50)
+    allocations.free(2, given.number)
+    for count, left in ((1, 10), (4, 6), (0, 6), (5, 1)):
+        assert allocations.drop(2, count) == left
+        assert len(allocations.holders.of(2)) == left
+        assert allocations.holders.held_bytes(2) == left * PAGE
+        allocations._check()
+        check_at_rest(bare.arena.name)
+    assert allocations.drop(2, 64) == 0
+    assert allocations.drop(2, 64) == 0
+    allocations._check()
+    assert kept.holders == {3}
+    assert given.known_to() == set(), "a handle of the dead holds on, at nobody's charge"
+    assert given.handed_over
 
 
 def test_what_a_client_does_not_know_of_is_freed(allocations: Allocations) -> None:
@@ -332,6 +356,18 @@ def claim_word(bare: Bare, reservation: Allocation) -> int:
     return bare.plane.read(bare.arena.geometry.allocation_at(reservation.index) + layout.ALLOCATION_CLAIM_AT)
 
 
+def fork(
+    bare: Bare, allocations: Allocations, parent: int, child: int, but_for: Container[int] = (), inherited: bool = True
+) -> None:
+    """What a client does before it forks, its claims aside; and, unless the broker is late, what that does of it."""
+    g = bare.arena.geometry
+    claims = bare.plane.read(g.client_at(parent) + layout.CLIENT_CLAIMS_AT)
+    bare.plane.write(g.client_at(child) + layout.CLIENT_INHERITED_AT, claims)
+    if inherited:
+        allocations.inherit(parent, child, but_for)
+        allocations._check()
+
+
 def states(bare: Bare, allocation: Allocation) -> set[tuple[int, int]]:
     """State and owner of each of its pages."""
     g, place = bare.arena.geometry, allocation.place
@@ -416,7 +452,7 @@ def test_a_claim_that_a_fork_shares_ends_with_the_last_of_them(allocations: Allo
     parent = Worker(bare, 2)
     word = parent.claim(reservation)
     assert parent.plane.share_claim(reservation.index, word)
-    allocations.inherit(2, 3)
+    fork(bare, allocations, 2, 3)
     assert (reservation.claimers, reservation.holders) == ({2, 3}, {2, 3})
     assert not parent.lend(reservation, word), "it is not the parent's alone"
     generation = word >> 17
@@ -435,7 +471,7 @@ def test_a_claim_that_a_fork_shares_ends_with_the_last_of_them(allocations: Allo
     check_at_rest(bare.arena.name)
 
 
-@pytest.mark.parametrize("ends", ["dies", "frees"])
+@pytest.mark.parametrize("ends", ["dies", "frees", "frees the claim first"])
 def test_sharers_that_end_one_by_one(allocations: Allocations, bare: Bare, ends: str) -> None:
     """The one that made the claim first: its number stays in the word, and means nobody."""
     reservation = reserve(allocations, 2, 10 * PAGE)
@@ -443,18 +479,107 @@ def test_sharers_that_end_one_by_one(allocations: Allocations, bare: Bare, ends:
     parent = Worker(bare, 2)
     word = parent.claim(reservation)
     parent.plane.share_claim(reservation.index, word)
-    allocations.inherit(2, 3)
-    allocations.inherit(3, 4)
+    fork(bare, allocations, 2, 3)
+    fork(bare, allocations, 3, 4)
     for client in (2, 4, 3):
         assert allocations.claims.is_claimed(reservation.index)
         if ends == "dies":
             allocations.drop(client)
-        else:
+        elif ends == "frees":
             allocations.free(client, reservation.number)
+            assert client in reservation.claimers, "its part in the claim is another matter"
+            assert allocations.claims.is_claimed(reservation.index)
+            assert allocations.holders.held_bytes(client) == 10 * PAGE
+            allocations._check()
+            allocations.free_claim(client, reservation.number, word >> 17)
+        else:
+            allocations.free_claim(client, reservation.number, word >> 17)
+            allocations.free(client, reservation.number)
+        assert allocations.holders.held_bytes(client) == 0
         allocations._check()
     assert not allocations.claims.is_claimed(reservation.index)
     assert reservation.holders == {5}
     check_at_rest(bare.arena.name)
+
+
+def test_a_reservation_that_all_have_freed_lives_as_long_as_its_claim(allocations: Allocations, bare: Bare) -> None:
+    reservation = reserve(allocations, 2, 10 * PAGE)
+    parent = Worker(bare, 2)
+    word = parent.claim(reservation)
+    parent.plane.share_claim(reservation.index, word)
+    fork(bare, allocations, 2, 3)
+    allocations.free(2, reservation.number)
+    allocations.free(3, reservation.number)
+    with pytest.raises(NoSuchBuffer):
+        allocations.free(3, reservation.number)
+    assert (reservation.holders, reservation.claimers) == (set(), {2, 3})
+    assert claim_word(bare, reservation) == word | layout.CLAIM_SHARED
+    check_at_rest(bare.arena.name)
+    allocations.free_claim(3, reservation.number, word >> 17)
+    assert allocations.drop(2) == 0
+    with pytest.raises(StaleHandle):
+        allocations.attach(4, reservation.number)
+    allocations._check()
+    check_at_rest(bare.arena.name)
+
+
+def test_another_ones_claim_outlives_a_free(allocations: Allocations, bare: Bare) -> None:
+    reservation = reserve(allocations, 2, 10 * PAGE)
+    allocations.attach(3, reservation.number)
+    word = Worker(bare, 3).claim(reservation)
+    allocations.free(2, reservation.number)
+    assert claim_word(bare, reservation) == word
+    allocations._check()
+
+
+def test_a_child_shares_what_its_parent_had_claimed_and_not_what_it_claimed_since(
+    allocations: Allocations, bare: Bare
+) -> None:
+    """The broker may look after several forks, between which the parent has claimed more."""
+    early, late, never = (reserve(allocations, 2, PAGE) for _ in range(3))
+    foreign = reserve(allocations, 5, PAGE)
+    parent = Worker(bare, 2)
+    assert parent.lend(never, parent.claim(never))
+    words = [(early, parent.claim(early))]
+    other = Worker(bare, 5).claim(foreign)
+    allocations.attach(2, foreign.number, other >> 17)
+    for child in (3, 4):
+        for reservation, word in words:
+            parent.plane.share_claim(reservation.index, word)
+        fork(bare, allocations, 2, child, inherited=False)
+        if child == 3:
+            words.append((late, parent.claim(late)))
+    alone = parent.claim(never)
+    for child in (3, 4):
+        allocations.inherit(2, child)
+        allocations._check()
+    assert early.claimers == {2, 3, 4}
+    assert late.claimers == {2, 4}, "3 began before it was claimed"
+    assert never.claimers == set()
+    assert claim_word(bare, never) == alone, "it is the parent's alone"
+    assert foreign.claimers == {5, 2, 3, 4}, "another's claim, in which the parent has a part"
+    assert early.holders == late.holders == never.holders == {2, 3, 4}
+    assert foreign.holders == {5}
+    assert allocations.holders.held_bytes(3) == 4 * PAGE, "what it holds and claims is counted once"
+    allocations.drop(2)
+    allocations.free_claim(4, late.number, words[1][1] >> 17)
+    assert not allocations.claims.is_claimed(late.index)
+    assert not allocations.claims.is_claimed(never.index)
+    assert allocations.claims.is_claimed(early.index)
+    allocations._check()
+    check_at_rest(bare.arena.name)
+
+
+def test_a_child_does_not_hold_what_its_parent_has_not_fetched(allocations: Allocations, bare: Bare) -> None:
+    held, not_fetched = allocate(allocations, 2, PAGE), allocate(allocations, 2, PAGE)
+    fork(bare, allocations, 2, 3, but_for=[not_fetched.number])
+    assert (held.holders, not_fetched.holders) == ({2, 3}, {2})
+    fork(bare, allocations, 3, 4)
+    allocations.drop(2)
+    with pytest.raises(StaleHandle):
+        allocations.attach(3, not_fetched.number)
+    assert held.holders == {3, 4}
+    allocations._check()
 
 
 def test_a_new_client_of_a_dead_claimers_number_has_no_part_in_its_claim(allocations: Allocations, bare: Bare) -> None:
@@ -462,13 +587,20 @@ def test_a_new_client_of_a_dead_claimers_number_has_no_part_in_its_claim(allocat
     parent = Worker(bare, 2)
     word = parent.claim(reservation)
     parent.plane.share_claim(reservation.index, word)
-    allocations.inherit(2, 3)
+    fork(bare, allocations, 2, 3)
     allocations.drop(2)
     allocations.attach(2, reservation.number)  # the number is another process's now
+    allocations.free(2, reservation.number)
+    assert reservation.claimers == {3}
+    allocations.attach(2, reservation.number)
     allocations.drop(2)
     assert reservation.claimers == {3}
     assert allocations.claims.is_claimed(reservation.index)
-    allocations.drop(3)
+    allocations.attach(2, reservation.number, word >> 17)
+    fork(bare, allocations, 2, 4)
+    assert reservation.claimers == {2, 3, 4}, "that it has a part in what another made under its number counts as well"
+    for client in (2, 3, 4):
+        allocations.drop(client)
     allocations._check()
 
 
@@ -488,11 +620,26 @@ def test_hello_again_keeps_what_it_knows_of(allocations: Allocations, bare: Bare
     assert [one.claimers for one in theirs] == [{2, 3}, {3}], "it made them"
     allocations._check()
     allocations.reconcile(2, [], [])
+    assert own.holders == {2}, "it has claimed it a moment ago: it is about to know of it"
+    assert allocations.claims.is_claimed(own.index)
+    assert theirs[0].claimers == {3}
+    assert Worker(bare, 2).lend(own, claim_word(bare, own))
+    allocations.reconcile(2, [], [])
     with pytest.raises(StaleHandle):
         Worker(bare, 2).claim(own)
     allocations.drop(3)
     allocations._check()
     check_at_rest(bare.arena.name)
+
+
+def test_hello_again_leaves_what_is_under_way(allocations: Allocations, clock: Clock) -> None:
+    buffer = allocate(allocations, 2, PAGE)
+    token = allocations.hand_over(2, buffer.number, 5)
+    allocations.reconcile(2, [], [])
+    assert (buffer.holders, buffer.known_to()) == (set(), {2})
+    allocations._check()
+    assert allocations.attach(3, buffer.number, token=token) is buffer
+    allocations._check()
 
 
 def test_a_drained_area_keeps_its_promises(allocations: Allocations, bare: Bare) -> None:
@@ -507,6 +654,7 @@ def test_a_drained_area_keeps_its_promises(allocations: Allocations, bare: Bare)
     assert worker.lend(idle, worker.claim(idle))
     assert states(bare, idle) == {(invariants.BUFFER, idle.owner)}
     assert worker.lend(claimed, word)
+    assert states(bare, claimed) == {(invariants.BUFFER, claimed.owner)}, "lent as its area is now"
     check_at_rest(bare.arena.name)
     allocations.resume("a")
     for reservation in (idle, claimed):
@@ -517,6 +665,45 @@ def test_a_drained_area_keeps_its_promises(allocations: Allocations, bare: Bare)
     allocations.resize("a", 20)
     allocations.resize("a", 100)
     allocations.drop(2)
+    check_at_rest(bare.arena.name)
+
+
+@pytest.mark.parametrize("ends", ["lends", "dies", "shares"])
+def test_what_was_claimed_when_its_area_changed_is_lent_as_the_area_is(
+    allocations: Allocations, bare: Bare, ends: str
+) -> None:
+    reservation = reserve(allocations, 2, 10 * PAGE, "a")
+    allocations.attach(3, reservation.number)
+    worker = Worker(bare, 2)
+
+    def end(word: int) -> None:
+        if ends == "lends":
+            assert worker.lend(reservation, word)
+        elif ends == "dies":
+            allocations.drop(2)
+            allocations.attach(2, reservation.number)
+        else:
+            assert worker.plane.share_claim(reservation.index, word)
+            assert not worker.lend(reservation, word)
+            allocations.free_claim(2, reservation.number, word >> 17)
+        allocations._check()
+
+    for change, state in (
+        (allocations.drain, invariants.BUFFER),
+        (allocations.resume, invariants.FREE),
+        (allocations.drain, invariants.BUFFER),
+    ):
+        word = worker.claim(reservation)
+        change("a")
+        end(word)
+        assert states(bare, reservation) == {(state, reservation.owner)}
+        check_at_rest(bare.arena.name)
+    allocations.resume("a")
+    word = worker.claim(reservation)
+    allocations.drain("a")
+    allocations.resume("a")
+    end(word)
+    assert states(bare, reservation) == {(invariants.FREE, reservation.owner)}
     check_at_rest(bare.arena.name)
 
 
@@ -661,6 +848,112 @@ def test_who_may_hand_over_and_how_often(allocations: Allocations) -> None:
     assert tokens[1] in buffer.handed_over, "a token of another allocation ends nothing"
 
 
+def test_tokens_are_not_to_be_guessed(allocations: Allocations) -> None:
+    buffer = allocate(allocations, 2, PAGE)
+    tokens = [allocations.hand_over(2, buffer.number, 5) for _ in range(64)]
+    assert all(0 < token < 1 << 63 for token in tokens)
+    assert len(set(tokens)) == 64
+    assert len({token >> 40 for token in tokens}) > 32, "in a row"
+    assert sorted(tokens) != tokens
+
+
+def test_nothing_is_under_way_for_ever(allocations: Allocations, bare: Bare, clock: Clock) -> None:
+    buffer = allocate(allocations, 2, PAGE)
+    at = bare.arena.geometry.allocation_at(buffer.index) + layout.ALLOCATION_DEADLINE_AT
+    for timeout_s in (1e30, float("inf"), HAND_OVER_MAX_S + 1):
+        allocations.hand_over(2, buffer.number, timeout_s)
+        assert bare.plane.read(at) == (clock.now + HAND_OVER_MAX_S) * 10**9
+    allocations.free(2, buffer.number)
+    clock.now += HAND_OVER_MAX_S - 1
+    allocations.expire()
+    assert len(buffer.handed_over) == 3
+    clock.now += 1
+    allocations.expire()
+    with pytest.raises(StaleHandle):
+        allocations.attach(2, buffer.number)
+    allocations._check()
+
+
+@pytest.mark.parametrize("ends", ["attached", "attached by the giver", "expires", "giver dies"])
+def test_who_hands_over_is_charged_until_it_has_arrived(bare: Bare, clock: Clock, ends: str) -> None:
+    allocations = allocations_of(bare, quota=10 * PAGE)
+    buffer = allocate(allocations, 2, 8 * PAGE, "a")
+    token, other = allocations.hand_over(2, buffer.number, 5), allocations.hand_over(2, buffer.number, 9)
+    allocations.free(2, buffer.number)
+    assert (buffer.holders, buffer.known_to()) == (set(), {2})
+    assert {one.giver for one in buffer.handed_over.values()} == {2}
+    for _ in range(2):
+        assert allocations.holders.held_bytes(2) == 8 * PAGE
+        assert allocations.holders.in_areas(["a"])[2] == 8 * PAGE
+        check_at_rest(bare.arena.name)
+        with pytest.raises(QuotaExceeded):
+            allocate(allocations, 2, 3 * PAGE)
+        with pytest.raises(NoSuchBuffer):
+            allocations.free(2, buffer.number)
+        if ends == "attached":
+            allocations.attach(3, buffer.number, token=token)
+        elif ends == "attached by the giver":
+            allocations.attach(2, buffer.number, token=token)
+            allocations.free(2, buffer.number)
+        elif ends == "expires":
+            clock.now += 5
+            allocations.expire()
+        else:
+            assert allocations.drop(2) == 0
+            assert {one.giver for one in buffer.handed_over.values()} == {0}
+            break
+        allocations._check()
+        token = other
+    allocations._check()
+    assert allocations.holders.held_bytes(2) == 0
+    assert buffer.known_to() == ({3} if ends == "attached" else set())
+    allocate(allocations, 2, 10 * PAGE)
+    if ends == "giver dies":
+        check_at_rest(bare.arena.name)
+        allocations.attach(3, buffer.number, token=token)
+        assert buffer.holders == {3}
+        allocations.attach(3, buffer.number, token=other)
+    if ends in ("expires", "attached by the giver"):
+        with pytest.raises(StaleHandle):
+            allocations.attach(3, buffer.number)
+    allocations._check()
+    check_at_rest(bare.arena.name)
+
+
+def test_a_handle_whose_giver_has_died_expires_all_the_same(allocations: Allocations, clock: Clock) -> None:
+    buffer = allocate(allocations, 2, PAGE)
+    for timeout_s in (5, 9):
+        allocations.hand_over(2, buffer.number, timeout_s)
+    allocations.drop(2)
+    clock.now += 5
+    allocations.expire()
+    allocations._check()
+    assert len(buffer.handed_over) == 1
+    clock.now += 5
+    allocations.expire()
+    allocations._check()
+    with pytest.raises(StaleHandle):
+        allocations.attach(2, buffer.number)
+
+
+def test_a_handle_is_of_a_claim_or_of_a_reservation(allocations: Allocations, bare: Bare, clock: Clock) -> None:
+    """Taken for the other, it would end what still holds the claim, or leave nobody who holds the reservation."""
+    reservation = reserve(allocations, 2, PAGE)
+    generation = Worker(bare, 2).claim(reservation) >> 17
+    of_claim = allocations.hand_over(2, reservation.number, 5, generation)
+    of_itself = allocations.hand_over(2, reservation.number, 5)
+    for claim, token in ((0, of_claim), (generation + 1, of_claim), (generation, of_itself)):
+        with pytest.raises(StaleHandle, match="another claim"):
+            allocations.attach(3, reservation.number, claim, token)
+        allocations._check()
+    assert list(reservation.handed_over) == [of_claim, of_itself]
+    assert (reservation.holders, reservation.claimers) == ({2}, {2})
+    allocations.attach(3, reservation.number, generation, of_claim)
+    allocations.attach(4, reservation.number, 0, of_itself)
+    assert (reservation.holders, reservation.claimers) == ({2, 4}, {2, 3})
+    allocations._check()
+
+
 def test_a_claim_is_handed_over_and_outlives_who_made_it(allocations: Allocations, bare: Bare, clock: Clock) -> None:
     reservation = reserve(allocations, 2, 10 * PAGE)
     allocations.attach(5, reservation.number)
@@ -750,16 +1043,34 @@ def test_what_clients_may_hold(bare: Bare) -> None:
 
 def test_a_fork_never_fails_for_a_quota(bare: Bare) -> None:
     allocations = allocations_of(bare, quota=10 * PAGE)
-    allocations.holders.set_quota(2, None)
+    allocations.holders.set_quota(2, 60 * PAGE)
     buffer = allocate(allocations, 2, 50 * PAGE)
-    allocations.inherit(2, 3)
+    allocations.holders.set_quota(2, 20 * PAGE)
+    fork(bare, allocations, 2, 3)
     assert buffer.holders == {2, 3}
     assert allocations.holders.held_bytes(3) == 50 * PAGE
-    with pytest.raises(QuotaExceeded):
+    with pytest.raises(QuotaExceeded, match="80 KiB"):
         allocate(allocations, 3, 1)
     allocations.free(3, buffer.number)
-    allocate(allocations, 3, 10 * PAGE)
+    allocate(allocations, 3, 20 * PAGE)
     allocations._check()
+
+
+def test_a_childs_quota_is_its_parents(bare: Bare) -> None:
+    allocations = allocations_of(bare, quota=10 * PAGE)
+    quota_of = allocations.holders.quota_of
+    for quota in (None, 0, 30 * PAGE):
+        allocations.holders.set_quota(2, quota)
+        fork(bare, allocations, 2, 3)
+        fork(bare, allocations, 3, 4)
+        assert (quota_of(2), quota_of(3), quota_of(4)) == (quota, quota, quota)
+    allocations.holders.set_quota(2, 5 * PAGE)
+    assert quota_of(3) == 30 * PAGE, "as it was at the fork"
+    allocations.holders.forget(3)
+    allocations.holders.forget(2)
+    fork(bare, allocations, 2, 3)
+    assert quota_of(3) == 10 * PAGE
+    assert quota_of(4) == 30 * PAGE
 
 
 def test_a_quota_counts_a_claim_that_is_shared(bare: Bare) -> None:
@@ -786,6 +1097,15 @@ def test_a_quota_counts_a_claim_that_is_shared(bare: Bare) -> None:
 
 
 @dataclass
+class Token:
+    """What the model knows of a handle under way. `giver` 0: it has died."""
+
+    deadline: float
+    of_claim: bool
+    giver: int
+
+
+@dataclass
 class Known:
     """What the model knows of one allocation."""
 
@@ -793,15 +1113,16 @@ class Known:
     pages: int
     name: str | None
     holders: set[int]
-    tokens: dict[int, tuple[float, bool]] = field(default_factory=dict)  # deadline, whether of the claim
+    tokens: dict[int, Token] = field(default_factory=dict)
     maker: int = 0
     word: int = 0
     shared: bool = False
     claimers: set[int] = field(default_factory=set)  # whoever has the claim, shared or not
 
     def who(self) -> set[int]:
-        """Who holds it, by itself or by a claim that is shared."""
-        return self.holders | (self.claimers if self.shared else set())
+        """Who is charged: for holding it, for a part in a claim that is shared, for a handle that has not arrived."""
+        givers = {token.giver for token in self.tokens.values()} - {0}
+        return self.holders | givers | (self.claimers if self.shared else set())
 
     def leave_claim(self, client: int) -> None:
         self.claimers.discard(client)
@@ -809,7 +1130,7 @@ class Known:
 
     def settle(self) -> None:
         """Nobody has the claim any more?"""
-        if self.maker and not self.claimers and not any(of_claim for _, of_claim in self.tokens.values()):
+        if self.maker and not self.claimers and not any(token.of_claim for token in self.tokens.values()):
             self.maker, self.shared = 0, False
 
 
@@ -899,7 +1220,8 @@ class Machine(RuleBasedStateMachine):
             return
         self.allocations.free(client, known.made.number)
         known.holders.discard(client)
-        known.leave_claim(client)
+        if known.maker == client and not known.shared:
+            known.leave_claim(client)
         self._bury()
 
     @precondition(lambda self: self.known)
@@ -920,7 +1242,7 @@ class Machine(RuleBasedStateMachine):
             known.holders.add(client)
 
     @precondition(lambda self: self.known)
-    @rule(client=clients, which=which, seconds=st.sampled_from([0, 1, 5]), of_claim=st.booleans())
+    @rule(client=clients, which=which, seconds=st.sampled_from([0, 1, 5, 10**9]), of_claim=st.booleans())
     def hand_over(self, client: int, which: int, seconds: int, of_claim: bool) -> None:
         known = self._pick(which)
         claims = [(known, client) for known in self.known for client in sorted(known.claimers)]
@@ -933,7 +1255,7 @@ class Machine(RuleBasedStateMachine):
                 self.allocations.hand_over(client, known.made.number, seconds, claim)
             return
         token = self.allocations.hand_over(client, known.made.number, seconds, claim)
-        known.tokens[token] = (self.clock.now + seconds, of_claim)
+        known.tokens[token] = Token(self.clock.now + min(seconds, HAND_OVER_MAX_S), of_claim, client)
         known.shared = known.shared or of_claim
 
     @precondition(lambda self: any(known.tokens for known in self.known))
@@ -941,7 +1263,9 @@ class Machine(RuleBasedStateMachine):
     def attach_with_a_handle(self, client: int, which: int) -> None:
         handles = [(known, token) for known in self.known for token in known.tokens]
         known, token = handles[which % len(handles)]
-        _, of_claim = known.tokens[token]
+        of_claim = known.tokens[token].of_claim
+        with pytest.raises(StaleHandle):
+            self.allocations.attach(client, known.made.number, 0 if of_claim else (known.word >> 17) + 1, token)
         if client not in known.who() and self._over(client, known.pages):
             with pytest.raises(QuotaExceeded):
                 self.allocations.attach(client, known.made.number, known.word >> 17 if of_claim else 0, token)
@@ -950,12 +1274,12 @@ class Machine(RuleBasedStateMachine):
         del known.tokens[token]
         (known.claimers if of_claim else known.holders).add(client)
 
-    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 6.0]))
+    @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 6.0, 3600.0]))
     def pass_time(self, seconds: float) -> None:
         self.clock.now += seconds
         self.allocations.expire()
         for known in self.known:
-            known.tokens = {token: told for token, told in known.tokens.items() if told[0] > self.clock.now}
+            known.tokens = {token: told for token, told in known.tokens.items() if told.deadline > self.clock.now}
             known.settle()
         self._bury()
 
@@ -987,28 +1311,52 @@ class Machine(RuleBasedStateMachine):
         known.leave_claim(client)
         self._bury()
 
-    @rule(parent=clients, child=clients)
-    def fork(self, parent: int, child: int) -> None:
-        for known in self.known:  # what a client does before it forks
+    def _share_all(self, parent: int) -> None:
+        """What a client does to its claims before it forks."""
+        for known in self.known:
             if parent in known.claimers:
                 if known.maker == parent and not known.shared:
                     assert self.workers[parent].plane.share_claim(known.made.index, known.word)
                 known.shared = True
-        self.allocations.inherit(parent, child)
-        for known in self.known:
-            if parent in known.holders:
-                known.holders.add(child)
-            if parent in known.claimers:
-                known.claimers.add(child)
 
-    @rule(client=clients)
-    def die(self, client: int) -> None:
-        held = sum(client in known.who() for known in self.known)
-        assert self.allocations.drop(client) == held
+    @rule(parent=clients, child=clients, which=which, claims_later=st.booleans(), fetched_all=st.booleans())
+    def fork(self, parent: int, child: int, which: int, claims_later: bool, fetched_all: bool) -> None:
+        """`claims_later`: and before the broker looks, it claims something and prepares another fork, which fails."""
+        self._share_all(parent)
+        fork(self.bare, self.allocations, parent, child, inherited=False)
+        of_parent = [known for known in self.known if parent in known.claimers]
+        if claims_later and parent != child:
+            free = [one for one in self.known if one.made.is_reservation and parent in one.holders and not one.maker]
+            for known in free[which % (len(free) + 1) :][:1]:
+                word = self.workers[parent].claim(known.made)
+                known.maker, known.word, known.claimers = parent, word, {parent}
+                self._share_all(parent)
+        held = [known for known in self.known if parent in known.holders]
+        but_for = [] if fetched_all else held[which % (len(held) + 1) :][:1]
+        self.allocations.inherit(parent, child, [known.made.number for known in but_for])
+        if parent in self.quotas:
+            self.quotas[child] = self.quotas[parent]
+        for known in held:
+            if known not in but_for:
+                known.holders.add(child)
+        for known in of_parent:
+            known.claimers.add(child)
+
+    @rule(client=clients, count=st.none() | st.integers(1, 3))
+    def die(self, client: int, count: int | None) -> None:
+        left = sum(client in known.who() for known in self.known)
+        while True:
+            left = 0 if count is None else max(left - count, 0)
+            assert self.allocations.drop(client, count) == left
+            self.allocations._check()
+            if not left:
+                break
         self.allocations.holders.forget(client)
         self.quotas.pop(client, None)
         for known in self.known:
             known.holders.discard(client)
+            for token in known.tokens.values():
+                token.giver = 0 if token.giver == client else token.giver
             known.leave_claim(client)
         self._bury()
 
@@ -1017,11 +1365,11 @@ class Machine(RuleBasedStateMachine):
         """With a list of all that it holds, or of all but one buffer whose reply was lost."""
         held = [known for known in self.known if client in known.holders]
         lost = held[which % len(held)] if held and forgets else None
-        if lost is not None and client in lost.claimers:
-            lost = None  # it cannot have claimed what it does not know of
+        if lost is not None and lost.shared and client in lost.claimers:
+            lost = None  # it cannot share a claim of what it does not know of
         shares = [known.made.number for known in self.known if known.shared and client in known.claimers]
         self.allocations.reconcile(client, [known.made.number for known in held if known is not lost], shares)
-        if lost is not None:
+        if lost is not None and client not in lost.claimers:
             lost.holders.discard(client)
         self._bury()
 
