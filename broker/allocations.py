@@ -116,8 +116,8 @@ class Allocations:
         allocation = self._by_number.get(number)
         if allocation is None or client not in allocation.holders:
             raise NoSuchBuffer(f"buffer {number} is not held by this client: freed before, or never allocated by it")
-        if allocation.is_reservation and self.claims.seize_from(allocation.index, client):
-            self._lend(allocation)  # what it has claimed alone; its part in a shared claim is another matter
+        self.claims.meet(allocation)
+        self.claims.end_own(allocation, client)  # its part in a claim that others share is another matter
         allocation.holders.discard(client)
         self._let_go(allocation, client)
 
@@ -134,7 +134,7 @@ class Allocations:
         if not allocation.is_known_to(client):
             self.holders.check_quota(client, allocation.place.pages)
         if claim:
-            self._share(allocation, claim)
+            self.claims.join(allocation, claim)
             allocation.claimers.add(client)
         else:
             allocation.holders.add(client)
@@ -164,7 +164,7 @@ class Allocations:
                 f"{HAND_OVERS_MAX} handles of buffer {number} are under way; let some be attached first"
             )
         if claim:
-            self._share(allocation, claim)
+            self.claims.join(allocation, claim)
         token = secrets.randbits(62) + 1
         deadline = time.monotonic() + min(timeout_s, HAND_OVER_MAX_S)
         allocation.handed_over[token] = HandOver(deadline, claim, client)
@@ -176,10 +176,10 @@ class Allocations:
         """`client` gives up its part in a claim that several share; the last one's lends the range. Raises NoSuchBuffer."""
         allocation = self._by_number.get(number)
         if allocation is not None and allocation.is_reservation:
-            self._meet(allocation, *self.claims.shared_by(allocation.index))
+            self.claims.meet(allocation)
         if allocation is None or allocation.claim_generation != claim or client not in allocation.claimers:
             raise NoSuchBuffer(f"claim {claim} of reservation {number} is not shared by this client")
-        self._leave_claim(allocation, client)
+        self.claims.leave(allocation, client)
         self._let_go(allocation, client)
 
     def give_back(self, client: int, allocation: Allocation) -> None:
@@ -191,7 +191,7 @@ class Allocations:
         """Frees all, or `count`, of what `client`, which is gone, held or had claimed; returns how much that leaves."""
         for number in self.holders.of(client)[:count]:
             allocation = self._by_number[number]
-            self._end_claim(allocation, client)
+            self.claims.end(allocation, client)
             allocation.holders.discard(client)
             for one in allocation.handed_over.values():  # they hold on, at nobody's charge
                 one.giver = 0 if one.giver == client else one.giver
@@ -206,9 +206,13 @@ class Allocations:
         known_numbers, known_shares = set(known), set(known_claims)
         for number in self.holders.of(client):
             allocation = self._by_number[number]
-            if number not in known_shares and client in allocation.claimers and not self._made(allocation, client):
-                self._leave_claim(allocation, client)
-            if number not in known_numbers and not self.claims.is_claimed_by(allocation.index, client):
+            if (
+                number not in known_shares
+                and client in allocation.claimers
+                and not self.claims.is_made_by(allocation, client)
+            ):
+                self.claims.leave(allocation, client)
+            if number not in known_numbers and not self.claims.has_part(allocation, client):
                 allocation.holders.discard(client)
             self._let_go(allocation, client)
 
@@ -223,8 +227,10 @@ class Allocations:
             if parent in allocation.holders and number not in but_for:
                 self._hold(allocation, child)
             if allocation.is_reservation:
-                self._meet(allocation, *self.claims.shared_by(allocation.index))
-                made_later = self._made(allocation, parent) and self.claims.ordinal(allocation.index) > claims_then
+                self.claims.meet(allocation)
+                made_later = (
+                    self.claims.is_made_by(allocation, parent) and self.claims.ordinal(allocation) > claims_then
+                )
                 if parent in allocation.claimers and not made_later:
                     allocation.claimers.add(child)
                     self._hold_bit(allocation, child)
@@ -236,7 +242,7 @@ class Allocations:
             if allocation.handed_over[token].deadline <= now:
                 giver = allocation.handed_over[token].giver
                 self._end_hand_over(allocation, token)
-                self._leave_claim(allocation, 0)
+                self.claims.leave(allocation, 0)
                 self._let_go(allocation, giver)
 
     # --- changing areas
@@ -260,8 +266,8 @@ class Allocations:
     def _offer_reservations(self, name: str) -> None:
         """Those that nobody has claimed; the others follow the area's state when the reclaim thread looks at it."""
         for allocation in self._reservations:
-            if allocation.place.area.name == name and self.claims.seize_from(allocation.index, 0):
-                self._lend(allocation)
+            if allocation.place.area.name == name:
+                self.claims.end_own(allocation, layout.NOBODY)
 
     # --- telling
 
@@ -358,7 +364,7 @@ class Allocations:
     def _release(self, allocation: Allocation) -> None:
         place, part = allocation.place, allocation.place.part
         if allocation.is_reservation:
-            self.claims.seize(allocation.index)  # and kept until the entry is used again
+            self.claims.seize(allocation)  # and kept until the entry is used again
         place.area.offer(part, place.first, place.pages)
         if allocation.kind == BUFFER:
             self._add_held(place, -place.pages)
@@ -369,49 +375,6 @@ class Allocations:
         if allocation.name is not None:
             del self._by_name[allocation.name]
         self.when_freed()
-
-    def _lend(self, allocation: Allocation) -> None:
-        """Lends the range of a reservation that the broker has seized."""
-        place = allocation.place
-        place.area.offer(place.part, place.first, place.pages, allocation.owner)
-        self.claims.lend(allocation.index)
-        allocation.claimers.clear()
-
-    def _share(self, allocation: Allocation, claim: int) -> None:
-        claimer = self.claims.share(allocation.index, claim)
-        if not claimer:
-            raise StaleHandle(f"claim {claim} of reservation {allocation.number} is over: its range was freed since")
-        self._meet(allocation, claimer, claim)
-
-    def _meet(self, allocation: Allocation, claimer: int, generation: int) -> None:
-        """Notes who has a shared claim. Whoever made it is in the claim's word."""
-        if generation and allocation.claim_generation != generation:
-            allocation.claim_generation = generation
-            allocation.claimers = {claimer}
-
-    def _end_claim(self, allocation: Allocation, client: int) -> None:
-        """Whatever part `client` has in a claim is over."""
-        if allocation.is_reservation:
-            self._meet(allocation, *self.claims.shared_by(allocation.index))
-            if client in allocation.claimers:
-                self._leave_claim(allocation, client)
-            elif self.claims.seize_from(allocation.index, client):
-                self._lend(allocation)
-
-    def _made(self, allocation: Allocation, client: int) -> bool:
-        """Whether it was `client` who made a shared claim."""
-        return self.claims.shared_by(allocation.index)[0] == client
-
-    def _leave_claim(self, allocation: Allocation, client: int) -> None:
-        """`client` shares its claim no longer; 0: a handle did. The last one's lends the range."""
-        if not allocation.is_reservation or not allocation.claim_generation:
-            return
-        claim = allocation.claim_generation
-        allocation.claimers.discard(client)
-        if not allocation.claimers and not any(one.claim == claim for one in allocation.handed_over.values()):
-            allocation.claim_generation = 0
-            if self.claims.seize_shared(allocation.index, claim):
-                self._lend(allocation)
 
     def _end_hand_over(self, allocation: Allocation, token: int) -> None:
         del allocation.handed_over[token]

@@ -1,87 +1,116 @@
-"""The claim words of reservations, as the broker reads and changes them. docs/data-plane.md has the protocol.
+"""The claims of reservations, as the broker reads and ends them. docs/data-plane.md has the protocol of the claim word.
 
-The broker changes a reserved range only under a claim of its own, taken from nobody or from a client that is dead or has no
-part in the reservation any more.
+A claim of one process is in its word alone: the broker hears of it when that process dies. One that several processes share (the
+word says so) is ended by the broker, once all of them have left it. The broker changes a reserved range only under a claim of its
+own, taken from nobody, or from clients that are dead or have left.
 """
 
 from __future__ import annotations
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
+from gcma_shm.broker.table import Allocation
+from gcma_shm.errors import StaleHandle
 from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT, CLAIM_SHARED
 
 
 class Claims:
-    """The claim words of one arena, by the index of their entries."""
+    """The claims of one arena's reservations."""
 
     def __init__(self, plane: Plane) -> None:
         self._plane = plane
         self._geometry = plane.geometry
 
     def is_claimed(self, index: int) -> bool:
-        """Whether anybody has the range."""
+        """Whether anybody has the range of that entry."""
         return bool(self._word(index) & CLAIM_CLIENT)
 
-    def is_claimed_by(self, index: int, client: int) -> bool:
-        """Whether that client made the claim."""
-        return self._word(index) & CLAIM_CLIENT == client
+    def is_made_by(self, allocation: Allocation, client: int) -> bool:
+        """Whether it is claimed, and that client made the claim."""
+        return self._word(allocation.index) & CLAIM_CLIENT == client
 
-    def ordinal(self, index: int) -> int:
+    def has_part(self, allocation: Allocation, client: int) -> bool:
+        """Whether that client has claimed it, alone or with others."""
+        if client in allocation.claimers:
+            return True
+        word = self._word(allocation.index)
+        return word & CLAIM_CLIENT == client and not word & CLAIM_SHARED
+
+    def ordinal(self, allocation: Allocation) -> int:
         """Which of its client's claims it is."""
-        return self._plane.read(self._geometry.allocation_at(index) + layout.ALLOCATION_ORDINAL_AT)
+        return self._plane.read(self._geometry.allocation_at(allocation.index) + layout.ALLOCATION_ORDINAL_AT)
 
     def lent(self, index: int) -> int:
         """Pages of a reservation that hold cache."""
         return self._plane.read(self._geometry.allocation_at(index) + layout.ALLOCATION_LENT_AT)
 
-    def shared_by(self, index: int) -> tuple[int, int]:
-        """Who made a claim that several share, and its generation; 0, 0: it is claimed by one, or nobody."""
-        word = self._word(index)
-        return (word & CLAIM_CLIENT, word >> CLAIM_GENERATION_SHIFT) if word & CLAIM_SHARED else (0, 0)
+    def meet(self, allocation: Allocation) -> None:
+        """Notes a claim that became shared without a message, by a fork: whoever made it is in its word."""
+        word = self._word(allocation.index)
+        if word & CLAIM_SHARED and allocation.claim_generation != word >> CLAIM_GENERATION_SHIFT:
+            allocation.claim_generation = word >> CLAIM_GENERATION_SHIFT
+            allocation.claimers = {word & CLAIM_CLIENT}
 
-    def share(self, index: int, generation: int) -> int:
-        """Marks the claim of that generation as several clients'; returns who made it, 0: it is over."""
+    def join(self, allocation: Allocation, generation: int) -> None:
+        """The claim of that generation is to be shared. Raises StaleHandle when it is over."""
         while True:
-            word = self._word(index)
+            word = self._word(allocation.index)
             if word >> CLAIM_GENERATION_SHIFT != generation or not word & CLAIM_CLIENT:
-                return 0
-            if word & CLAIM_SHARED or self._plane.share_claim(index, word):
-                return word & CLAIM_CLIENT
-
-    def seize(self, index: int) -> None:
-        """Claims the range in the broker's name, whoever had it: for a reservation that nobody holds any more."""
-        while True:
-            word = self._word(index)
-            if word & CLAIM_CLIENT == layout.BROKER or self._plane.seize(index, word):
+                raise StaleHandle(
+                    f"claim {generation} of reservation {allocation.number} is over: its range was freed since"
+                )
+            if word & CLAIM_SHARED or self._plane.share_claim(allocation.index, word):
+                self.meet(allocation)
                 return
 
-    def seize_from(self, index: int, client: int) -> bool:
-        """Claims it in the broker's name from exactly that client, and only if it does not share its claim; 0: from nobody."""
-        while True:
-            word = self._word(index)
+    def leave(self, allocation: Allocation, client: int) -> None:
+        """`client` has no part in the shared claim any more; 0: a handle had. After the last one the range is lent."""
+        generation = allocation.claim_generation
+        if not generation:
+            return
+        allocation.claimers.discard(client)
+        if allocation.claimers or any(one.claim == generation for one in allocation.handed_over.values()):
+            return
+        allocation.claim_generation = 0
+        word = self._word(allocation.index)
+        shared = word >> CLAIM_GENERATION_SHIFT == generation and word & CLAIM_SHARED
+        if shared and self._plane.seize(allocation.index, word):
+            self._lend(allocation)
+
+    def end(self, allocation: Allocation, client: int) -> None:
+        """Whatever part `client`, which is gone, has in a claim is over."""
+        if allocation.is_reservation:
+            self.meet(allocation)
+            if client in allocation.claimers:
+                self.leave(allocation, client)
+            else:
+                self.end_own(allocation, client)
+
+    def end_own(self, allocation: Allocation, client: int) -> None:
+        """Lends the range anew if exactly that client has claimed it, alone; 0: if nobody has."""
+        while allocation.is_reservation:
+            word = self._word(allocation.index)
             if word & CLAIM_CLIENT != client or word & CLAIM_SHARED:
-                return False
-            if self._plane.seize(index, word):
-                return True
+                return
+            if self._plane.seize(allocation.index, word):
+                self._lend(allocation)
+                return
 
-    def seize_shared(self, index: int, generation: int) -> bool:
-        """Claims it in the broker's name from those that share the claim of that generation."""
-        word = self._word(index)
-        shared = word >> CLAIM_GENERATION_SHIFT == generation and bool(word & CLAIM_SHARED)
-        return shared and bool(self._plane.seize(index, word))
+    def seize(self, allocation: Allocation) -> None:
+        """Claims the range in the broker's name, whoever had it: nobody holds the reservation any more."""
+        while True:
+            word = self._word(allocation.index)
+            if word & CLAIM_CLIENT == layout.BROKER or self._plane.seize(allocation.index, word):
+                return
 
-    def lend(self, index: int) -> None:
-        """Ends the broker's own claim; the range's pages are lent, or kept from the cache, by now."""
-        self._plane.write(self._geometry.allocation_at(index) + layout.ALLOCATION_LENT_AT, 0)
-        self._plane.write(self._at(index), self._next(self._word(index)))
+    def _lend(self, allocation: Allocation) -> None:
+        """Ends the broker's own claim."""
+        place, at = allocation.place, self._geometry.allocation_at(allocation.index)
+        place.area.offer(place.part, place.first, place.pages, allocation.owner)
+        self._plane.write(at + layout.ALLOCATION_LENT_AT, 0)
+        generation = self._word(allocation.index) >> CLAIM_GENERATION_SHIFT
+        self._plane.write(at + layout.ALLOCATION_CLAIM_AT, generation + 1 << CLAIM_GENERATION_SHIFT)
+        allocation.claimers.clear()
 
     def _word(self, index: int) -> int:
-        return self._plane.read(self._at(index))
-
-    def _at(self, index: int) -> int:
-        return self._geometry.allocation_at(index) + layout.ALLOCATION_CLAIM_AT
-
-    @staticmethod
-    def _next(word: int) -> int:
-        """Lent, in the next generation."""
-        return (word >> CLAIM_GENERATION_SHIFT) + 1 << CLAIM_GENERATION_SHIFT
+        return self._plane.read(self._geometry.allocation_at(index) + layout.ALLOCATION_CLAIM_AT)

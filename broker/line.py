@@ -11,6 +11,7 @@ when it is woken; so no socket, and no other thread of that client, is held up m
 from __future__ import annotations
 
 import time
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -50,7 +51,8 @@ class Line:
         self._served: dict[int, Waiting] = {}
         self._tickets = 0
         allocations.when_freed = self._freed
-        self._freed_since = False
+        self._unlooked = 0  # of those in line, since memory was freed
+        self._cursor = 0  # the last ticket that was looked at
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -99,7 +101,7 @@ class Line:
         if not give_up and waiting.asked < waiting.deadline:
             return None
         del self._waiting[ticket]
-        self._freed_since = True  # who stood behind it may be in front now
+        self._freed()  # who stood behind it may be in front now
         raise self._allocations.exhausted(waiting.wanted)
 
     def uncollected(self, client: int) -> list[int]:
@@ -115,7 +117,7 @@ class Line:
         for tickets in (self._waiting, self._served):
             for ticket in [ticket for ticket, waiting in tickets.items() if waiting.client == client]:
                 del tickets[ticket]
-                self._freed_since = True
+                self._freed()
 
     def expire(self) -> None:
         """Ends what has waited too long; and what its client has not come for: it was stopped, or never got its ticket."""
@@ -125,7 +127,7 @@ class Line:
                 self._end(waiting, self._allocations.exhausted(waiting.wanted))
             elif waiting.asked + ASKED_S <= now:
                 del self._waiting[waiting.ticket]
-                self._freed_since = True
+                self._freed()
         for waiting in [one for one in self._served.values() if one.asked + ASKED_S <= now]:
             del self._served[waiting.ticket]
             if isinstance(waiting.result, Allocation):
@@ -137,37 +139,54 @@ class Line:
             if not any(area.could_ever(waiting.wanted) for area in waiting.wanted.areas):
                 self._end(waiting, self._allocations.exhausted(waiting.wanted))
 
+    @property
+    def pending(self) -> bool:
+        """Whether somebody in line has not been looked at since memory was freed."""
+        return self._unlooked > 0 and bool(self._waiting)
+
     def _freed(self) -> None:
-        self._freed_since = True
+        self._unlooked = len(self._waiting)
 
     def advance(self) -> None:
-        """Serves who can be served, after each request or death that may have freed something; some, when many wait, and goes on
-        with the next turn.
+        """Serves who can be served, after each request or death that may have freed something. When many wait, some in one turn of
+        the loop: the one in front each time, and others from where the last turn stopped.
         """
         tries = 0
-        while self._freed_since and self._waiting and tries < TRIES_MAX:
-            self._freed_since = False
-            front: Waiting | None = None
-            refused: set[Wanted] = set()  # in this pass, and so is whoever wants the same
-            for waiting in list(self._waiting.values()):
-                if waiting.wanted in refused:
-                    continue
-                if tries >= TRIES_MAX:
-                    self._freed_since = True
-                    break
-                place = None
-                if waiting.wanted.pages <= max(area.largest for area in waiting.wanted.areas):
-                    tries += 1
-                    place = self._find(waiting, front)
-                if place is None:
-                    front = front or waiting
-                    refused.add(waiting.wanted)
-                    continue
+        while self.pending and tries < TRIES_MAX:
+            tickets = list(self._waiting)
+            front = self._waiting[tickets[0]]
+            tries += 1
+            place = self._find(front, None)
+            if place is not None:
+                self._end(front, self._settle(front, place))
+                continue
+            tries = self._look_behind(front, tickets, tries)
+
+    def _look_behind(self, front: Waiting, tickets: list[int], tries: int) -> int:
+        """Serves one who may pass, if there is one; returns how many places were looked for by then."""
+        refused = {front.wanted}  # and so is whoever wants the same
+        begin = max(bisect_right(tickets, self._cursor), 1)
+        for ticket in tickets[begin:] + tickets[1:begin]:
+            if tries >= TRIES_MAX:
+                return tries
+            self._cursor = ticket
+            self._unlooked -= 1
+            waiting = self._waiting[ticket]
+            if waiting.wanted in refused:
+                continue
+            tries += 1
+            place = self._find(waiting, front)
+            if place is not None:
                 self._end(waiting, self._settle(waiting, place))
-                refused.clear()
+                return tries
+            refused.add(waiting.wanted)
+        self._unlooked = self._cursor = 0
+        return tries
 
     def _find(self, waiting: Waiting, front: Waiting | None) -> Place | None:
         areas = self._allocations.areas
+        if waiting.wanted.pages > max(area.largest for area in waiting.wanted.areas):
+            return None
         return areas.find(waiting.wanted) if front is None else areas.find_passing(waiting.wanted, front.wanted)
 
     def _settle(self, waiting: Waiting, place: Place) -> Allocation | GcmaError:
@@ -179,7 +198,7 @@ class Line:
 
     def _end(self, waiting: Waiting, result: Allocation | GcmaError) -> None:
         del self._waiting[waiting.ticket]
-        self._freed_since = True
+        self._freed()
         waiting.result = result
         waiting.asked = time.monotonic()
         self._served[waiting.ticket] = waiting
@@ -190,4 +209,6 @@ class Line:
         assert not self._waiting.keys() & self._served.keys(), "a ticket that is both in line and served"
         assert len(self._waiting) <= LINE_MAX, "a line beyond its bound"
         front = next(iter(self._waiting.values()), None)
-        assert front is None or self._allocations.areas.find(front.wanted) is None, "the first in line could be served"
+        assert front is None or self.pending or self._allocations.areas.find(front.wanted) is None, (
+            "the first in line could be served"
+        )

@@ -272,7 +272,7 @@ class Service:
     @property
     def busy(self) -> bool:
         """Whether there is work left for the next turn of the loop, whatever comes."""
-        return bool(self._leaving)
+        return bool(self._leaving) or self.line.pending
 
     def _take_back(self) -> None:
         """Of the clients that have left, some of what they held: the others are not to wait until all of it is freed."""

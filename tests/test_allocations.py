@@ -180,6 +180,27 @@ def test_exhausted_says_by_whom(allocations: Allocations) -> None:
     allocate(allocations, 4, 10 * PAGE, "a")
 
 
+def test_what_could_never_be_is_refused_before_it_waits(allocations: Allocations) -> None:
+    allocations.resize("b", 180)
+    allocations.resize("a", 120)  # 20 of them in a part of their own
+    for pages, area, offset in ((101, "a", None), (2, "a", 99), (181, None, None)):
+        wanted = allocations.wanted(pages * PAGE, area, offset)
+        with pytest.raises(ArenaExhausted, match="more than could ever be had"):
+            allocations.check(2, wanted, None)
+    allocate(allocations, 2, 100 * PAGE, "a")
+    allocations.check(2, allocations.wanted(100 * PAGE, "a"), None)  # guests may go
+    allocations.drain("a")
+    allocations.check(2, allocations.wanted(100 * PAGE, "a"), None)  # and it may be resumed
+
+
+def test_more_than_a_share_is_never_had() -> None:
+    allocations = allocations_of(private_bare({"a": AreaSpec(64 * PAGE, share=50)}))
+    allocate(allocations, 2, 32 * PAGE)
+    allocations.check(2, allocations.wanted(32 * PAGE), None)
+    with pytest.raises(ArenaExhausted, match="more than could ever be had there: guests may have at most a 128 KiB"):
+        allocations.check(2, allocations.wanted(33 * PAGE), None)
+
+
 def test_no_such_area(allocations: Allocations) -> None:
     with pytest.raises(NoSuchArea, match="a, b"):
         allocate(allocations, 2, PAGE, "c")
@@ -523,6 +544,18 @@ def test_a_reservation_that_all_have_freed_lives_as_long_as_its_claim(allocation
     check_at_rest(bare.arena.name)
 
 
+def test_a_claim_that_was_marked_for_a_fork_that_failed_outlives_a_free(allocations: Allocations, bare: Bare) -> None:
+    """No record was free for the child, so the broker was told of nothing: the mark alone says that it is shared."""
+    reservation = reserve(allocations, 2, 10 * PAGE)
+    allocations.attach(5, reservation.number)
+    parent = Worker(bare, 2)
+    parent.plane.share_claim(reservation.index, parent.claim(reservation))
+    allocations.free(2, reservation.number)
+    assert allocations.claims.is_claimed(reservation.index)
+    allocations.drop(2)
+    assert not allocations.claims.is_claimed(reservation.index), "else 5 could never claim it"
+
+
 def test_another_ones_claim_outlives_a_free(allocations: Allocations, bare: Bare) -> None:
     reservation = reserve(allocations, 2, 10 * PAGE)
     allocations.attach(3, reservation.number)
@@ -630,6 +663,18 @@ def test_hello_again_keeps_what_it_knows_of(allocations: Allocations, bare: Bare
     allocations.drop(3)
     allocations._check()
     check_at_rest(bare.arena.name)
+
+
+def test_hello_again_and_a_claim_that_was_made_under_the_same_number(allocations: Allocations, bare: Bare) -> None:
+    """By a client that has died, and whose claim others share."""
+    reservation = reserve(allocations, 2, PAGE)
+    parent = Worker(bare, 2)
+    parent.plane.share_claim(reservation.index, parent.claim(reservation))
+    fork(bare, allocations, 2, 3)
+    allocations.drop(2)
+    allocations.attach(2, reservation.number)  # its reply was lost
+    allocations.reconcile(2, [], [])
+    assert reservation.holders == {3}
 
 
 def test_hello_again_leaves_what_is_under_way(allocations: Allocations, clock: Clock) -> None:
@@ -1365,8 +1410,10 @@ class Machine(RuleBasedStateMachine):
         """With a list of all that it holds, or of all but one buffer whose reply was lost."""
         held = [known for known in self.known if client in known.holders]
         lost = held[which % len(held)] if held and forgets else None
-        if lost is not None and lost.shared and client in lost.claimers:
-            lost = None  # it cannot share a claim of what it does not know of
+        if lost is not None and lost.shared and client in {*lost.claimers, lost.maker}:
+            lost = (
+                None  # it cannot share a claim of what it does not know of; who made it and left it, has its own test
+            )
         shares = [known.made.number for known in self.known if known.shared and client in known.claimers]
         self.allocations.reconcile(client, [known.made.number for known in held if known is not lost], shares)
         if lost is not None and client not in lost.claimers:
@@ -1407,7 +1454,7 @@ class Machine(RuleBasedStateMachine):
         check_tables(memoryview(self.bare.arena.memory), self.bare.arena.geometry)
         for client in CLIENTS:
             self.allocations.drop(client)
-        self.clock.now += 100
+        self.clock.now += HAND_OVER_MAX_S
         self.allocations.expire()
         self.allocations._check()
         assert sorted(self.allocations._table._free) == list(range(self.bare.arena.geometry.allocations_max))

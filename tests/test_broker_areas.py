@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gcma_shm import layout
 from gcma_shm.areas import LENT, SHARE_WHOLE, Area, AreaSpec
-from gcma_shm.broker.areas import LOOK_MAX, AreaRoom, Areas, Part, Place, Wanted, delays
+from gcma_shm.broker import areas as areas_module
+from gcma_shm.broker.areas import LOOK_MAX, PASSING_MAX, AreaRoom, Areas, Part, Place, Wanted, delays
 from gcma_shm.errors import ArenaError, ArenaExhausted, NoSuchArea
 from tests.conftest import Bare, private_bare
 from tests.invariants import BUFFER, PUBLISHED
@@ -689,9 +690,13 @@ def test_elsewhere_nobody_is_in_the_way() -> None:
     assert delays(Wanted((room,), 2, 13), Place(room, room.parts[1], 2003, 3))
 
 
-def test_in_an_area_with_a_share_nobody_passes() -> None:
+def test_in_an_area_with_a_share_who_could_use_it_up_does_not_pass() -> None:
     room = room_of(10, [(0, 4)], share=50)
-    assert delays(Wanted((room,), 8), place_in(room, 8, 2))
+    assert delays(Wanted((room,), 4), place_in(room, 8, 1)), "one page of the share is left, and four are waited for"
+    room = room_of(20, [(0, 4)], share=80)  # 12 more
+    assert not delays(Wanted((room,), 10), place_in(room, 18, 2))
+    assert delays(Wanted((room,), 10), place_in(room, 17, 3))
+    assert delays(Wanted((room,), 10), place_in(room, 9, 2)), "the share would do, the place would not"
 
 
 def test_more_guests_than_one_looks_at_let_nobody_pass() -> None:
@@ -702,6 +707,13 @@ def test_more_guests_than_one_looks_at_let_nobody_pass() -> None:
     assert delays(Wanted((room,), 2 * LOOK_MAX + 100), place_in(room, end + 9, 1)), "perhaps not, but who knows"
     assert not delays(Wanted((room,), 12), place_in(room, end + 9, 1))
     assert delays(Wanted((room,), 12), place_in(room, end, 1))
+
+
+@pytest.mark.parametrize(("guests", "delayed"), [(LOOK_MAX - 1, False), (LOOK_MAX, True)])
+def test_so_many_guests_are_looked_at(guests: int, delayed: bool) -> None:
+    room = room_of(guests + 10, [(n, 1) for n in range(guests)])
+    waiting = Wanted((room,), guests + 9, None, 1 << 10)  # from the first page on, or nowhere
+    assert delays(waiting, place_in(room, guests + 9, 1)) == delayed
 
 
 def test_the_place_of_who_passes() -> None:
@@ -726,3 +738,87 @@ def test_of_the_ends_of_a_range_the_one_that_lets_who_passes_by() -> None:
     assert place is not None
     assert place.offset == 65, "with the first guest gone, 0 to 64 are left for 60"
     assert areas.find_passing(Wanted(areas.of("b"), 16), front) is None
+
+
+def test_who_passes_may_have_the_very_end_of_an_area() -> None:
+    """Which is taken last by whoever passes nobody: there the cache is."""
+    areas, _ = made({"a": AreaSpec(80 * PAGE, align=4 * PAGE)})
+    take(areas, "a", 0, 40)
+    front = Wanted(areas.of("a"), 60)
+    assert offset_of(areas, "a", 5) == ("a", 40)
+    for pages, offset in ((4, 76), (5, 72), (20, 60)):
+        place = areas.find_passing(Wanted(areas.of("a"), pages), front)
+        assert place is not None
+        assert place.offset == offset
+    assert areas.find_passing(Wanted(areas.of("a"), 21), front) is None
+    assert [place.offset for place in areas.of("a")[0].places(Wanted(areas.of("a"), 5))] == [40]
+
+
+def test_so_many_places_are_tried_for_who_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[Place] = []
+
+    def delayed(_front: Wanted, place: Place) -> bool:
+        tried.append(place)
+        return True
+
+    monkeypatch.setattr(areas_module, "delays", delayed)
+    areas, _ = made({"a": 40 * PAGE, "b": 80 * PAGE})
+    for name, pages in (("a", 40), ("b", 80)):
+        for offset in range(0, pages - 4, 8):
+            take(areas, name, offset, 4)
+    wanted = Wanted(areas.of(None), 2)
+    assert areas.find_passing(wanted, Wanted(areas.of(None), 50)) is None
+    assert [place.area.name for place in tried] == ["a"] * PASSING_MAX + ["b"] * PASSING_MAX
+    assert len({place.first for place in tried}) == 2 * PASSING_MAX
+
+
+# --- what could ever be
+
+
+def test_how_much_guests_may_have_together() -> None:
+    areas, _ = made({"a": AreaSpec(41 * PAGE, share=50), "b": 80 * PAGE})
+    a, b = areas.of(None)
+    assert (a.limit, b.limit) == (20, 80)
+    take(areas, "a", 0, 15)
+    areas.drain("a")
+    assert (a.limit, a.allowance) == (20, 0), "whoever is there, and whatever its state"
+    areas.resize("a", 20)
+    assert a.limit == 10
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int | None, int]:
+    """First page and pages of each part; share, the area's alignment, and what is wanted: pages, offset, alignment."""
+    sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
+    gaps = draw(st.lists(st.integers(0, 5), min_size=len(sizes), max_size=len(sizes)))
+    placed, at = [], 1000
+    for gap, size in zip(gaps, sizes, strict=True):
+        placed.append((at + gap, size))
+        at += gap + size
+    own, asked = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2, 4, 8]))
+    offset = draw(st.none() | st.integers(0, 20))
+    return placed, draw(st.integers(1, 100)), own, draw(st.integers(1, 12)), offset, asked
+
+
+@settings(max_examples=1500, deadline=None)
+@given(parts())
+def test_what_could_ever_be_is_what_an_empty_area_has_room_for(
+    drawn: tuple[list[tuple[int, int]], int, int, int, int | None, int],
+) -> None:
+    placed, share, own, pages, offset, asked = drawn
+    room = AreaRoom(None, Area("a", placed[0][0], placed[0][1], 0, share, own))  # type: ignore[arg-type] # no plane is asked
+    for index, (first, count) in enumerate(placed):
+        room.parts.append(Part(index, first, count, room.pages))
+    wanted = Wanted((room,), pages, offset, asked)
+    align = max(own, asked)
+    truth = pages <= room.pages * share // 100 and any(
+        part.base <= at and at + pages <= part.base + part.pages
+        for part in room.parts
+        for at in ([offset] if offset is not None else range(0, room.pages, align))
+    )
+    assert room.could_ever(wanted) == truth
+    assert (next(room.places(wanted), None) is not None) == truth, "nobody is here"
+    for part in room.parts:  # whoever comes
+        free = next(iter(part.extents.ranges()))[0]
+        room.take(Place(room, part, free, 1))
+    assert room.could_ever(wanted) == truth

@@ -249,7 +249,9 @@ class Guest:
 
     def _claim(self) -> None:
         """Claims a reservation of before, or makes one; which is lent for a while then."""
-        if len(self._reservations) > 3 and not any(buffer.offset == self._reservations[0].offset for buffer, _ in self._held):
+        if len(self._reservations) > 3 and not any(
+            buffer.offset == self._reservations[0].offset for buffer, _ in self._held
+        ):
             self._reservations.pop(0).release()
         for reservation in self._reservations:
             with contextlib.suppress(gcma_shm.ArenaExhausted):  # claimed already
