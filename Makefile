@@ -41,7 +41,8 @@ soak: all
 
 bench: all
 	$(BIN)/python bench/pages.py
-	$(BIN)/python bench/alloc.py
+	$(BIN)/python bench/alloc.py --rounds 10
+	$(BIN)/python bench/fragmentation.py
 	$(BIN)/python bench/stress.py
 
 clean:

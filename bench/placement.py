@@ -7,8 +7,8 @@ from typing import cast
 
 from gcma_shm._core import Plane
 from gcma_shm.areas import Area
-from gcma_shm.broker.areas import AreaRoom, Part, Place, Wanted
 from gcma_shm.broker.extents import Extents
+from gcma_shm.broker.room import AreaRoom, Part, Place, Wanted
 
 BLOCK = 64  # pages of which the broker counts together how many hold cache
 LENT_AFTER = 200  # operations

@@ -18,9 +18,10 @@ from sortedcontainers import SortedDict
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
-from gcma_shm.broker.areas import Areas, Place, Wanted
+from gcma_shm.broker.areas import Areas
 from gcma_shm.broker.claims import Claims
 from gcma_shm.broker.holders import Holders
+from gcma_shm.broker.room import Place, Wanted
 from gcma_shm.broker.table import Allocation, HandOver, Table
 from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchBuffer, QuotaExceeded, StaleHandle
 from gcma_shm.layout import BUFFER

@@ -1,7 +1,7 @@
 """The line: requests for memory that wait until somebody frees some.
 
 Runs on the control thread alone. First come, first served; who comes later may pass only where that can not delay the one in
-front, as in EASY backfilling (Lifka, 1995), but by proof and not by estimate: see `areas.delays`. Nobody waits in it for a
+front, as in EASY backfilling (Lifka, 1995), but by proof and not by estimate: see `room.delays`. Nobody waits in it for a
 client: what is in the way is always a guest, and each waiter has its time.
 
 A request that has to wait is answered with a ticket at once. Its client sleeps on a word in the arena and comes for the result
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from gcma_shm.broker.allocations import Allocations
-from gcma_shm.broker.areas import Place, Wanted
+from gcma_shm.broker.room import Place, Wanted
 from gcma_shm.broker.table import Allocation
 from gcma_shm.errors import GcmaError, NoSuchBuffer
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
-from gcma_shm.broker.areas import Place
+from gcma_shm.broker.room import Place
 from gcma_shm.errors import QuotaExceeded
 from gcma_shm.layout import INDEX_BITS, KIND_BITS
 

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gcma_shm import layout
 from gcma_shm.areas import LENT, SHARE_WHOLE, Area, AreaSpec
 from gcma_shm.broker import areas as areas_module
-from gcma_shm.broker.areas import LOOK_MAX, PASSING_MAX, AreaRoom, Areas, Part, Place, Wanted, delays
+from gcma_shm.broker.areas import PASSING_MAX, Areas
+from gcma_shm.broker.room import LOOK_MAX, AreaRoom, Part, Place, Wanted, delays
 from gcma_shm.errors import ArenaError, ArenaExhausted, NoSuchArea
 from tests.conftest import Bare, private_bare
 from tests.invariants import BUFFER, PUBLISHED

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gcma_shm.areas import AreaSpec
 from gcma_shm.broker import line as line_module
 from gcma_shm.broker.allocations import Allocations
-from gcma_shm.broker.areas import Areas, Place, Wanted
+from gcma_shm.broker.areas import Areas
 from gcma_shm.broker.line import ASKED_S, LINE_MAX, LINE_MAX_CLIENT, TRIES_MAX, Line
+from gcma_shm.broker.room import Place, Wanted
 from gcma_shm.broker.table import Allocation
 from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchBuffer, QuotaExceeded
 from gcma_shm.layout import BUFFER, RESERVATION
