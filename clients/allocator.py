@@ -12,7 +12,7 @@ from gcma_shm import layout
 from gcma_shm._core import Plane, Span
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.channel import Channel
-from gcma_shm.clients.handles import Handle, Ticket
+from gcma_shm.clients.handles import Handle, Reference
 from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
 from gcma_shm.clients.reservation import Claims, Reservation
 from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, GcmaError, NoSuchBuffer, StaleHandle
@@ -167,23 +167,23 @@ class Allocator:
         """16 bytes that no other arena has."""
         return bytes(self._channel.greeting["arena_id"])
 
-    def attach_handle(self, ticket: Ticket) -> Buffer:
+    def attach_handle(self, reference: Reference) -> Buffer:
         """For `Handle`. Raises StaleHandle."""
-        return self._buffer(*self._attach_ticket(ticket), ticket.claim)
+        return self._buffer(*self._attach_reference(reference), reference.claim)
 
-    def attach_reservation_handle(self, ticket: Ticket) -> Reservation:
+    def attach_reservation_handle(self, reference: Reference) -> Reservation:
         """For a pickled reservation. Raises StaleHandle."""
-        return Reservation(self, self._attach_ticket(ticket)[0])
+        return Reservation(self, self._attach_reference(reference)[0])
 
-    def _attach_ticket(self, ticket: Ticket) -> tuple[dict[str, Any], Span]:
+    def _attach_reference(self, reference: Reference) -> tuple[dict[str, Any], Span]:
         self._refuse_unmapped()
-        if ticket.arena_id != self.arena_id:
+        if reference.arena_id != self.arena_id:
             raise StaleHandle("this handle is of another arena, or of one that its broker has replaced")
-        parameters = {"buffer": ticket.number}
-        parameters |= {name: value for name, value in (("claim", ticket.claim), ("token", ticket.token)) if value}
+        parameters = {"buffer": reference.number}
+        parameters |= {name: value for name, value in (("claim", reference.claim), ("token", reference.token)) if value}
         try:
             taken: tuple[dict[str, Any], Span] = self._channel.request(
-                "attach", parameters, then=lambda reply: self._take(reply, ticket.claim)
+                "attach", parameters, then=lambda reply: self._take(reply, reference.claim)
             )
         except Closed as error:
             if self.closed:
@@ -204,7 +204,7 @@ class Allocator:
             {"claim": claim} if claim else {}
         )
         token = self._channel.request("hand_over", wanted).results["token"]
-        return Handle(Ticket(self.endpoint, self.arena_id, number, claim, token), reservation)
+        return Handle(Reference(self.endpoint, self.arena_id, number, claim, token), reservation)
 
     def _refuse_unmapped(self) -> None:
         if self._plane is None:

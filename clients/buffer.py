@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from gcma_shm._core import Span
-from gcma_shm.clients.handles import Handle, Ticket, load_buffer
+from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.errors import StaleHandle
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Buffer:
 
     def __reduce__(self) -> tuple[object, ...]:
         self._living()
-        return load_buffer, (Ticket(self._client.endpoint, self._client.arena_id, self._number, self._claim),)
+        return load_buffer, (Reference(self._client.endpoint, self._client.arena_id, self._number, self._claim),)
 
     @property
     def exports(self) -> int:

@@ -24,7 +24,7 @@ connecting = threading.Lock()
 
 
 @dataclass(frozen=True)
-class Ticket:
+class Reference:
     """What a handle says. `claim`: a generation of a reservation's claim; 0: the allocation itself. `token`: of a hand-over."""
 
     endpoint: str
@@ -41,8 +41,8 @@ class Handle:
     attached to in the same process.
     """
 
-    def __init__(self, ticket: Ticket, reservation: bool = False) -> None:
-        self._ticket = ticket
+    def __init__(self, reference: Reference, reservation: bool = False) -> None:
+        self._reference = reference
         self._reservation = reservation
 
     def attach(self, client: Allocator | None = None) -> Buffer:
@@ -52,37 +52,37 @@ class Handle:
         """
         if self._reservation:
             raise TypeError("this is the handle of a reservation: pickle it, and load it in another process")
-        return load_buffer(self._ticket, client)
+        return load_buffer(self._reference, client)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return load_reservation if self._reservation else load_buffer, (self._ticket,)
+        return load_reservation if self._reservation else load_buffer, (self._reference,)
 
     def __repr__(self) -> str:
         what = "reservation" if self._reservation else "buffer"
-        return f"<handle of {what} {self._ticket.number} on {self._ticket.endpoint}>"
+        return f"<handle of {what} {self._reference.number} on {self._reference.endpoint}>"
 
 
-def load_buffer(ticket: Ticket, client: Allocator | None = None) -> Buffer:
+def load_buffer(reference: Reference, client: Allocator | None = None) -> Buffer:
     """Attaches to what a pickled buffer, or a handle, stands for. Raises StaleHandle, QuotaExceeded, BrokerUnavailable."""
-    return (client or _client_of(ticket)).attach_handle(ticket)
+    return (client or _client_of(reference)).attach_handle(reference)
 
 
-def load_reservation(ticket: Ticket) -> Reservation:
+def load_reservation(reference: Reference) -> Reservation:
     """The same for a pickled reservation."""
-    return _client_of(ticket).attach_reservation_handle(ticket)
+    return _client_of(reference).attach_reservation_handle(reference)
 
 
-def _client_of(ticket: Ticket) -> Client:
+def _client_of(reference: Reference) -> Client:
     from gcma_shm.clients.client import connect
 
     with connecting:  # two threads that load handles share one client
         for client in list(clients):
-            if client.mapped and not client.closed and client.arena_id == ticket.arena_id:
+            if client.mapped and not client.closed and client.arena_id == reference.arena_id:
                 return client
-        client = connect(ticket.endpoint, mapped=True)  # lives as long as what is attached through it
-        if client.arena_id != ticket.arena_id:
+        client = connect(reference.endpoint, mapped=True)  # lives as long as what is attached through it
+        if client.arena_id != reference.arena_id:
             client.close()
             raise StaleHandle(
-                f"the arena of this handle has ended; the broker on {ticket.endpoint} serves another one since"
+                f"the arena of this handle has ended; the broker on {reference.endpoint} serves another one since"
             )
         return client

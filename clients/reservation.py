@@ -14,7 +14,7 @@ from gcma_shm import layout
 from gcma_shm._core import Plane, Span, Trying
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.channel import Channel
-from gcma_shm.clients.handles import Handle, Ticket, load_reservation
+from gcma_shm.clients.handles import Handle, Reference, load_reservation
 from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, StaleHandle
 from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT
 from gcma_shm.process import has_ended
@@ -276,7 +276,7 @@ class Reservation:
     def __reduce__(self) -> tuple[object, ...]:
         if self.released:
             raise StaleHandle("this reservation was released")
-        return load_reservation, (Ticket(self._client.endpoint, self._client.arena_id, self.number),)
+        return load_reservation, (Reference(self._client.endpoint, self._client.arena_id, self.number),)
 
     def __enter__(self) -> Self:
         return self
