@@ -1,4 +1,4 @@
-"""Does our placement of buffers fragment an area? A million allocations and frees against first fit and a binary buddy.
+"""Does our placement of buffers fragment an area? A million allocations and frees against plain best fit, first fit and a binary buddy.
 
 The broker's own code for free ranges, without a broker, in an area of 1 GiB that is held to 50 to 95 % by buffers of realistic sizes and lifetimes
 (bench/mixes.py). Before each request, buffers end in order of their lifetimes until the request keeps within the load; so each request is at most

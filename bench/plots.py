@@ -38,7 +38,7 @@ COLOURS = {
     "alloc_contig": "#1261a8", "claim": "#1a9e77", "idle": "#7fb3dd", "SharedMemory": "#d1495b", "posix-ipc": "#e39aa4",
     "plasma": "#7a4fa3", "O_DIRECT": "#c06a00", "buffered": "#e0b050",
 }  # fmt: skip
-POLICIES = {"best fit (ours)": "#1261a8", "first fit": "#c06a00", "buddy": "#7a4fa3"}
+POLICIES = {"ours": "#1261a8", "best fit": "#2a9d8f", "first fit": "#c06a00", "buddy": "#7a4fa3"}
 
 
 @contextmanager

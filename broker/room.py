@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from heapq import merge
+from itertools import chain
 
 from sortedcontainers import SortedDict
 
@@ -16,7 +17,7 @@ from gcma_shm._core import Plane
 from gcma_shm.areas import DRAINED, LENT, SHARE_WHOLE, Area
 from gcma_shm.broker.extents import Extents
 
-EQUAL_FITS = 8  # free ranges that fit about equally well, of which the cache decides
+EQUAL_FITS = 4  # free ranges that fit about equally well, of which the cache decides
 EQUAL_SHARE = 8  # a range that is larger by no more than this part fits about equally well
 LOOK_MAX = 256  # guests that one look at the line considers
 
@@ -164,19 +165,39 @@ class AreaRoom:
 
         The range at an area's end is taken from below: buffers grow from one end, and the cache fills from the other.
         """
-        found: list[tuple[int, int, Place]] = []  # size of the range, cost
-        for part in self.parts:
-            for at, start, size in islice(part.extents.fitting(pages, align), EQUAL_FITS):
-                ends = {at}
-                if passing or start + size < part.end:
-                    ends.add(at + (start + size - pages - at) // align * align)
-                found.extend((size, self._cost(end, pages), Place(self, part, end, pages)) for end in ends)
-        if not found:
-            return
-        limit = min(size for size, _, _ in found)
-        limit += limit // EQUAL_SHARE
-        found.sort(key=lambda one: (one[0] > limit, one[0] if one[0] > limit else 0, one[1], one[0], one[2].first))
-        yield from (place for _, _, place in found)
+        fits = self._fits(pages, align)
+        equal: list[tuple[int, int, int, int]] = []
+        worse: tuple[int, int, int, int] | None = None
+        for fit in fits:
+            if len(equal) == EQUAL_FITS or (equal and fit[0] > equal[0][0] + equal[0][0] // EQUAL_SHARE):
+                worse = fit
+                break
+            equal.append(fit)
+        places = [place for fit in equal for place in self._ends(fit, pages, align, passing)]
+        if len(places) > 1:
+            places.sort(key=lambda place: self._cost(place.first, pages))  # of equal ones the better fit
+        yield from places
+        if worse is not None:
+            for fit in chain((worse,), fits):
+                yield from self._ends(fit, pages, align, passing)
+
+    def _fits(self, pages: int, align: int) -> Iterator[tuple[int, int, int, int]]:
+        """Free ranges with room, best fit first: size, where the room begins, the range's start, and its part."""
+        found = [self._fits_in(index, pages, align) for index in range(len(self.parts))]
+        return found[0] if len(found) == 1 else merge(*found)
+
+    def _fits_in(self, index: int, pages: int, align: int) -> Iterator[tuple[int, int, int, int]]:
+        for at, start, size in self.parts[index].extents.fitting(pages, align):
+            yield size, at, start, index
+
+    def _ends(self, fit: tuple[int, int, int, int], pages: int, align: int, passing: bool) -> Iterator[Place]:
+        """The range's lower end, and its upper one if that is another and not the area's."""
+        size, at, start, index = fit
+        part = self.parts[index]
+        yield Place(self, part, at, pages)
+        highest = at + (start + size - pages - at) // align * align
+        if highest != at and (passing or start + size < part.end):
+            yield Place(self, part, highest, pages)
 
     def _cost(self, first: int, pages: int) -> int:
         return self._plane.lent_near(first, pages) if self.lends else 0
