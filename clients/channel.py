@@ -17,12 +17,13 @@ from typing import Any, Protocol
 import zmq
 
 from gcma_shm import messages
-from gcma_shm._core import Trying
+from gcma_shm._core import Trying, scheduler_slice
 from gcma_shm.endpoint import refuse_strangers, socket_path
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
+SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
 
 
@@ -74,7 +75,9 @@ class Channel:
         self._late = 0  # requests whose replies may still come
         self._greeted = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        before = scheduler_slice(SLICE_S)  # for ZeroMQ's thread, which the first socket starts: somebody waits for it
         self._socket = self._context.socket(zmq.DEALER)
+        scheduler_slice(before)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a broker that is not there
         self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)

@@ -97,8 +97,8 @@ static inline void back_off(unsigned step)
 
 /* Asks the scheduler for slices of `ns` for this thread and those that it starts from now on; 0: the default. A waking thread with
  * shorter slices is put before a running one with longer ones (EEVDF, Linux 6.12; sched_setattr(2), sched_runtime); older kernels
- * take it for nothing. Returns 0, or -1 with errno. */
-static inline int set_slice(uint64_t ns)
+ * take it for nothing. Returns what they were, 0 where that cannot be told. */
+static inline uint64_t set_slice(uint64_t ns)
 {
     struct {
         uint32_t size, policy;
@@ -107,11 +107,13 @@ static inline int set_slice(uint64_t ns)
         uint32_t priority;
         uint64_t runtime, deadline, period;
     } attr = {.size = sizeof attr};
-    if (syscall(SYS_sched_getattr, 0, &attr, sizeof attr, 0))
-        return -1;
+    if (syscall(SYS_sched_getattr, 0, &attr, sizeof attr, 0) || attr.policy != SCHED_OTHER)
+        return 0;
+    uint64_t before = attr.runtime;
     attr.flags = 0;
     attr.runtime = ns;
-    return attr.policy == SCHED_OTHER ? (int)syscall(SYS_sched_setattr, 0, &attr, 0) : 0;
+    syscall(SYS_sched_setattr, 0, &attr, 0);
+    return before;
 }
 
 /* Futexes shared between processes (not FUTEX_PRIVATE). */

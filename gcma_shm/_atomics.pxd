@@ -25,7 +25,7 @@ cdef extern from "_atomics.h" nogil:
     void prefetch_for_write(const uint8_t *p, int lines)
     uint64_t now_ns()
     void back_off(unsigned step)
-    int set_slice(uint64_t ns)
+    uint64_t set_slice(uint64_t ns)
     void futex_wait(uint32_t *word, uint32_t expected, uint64_t timeout_ns)
     void futex_wake(uint32_t *word)
     void futex_wake_all(uint32_t *word)

@@ -8,7 +8,7 @@ from gcma_shm.layout import Geometry
 
 COUNTERS: tuple[str, ...]
 
-def scheduler_slice(seconds: float) -> None: ...
+def scheduler_slice(seconds: float) -> float: ...
 
 class Plane:
     geometry: Geometry

@@ -73,12 +73,13 @@ cdef uint64_t nanoseconds(timeout) except? 0:
 
 
 def scheduler_slice(double seconds):
-    """Asks for scheduler slices of that length for the calling thread and those that it starts from now on; 0: the default.
+    """Asks for scheduler slices of that length for the calling thread and those that it starts from now on; 0: the default. Returns
+    what they were.
 
     A thread that wakes with shorter slices need not wait for one that runs with longer ones. Where the kernel has no such wish
     (before Linux 6.12), or refuses it, nothing changes.
     """
-    set_slice(<uint64_t>(seconds * 1e9))
+    return set_slice(<uint64_t>(seconds * 1e9)) / 1e9
 
 
 cdef class Plane:
