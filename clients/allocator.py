@@ -11,7 +11,7 @@ from typing import Any, cast
 from gcma_shm import layout
 from gcma_shm._core import Plane, Span
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.channel import Channel
+from gcma_shm.clients.channel import Channel, Hold
 from gcma_shm.clients.handles import Handle, Reference
 from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
 from gcma_shm.clients.reservation import Claims, Reservation
@@ -101,7 +101,7 @@ class Allocator:
             return name.attach(self)
         place, span = self._attach_name(name)
         if "reservation" in place:
-            self._channel.free(place["buffer"])
+            self._channel.free(place["buffer"], 0, Hold())
             raise TypeError(f"{name!r} is a reservation: use attach_reservation()")
         return self._buffer(place, span)
 
@@ -263,7 +263,8 @@ class Allocator:
         if claim or "reservation" not in place:
             # When nothing refers to the memory any more, neither a Buffer nor a view or array, it is given back; and the
             # client lives as long as that.
-            place["give_up"] = give_up = weakref.finalize(span, self._give_up, number, claim)
+            place["hold"] = hold = Hold()
+            give_up = weakref.finalize(span, self._give_up, number, claim, hold)
             give_up.atexit = False  # the broker sees the process end
         self._channel.hold(number, claim)
         return place, span
@@ -288,19 +289,18 @@ class Allocator:
             with contextlib.suppress(GcmaError):
                 late = self._channel.request("collect", {"ticket": ticket, "give_up": True}, then=self._take)
                 if isinstance(late, tuple):
-                    self._channel.free(late[0]["buffer"])
+                    self._channel.free(late[0]["buffer"], 0, late[0].get("hold") or Hold())
             raise
 
     def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
         number, channel = place["buffer"], self._channel
-        give_up = place["give_up"]
+        hold = place["hold"]
 
         def free() -> None:
-            if give_up.detach() is not None:  # of two threads that free, one does
-                channel.free(number, claim)
+            channel.free(number, claim, hold)
 
         self._spans.add(span)
         return Buffer(span, place, self, number, free, claim)
 
-    def _give_up(self, number: int, claim: int) -> None:
-        self._channel.give_up(number, claim)
+    def _give_up(self, number: int, claim: int, hold: Hold) -> None:
+        self._channel.give_up(number, claim, hold)

@@ -35,6 +35,15 @@ class Claimed(Protocol):
         """Of the claim."""
 
 
+class Hold:
+    """One hold of this process, which is ended once, however often and by whomever it is given up."""
+
+    __slots__ = ("counted",)
+
+    def __init__(self) -> None:
+        self.counted = True
+
+
 Wanted = tuple[str, dict[str, Any], tuple[Frame, ...]]
 
 
@@ -59,7 +68,7 @@ class Channel:
         self.claims: Mapping[int, Claimed] = {}  # what this process has claimed itself, by number; see Claims
         # Holds to be given back with the next request: nobody refers to them any more, or nobody knows how their free
         # ended.
-        self._given_up: deque[tuple[int, int, int]] = deque()  # number, claim, how many holds
+        self._given_up: deque[tuple[int, int, Hold | None]] = deque()  # number, claim
         self._open()
 
     def reset(self) -> None:
@@ -110,6 +119,13 @@ class Channel:
                         raise reply
                     return then(reply)
             raise AssertionError("one request has one reply")
+        except GcmaError:
+            raise
+        except BaseException:
+            # Ctrl-C, say, and whether a reply was lost with it nobody knows. The next request introduces us again, with all that
+            # we know to hold; what else was allocated for us is freed by that.
+            self._greeted = False
+            raise
         finally:
             self._drain()
 
@@ -157,12 +173,11 @@ class Channel:
         """Counts one hold more; for a `then`, which has the lock."""
         self.held[number, claim] += 1
 
-    def free(self, number: int, claim: int = 0, holds: int = 1) -> None:
-        """Ends one hold of a buffer or reservation, or of our part in a shared claim; the broker is told of the last, and has
-        done it when this returns. Should that fail, or be interrupted, it is told later. `holds`: see `give_up`. Raises
-        BrokerUnavailable.
+    def free(self, number: int, claim: int, hold: Hold | None) -> None:
+        """Ends a hold of a buffer or reservation, or of our part in a shared claim; the broker is told of the last, and has done
+        it when this returns. Should that fail, or be interrupted, it is told later. `hold`: see `give_up`. Raises BrokerUnavailable.
         """
-        self._given_up.append((number, claim, holds))
+        self._given_up.append((number, claim, hold))
         with contextlib.suppress(Closed):  # an arena that has ended holds nothing
             with self.lock:
                 if self.closed:
@@ -177,13 +192,14 @@ class Channel:
                     self._greeted = False  # what the next hello does not list is freed by that
             self._drain()
 
-    def give_up(self, number: int, claim: int = 0, holds: int = 1) -> None:
+    def give_up(self, number: int, claim: int, hold: Hold | None) -> None:
         """Ends a hold that nobody refers to any more, now or with the next request. For finalizers: waits for nobody, and
-        raises nothing. `holds` 0: it was not counted, as the claim that this process made itself.
+        raises nothing. `hold`: a hold that was ended before is not ended again; None: one that was not counted, as the claim
+        that this process made itself.
         """
         if self.closed:
             return
-        self._given_up.append((number, claim, holds))
+        self._given_up.append((number, claim, hold))
         self._drain()
 
     def _drain(self) -> None:
@@ -201,15 +217,19 @@ class Channel:
         """Sends what was given up, and waits for no reply: it says nothing that matters. Returns the last request."""
         last: Request | None = None
         while self._given_up:
-            number, claim, holds = self._given_up[0]
-            if self._is_last(number, claim, holds):
-                last = self._make(*_freeing(number, claim), ())
-                self._send(last, deadline)
-                self._late += 1
+            number, claim, hold = self._given_up[0]
+            if hold is None or hold.counted:
+                counted = 0 if hold is None else 1
+                if self._is_last(number, claim, counted):
+                    last = self._make(*_freeing(number, claim), ())
+                    self._send(last, deadline)
+                    self._late += 1
+                if hold is not None:
+                    hold.counted = False
+                self.held[number, claim] -= counted
+                if self.held[number, claim] <= 0:
+                    del self.held[number, claim]
             self._given_up.popleft()
-            self.held[number, claim] -= holds
-            if self.held[number, claim] <= 0:
-                del self.held[number, claim]
         return last
 
     def _is_last(self, number: int, claim: int, holds: int) -> bool:
@@ -297,7 +317,7 @@ class Channel:
     def _take_late(self, reply: Reply) -> None:
         self._late = max(self._late - 1, 0)
         if reply.status == "ok" and "buffer" in reply.results:
-            self._given_up.append((int(reply.results["buffer"]), int(reply.results.get("claim", 0)), 0))
+            self._given_up.append((int(reply.results["buffer"]), int(reply.results.get("claim", 0)), None))
 
     def _unavailable(self, request: Request) -> BrokerUnavailable:
         return BrokerUnavailable(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from gcma_shm import layout
 from gcma_shm._core import Plane, Span, Trying
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.channel import Channel
+from gcma_shm.clients.channel import Channel, Hold
 from gcma_shm.clients.handles import Handle, Reference, load_reservation
 from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, StaleHandle
 from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT
@@ -27,7 +27,7 @@ COPY_S = 0.002  # a page's copy takes a thousandth of that; what takes longer is
 NAP_MIN_S, NAP_MAX_S = 0.00005, 0.001
 
 
-Tell = Callable[[int, int, int], None]
+Tell = Callable[[int, int, Hold | None], None]
 
 
 class Claimed:
@@ -120,7 +120,7 @@ class Claims:
                     return  # its holder does this last
                 self._lend_given_up()
         while self._shared:
-            (tell or self._channel.give_up)(*self._shared.popleft(), 0)
+            (tell or self._channel.give_up)(*self._shared.popleft(), None)
 
     def retire(self, reservation: Reservation) -> bool:
         """Nothing is claimed from this Reservation any more, nor will be; False, and nothing has changed: an array of its memory is
@@ -193,8 +193,9 @@ class Reservation:
         #: The name that it was made with, or None.
         self.name: str | None = place.get("name")
         self.retired = False
-        self._give_up = weakref.finalize(self, client._give_up, self.number, 0)
-        self._give_up.atexit = False  # the broker sees the process end
+        self._hold = Hold()
+        give_up = weakref.finalize(self, client._give_up, self.number, 0, self._hold)
+        give_up.atexit = False  # the broker sees the process end
 
     def claim(self, timeout: float | None = 0) -> Buffer:
         """The buffer: in microseconds, without a message, whatever the cache, the clients and the broker do.
@@ -257,8 +258,7 @@ class Reservation:
             raise BufferError(
                 f"reservation of {self.nbytes} bytes in {self.area!r} cannot be released: views or arrays of its memory are alive"
             )
-        if self._give_up.detach() is not None:  # of two threads that release, one does
-            self._client._channel.free(self.number)
+        self._client._channel.free(self.number, 0, self._hold)
 
     def hand_over(self, timeout: float = 60) -> Handle:
         """A handle that holds the reservation until another process has attached with it, or for `timeout` seconds; see

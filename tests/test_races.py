@@ -317,6 +317,7 @@ def test_allocations_that_signals_interrupt(client: EmbeddedClient, interrupts: 
             assert other.areas()[0].size == 32 * MIB
         with other.alloc_contig(PAGE) as buffer:
             assert buffer.nbytes == PAGE
+        assert eventually(lambda: held(other) == 0)
     assert eventually(lambda: held(client) == 0)
     assert is_there(client, 0, 32 * MIB)
     check_at_rest(arena_name(client.endpoint))
