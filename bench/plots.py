@@ -90,6 +90,8 @@ def alloc(source: Path, directory: Path) -> None:
                 for ax, (part, words) in zip(axes[2 * n : 2 * n + 2], parts, strict=True):
                     _curves(ax, jobs, part)
                     ax.set_title(f"64 MiB, {words}, {one['setting']}", fontsize=9)
+    if max(len(one["sizes"]) for one in settings) == 1:
+        return  # a run of one size, for its distribution
     with figure(directory / "alloc-size.svg", len(settings), 2, (9.5, 3.3 * len(settings))) as axes:
         for n, one in enumerate(settings):
             for ax, (part, words) in zip(axes[2 * n : 2 * n + 2], parts, strict=True):
