@@ -82,6 +82,7 @@ cdef enum:
     LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
     AREAS_MAX = 64
+    YIELD = 79              # the step of a bounded wait that gives the processor to another thread, and sleeps not yet
     LENT_BLOCK = 64         # pages of which the broker counts together how many hold cache
 
 # Counters of one client, in its record; `COUNTERS` names them in this order. The first HOT of them are counted up by

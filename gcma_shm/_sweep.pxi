@@ -143,6 +143,8 @@ cdef bint promote(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64
         if ready:
             done = fill(a, area, page, from_, key, word)
         store_release(a.filling, 0)                                       # @promote.done @promote.yield
+        if load_relaxed(a.taking):  # the control thread has just waited for this
+            back_off(YIELD)
         if ready:
             return done
     return False
@@ -255,7 +257,7 @@ cdef uint64_t set_range(
     store_relaxed(a.taking, (first << 32) | n)                            # @take.announce
     fence_full()
     while load_acquire(a.filling) - 1 - first < n:                        # @take.wait
-        back_off(step)
+        back_off(min(step, YIELD))  # never to sleep: the other thread wants to run, and will be done in a moment
         step += 1
     # From here on this thread is the only one that changes these words, so plain stores do. Readers see the sequence
     # move; words that still name these pages heal when they are read. What the holders of a buffer wrote came before the message,
