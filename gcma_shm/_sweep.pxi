@@ -257,7 +257,7 @@ cdef uint64_t set_range(
     store_relaxed(a.taking, (first << 32) | n)                            # @take.announce
     fence_full()
     while load_acquire(a.filling) - 1 - first < n:                        # @take.wait
-        back_off(min(step, YIELD))  # never to sleep: the other thread wants to run, and will be done in a moment
+        back_off(min(step, <unsigned>YIELD))  # never to sleep: the other thread wants to run, and will be done in a moment
         step += 1
     # From here on this thread is the only one that changes these words, so plain stores do. Readers see the sequence
     # move; words that still name these pages heal when they are read. What the holders of a buffer wrote came before the message,
