@@ -33,7 +33,7 @@ NAMES_PAGE = 1000  # names in one answer
 
 
 class Allocations:
-    """The guests of one arena. `served` is called when memory became free."""
+    """The guests of one arena. `when_freed` is called when memory became free."""
 
     def __init__(self, plane: Plane, areas: Areas, quota: int | None = None) -> None:
         self._plane = plane
@@ -265,7 +265,7 @@ class Allocations:
         self.when_freed()
 
     def _offer_reservations(self, name: str) -> None:
-        """Those that nobody has claimed; the others follow the area's state when the reclaim thread looks at it."""
+        """Those that nobody has claimed; the others follow the area's state when their claimers lend them."""
         for allocation in self._reservations:
             if allocation.place.area.name == name:
                 self.claims.end_own(allocation, layout.NOBODY)

@@ -144,6 +144,10 @@ class Line:
         """Whether somebody in line has not been looked at since memory was freed."""
         return self._unlooked > 0 and bool(self._waiting)
 
+    def rest(self) -> None:
+        """Nobody is looked at until memory is freed."""
+        self._unlooked = 0
+
     def _freed(self) -> None:
         self._unlooked = len(self._waiting)
 

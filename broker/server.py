@@ -77,7 +77,7 @@ class Server:
             if self._epoll.fileno() in ready:
                 self._other(service, owner_pidfd)
             if service.busy:
-                service.go_on()
+                service.advance()
             if time.monotonic() - ticked >= TICK_S:
                 service.tick()
                 ticked = time.monotonic()

@@ -141,7 +141,7 @@ class Service:
         except Exception as error:  # one request must not end the broker
             return self._refuse(request.number, error)
         finally:
-            self._advance()
+            self.advance()
 
     def _serve(self, peer: bytes, process: str, request: Request) -> Reply | None:
         client = self.sessions.find(peer)
@@ -166,7 +166,7 @@ class Service:
                 self._bury([client])
         except Exception:
             log.exception("the end of a client was not served; trying again")
-        self._advance()
+        self.advance()
 
     def tick(self) -> None:
         """Once a second or so: whatever no message and no pidfd tells."""
@@ -176,18 +176,18 @@ class Service:
             self.line.expire()
         except Exception:
             log.exception("looking for forked clients, and for what has waited too long, failed; trying again")
-        self._advance()
+        self.advance()
 
-    def go_on(self) -> None:
+    def advance(self) -> None:
         """A turn's share of the work that is left."""
-        self._advance()
-
-    def _advance(self) -> None:
         try:
             self._take_back()
             self.line.advance()
         except Exception:
-            log.exception("serving the line failed; trying again when more is freed")
+            log.exception(
+                "serving the line, or freeing what a client left, failed; the line is tried again when more is freed"
+            )
+            self.line.rest()
 
     def stop(self, timeout_s: float) -> None:
         """Ends all types, so that nobody goes on alone, and the workers."""
@@ -278,10 +278,11 @@ class Service:
         """Of the clients that have left, some of what they held: the others are not to wait until all of it is freed."""
         if not self._leaving:
             return
-        number = self._leaving[0]
+        # Off the list meanwhile: should this fail, it is logged once, and does not keep the loop busy.
+        number = self._leaving.popleft()
         if self.allocations.drop(number, DROPS_MAX):
+            self._leaving.appendleft(number)
             return
-        self._leaving.popleft()
         self.allocations.holders.forget(number)
 
         def take_back() -> None:

@@ -112,16 +112,20 @@ class Channel:
         `patience`: seconds that the broker may take on top of the timeout. Raises what the broker answers,
         BrokerUnavailable, Closed.
         """
+        refused = False
         try:
             with self.lock:
                 for reply in self._requests([(operation, parameters or {}, tuple(pages))], 1, patience):
                     if isinstance(reply, Exception):
+                        refused = True
                         raise reply
                     return then(reply)
             raise AssertionError("one request has one reply")
         except GcmaError:
             raise
         except BaseException:
+            if refused:  # a ValueError, say
+                raise
             # Ctrl-C, say, and whether a reply was lost with it nobody knows. The next request introduces us again, with all that
             # we know to hold; what else was allocated for us is freed by that.
             self._greeted = False
