@@ -188,7 +188,7 @@ def test_a_place_is_found_whenever_there_is_one(made: tuple[Extents, Bitmap], co
         looked = {start for _, start in tight[:LOOK_MAX]}
         surely = [fit for fit in fits if fit[2] >= large]
         early, late = (
-            [fit for fit in fits if fit[2] < large and (fit[1] in looked) is is_looked] for is_looked in (1, 0)
+            [fit for fit in fits if fit[2] < large and (fit[1] in looked) is is_looked] for is_looked in (True, False)
         )
         assert found == early + surely + late
 
