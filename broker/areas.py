@@ -24,18 +24,28 @@ PASSING_MAX = 4  # places that are tried for a request that would pass another
 
 
 class Areas:
-    """All areas of one arena."""
+    """All areas of one arena. `fresh`: nobody has used it; else what lies in them is put right by `recovery`."""
 
-    def __init__(self, plane: Plane, described: list[Area], memory: memoryview) -> None:
+    def __init__(self, plane: Plane, described: list[Area], memory: memoryview, fresh: bool = True) -> None:
         self._plane = plane
         self._memory = memory
         self._geometry = plane.geometry
         self._spare = Extents(self._geometry.nursery_pages, self._geometry.pages - self._geometry.nursery_pages)
         self._entries = list(range(layout.AREAS_MAX - 1, -1, -1))
         self.by_name: dict[str, AreaRoom] = {}
-        for area in described:
-            self.by_name[area.name] = AreaRoom(plane, area)
-            self._add_part(self.by_name[area.name], area.first, area.pages)
+        for area in sorted(described, key=lambda area: area.base):
+            if area.name not in self.by_name:
+                self.by_name[area.name] = AreaRoom(plane, area)
+            self._entries.remove(area.index)
+            room = self.by_name[area.name]
+            if area.base != room.pages:
+                raise ArenaError(
+                    f"the arena's table of areas is damaged: a part of {area.name!r} begins at page {area.base} of it, "
+                    f"expected {room.pages}"
+                )
+            part = self._enter_part(room, area.index, area.first, area.pages)
+            if fresh and not room.lends:
+                room.offer(part, area.first, area.pages)
 
     def of(self, name: str | None) -> tuple[AreaRoom, ...]:
         """That area, or all. Raises NoSuchArea."""
@@ -161,17 +171,21 @@ class Areas:
                 area.offer(part, start, count)
 
     def _add_part(self, area: AreaRoom, first: int, pages: int) -> Part:
-        part = Part(self._entries.pop(), first, pages, area.pages)
-        self._spare.take(first, pages)
-        area.parts.append(part)
-        self._write_part(area, part)
+        part = self._enter_part(area, self._entries.pop(), first, pages)
         if not area.lends:
             area.offer(part, first, pages)
         return part
 
+    def _enter_part(self, area: AreaRoom, index: int, first: int, pages: int) -> Part:
+        part = Part(index, first, pages, area.pages)
+        self._spare.take(first, pages)
+        area.parts.append(part)
+        self._write_part(area, part)
+        return part
+
     def _write_part(self, area: AreaRoom, part: Part) -> None:
         """In the arena, and for the reclaim thread."""
-        described = replace(area.described, first=part.first, pages=part.pages)
+        described = replace(area.described, first=part.first, pages=part.pages, base=part.base, index=part.index)
         layout.write_area(self._memory, self._geometry, part.index, described)
         self._plane.set_area(part.index, part.first, part.pages)
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from gcma_shm import arena as arenas
 from gcma_shm import layout
@@ -23,6 +24,7 @@ from gcma_shm.broker.service import Service
 from gcma_shm.broker.stop import StopSignals
 from gcma_shm.endpoint import arena_name, default_spill_dir, private_dir, socket_path
 from gcma_shm.errors import ArenaError
+from gcma_shm.presence import Presence
 from gcma_shm.process import start_time
 from gcma_shm.records import Records, State
 from gcma_shm.sizes import format_size
@@ -77,7 +79,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
         spill_dir = _make_spill_dir(settings)
         undo.callback(shutil.rmtree, spill_dir, ignore_errors=True)
         plane = Plane(arena.memory, geometry, layout.BROKER, os.fsencode(spill_dir))
-        _sign(plane)
+        _sign(plane, cast(Presence, arena.presence))
         scheduler_slice(SLICE_S)  # of this thread, and of ZeroMQ's, which is started here
         server = Server(settings.endpoint, geometry.page_size, stop)
         undo.callback(server.close)
@@ -136,10 +138,11 @@ def _describe_area(area: Area, page_size: int) -> str:
     return ", ".join(words)
 
 
-def _sign(plane: Plane) -> None:
+def _sign(plane: Plane, presence: Presence) -> None:
     """Writes who serves the arena; the broker is a client too, of number 1, when it cleans, promotes and stores for
-    others.
+    others. Its lock first: by that others tell whether it lives.
     """
+    presence.take(layout.BROKER)
     pid, start = os.getpid(), start_time(os.getpid()) or 0
     plane.write(layout.BROKER_PID_AT, pid)
     plane.write(layout.BROKER_START_AT, start)

@@ -28,6 +28,7 @@ from gcma_shm.broker.table import Allocation
 from gcma_shm.broker.workers import Job, Worker
 from gcma_shm.errors import ArenaError, Closed, GcmaError, ProtocolError, SlotBusy
 from gcma_shm.messages import Frame, Reply, Request
+from gcma_shm.process import pid_namespace
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class Service:
         self._registry = registry
         self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory)), quota)
         self.line = Line(self.allocations, plane.wake)
-        self.sessions = Sessions(plane, self._inherit, watch)
+        self.sessions = Sessions(plane, self._inherit, watch, arena.presence)
         self.window = max(4, min(messages.WINDOW, WINDOW_BYTES // arena.geometry.page_size))
         jobs_max = arena.geometry.clients_max * messages.WINDOW
         self._page_workers = [Worker(f"pages-{n}", jobs_max) for n in range(PAGE_WORKERS)]
@@ -238,10 +239,12 @@ class Service:
         if p.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
             raise Closed("the arena that this client knows has ended with its broker; connect again")
         # `localhost:<uid>:<gid>:<pid>` on an ipc socket: who connected, by SO_PEERCRED, whatever the message says.
-        sender = process.rpartition(":")[2]
-        if sender.isdigit() and int(sender) not in (0, p["pid"]):
+        word = process.rpartition(":")[2]
+        sender = int(word) if word.isdigit() else 0
+        pidns = p.get("pidns", 0)
+        if pidns in (0, pid_namespace()) and sender not in (0, p["pid"]):
             raise ProtocolError(f"hello in the name of process {p['pid']} from process {sender}")
-        client = self.sessions.hello(peer, p["pid"], p["start"], p["mapped"], p.get("client"))
+        client = self.sessions.hello(peer, p["pid"], p["start"], p["mapped"], p.get("client"), pidns, sender)
         if "buffers" in p:  # whatever it does not know of was allocated for a reply that it never got
             known = [*p["buffers"], *self.line.uncollected(client.number)]
             self.allocations.reconcile(client.number, known, p.get("claims", ()))

@@ -16,21 +16,24 @@ from dataclasses import dataclass
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.errors import ProtocolError
-from gcma_shm.process import open_pidfd
+from gcma_shm.presence import Presence
+from gcma_shm.process import open_pidfd, pid_namespace, start_time
 from gcma_shm.records import Record, Records, State
 
 log = logging.getLogger(__name__)
 
-FORK_COMPLETION_S = 60.0  # what a child may take from the fork to its first instruction before its record is taken for that of a failed fork
+LOCK_S = 60.0  # what a client that we do not see may take to lock its record
 
 
 @dataclass
 class Client:
-    """A client that the broker knows. `pidfd` -1: its process has not begun. `peer` None: it has said no hello."""
+    """A client that the broker knows. `pidfd` -1: its process has not begun, or lives in a PID namespace that we do not see.
+    `peer` None: it has said no hello.
+    """
 
     number: int
-    pid: int
-    known_at: float
+    pid: int  # as we see it; 0: we do not
+    known_at: float = 0.0
     pidfd: int = -1
     peer: bytes | None = None
     mapped: bool = True
@@ -39,13 +42,21 @@ class Client:
 
 class Sessions:
     """All clients of one arena. `inherit(parent, child)` is called for a fork before anything else happens to the
-    parent, `watch(pidfd)` for each process whose end is to be told.
+    parent, `watch(pidfd)` for each process whose end is to be told. `presence`: who holds the lock of its record; None: nobody
+    is asked.
     """
 
     def __init__(
-        self, plane: Plane, inherit: Callable[[int, int], None], watch: Callable[[int], None] = lambda _: None
+        self,
+        plane: Plane,
+        inherit: Callable[[int, int], None],
+        watch: Callable[[int], None] = lambda _: None,
+        presence: Presence | None = None,
     ) -> None:
         self._plane = plane
+        self._geometry = plane.geometry
+        self._presence = presence
+        self._pidns = pid_namespace()
         self._watch_pidfd = watch
         self._records = Records(plane)
         self._inherit = inherit
@@ -58,43 +69,63 @@ class Sessions:
         """Whose messages these are; None: a peer that has not said hello."""
         return self._by_peer.get(peer)
 
-    def hello(self, peer: bytes, pid: int, start: int, mapped: bool, number: int | None) -> Client:
-        """A client introduces itself: a new one, or, by its `number`, one that forked or lost its socket. Raises
-        ProtocolError, QuotaExceeded.
+    def hello(
+        self, peer: bytes, pid: int, start: int, mapped: bool, number: int | None, pidns: int = 0, seen: int = 0
+    ) -> Client:
+        """A client introduces itself: a new one, or, by its `number`, one that forked, or lost its socket or its broker.
+
+        `pid` and `start` are as the client sees them, in its PID namespace `pidns` (0: in ours); `seen` is its pid as we
+        see it, 0: we do not. Raises ProtocolError, QuotaExceeded.
         """
         known = self._by_peer.get(peer)
         if known is not None and number in (None, known.number):
             return known  # its first hello was answered too late
         if known is not None:
             raise ProtocolError("hello in another name from a peer that has a session already; say bye first")
-        if number is not None:
-            record = self._records.read(number)
-            if (record.state, record.pid, record.start) != (State.ALIVE, pid, start) or number not in self.clients:
-                raise ProtocolError(f"client {number} is not process {pid}; say hello without a number")
-            client = self.clients[number]
-            self._by_peer.pop(client.peer or b"", None)
-        else:
-            pidfd = open_pidfd(pid, start)
-            if pidfd is None:
-                raise ProtocolError(
-                    f"the broker sees no process {pid} that began at {start}: hello needs the sender's own"
-                )
-            try:
-                number = self._records.take(layout.BROKER)
-            except BaseException:
-                os.close(pidfd)
-                raise
-            self._records.fill(number, State.ALIVE, pid, start)
-            client = Client(number, pid, time.monotonic())
-            self._watch(client, pidfd)
-            self.clients[number] = client
+        pidns = pidns or self._pidns
+        client = self._known(number, pid, start, pidns, seen, mapped) if number is not None else None
+        if client is None:
+            client = self._enter(pid, start, pidns, seen, mapped)
+        self._by_peer.pop(client.peer or b"", None)
         client.peer, client.mapped = peer, mapped
         self._by_peer[peer] = client
         return client
 
+    def _known(self, number: int, pid: int, start: int, pidns: int, seen: int, mapped: bool) -> Client | None:
+        """The client of that number, if this is its process. None: one that maps nothing, and may be a new one as well."""
+        record, client = self._records.read(number), self.clients.get(number)
+        found = (record.state, record.pid, record.start, record.pidns or self._pidns)
+        same = found == (State.ALIVE, pid, start, pidns)
+        if client is None or not same or (seen and client.pid and seen != client.pid):
+            if not mapped:
+                return None
+            raise ProtocolError(f"client {number} is not process {pid}; say hello without a number")
+        return client
+
+    def _enter(self, pid: int, start: int, pidns: int, seen: int, mapped: bool) -> Client:
+        if pidns == self._pidns:
+            seen, seen_start = pid, start
+        else:
+            seen_start = start_time(seen) or 0 if seen else 0
+        pidfd = open_pidfd(seen, seen_start) if seen else -1
+        if pidfd is None:
+            raise ProtocolError(f"the broker sees no process {pid} that began at {start}: hello needs the sender's own")
+        try:
+            number = self._records.take(layout.BROKER)
+        except BaseException:
+            if pidfd >= 0:
+                os.close(pidfd)
+            raise
+        self._plane.write(self._geometry.client_at(number) + layout.CLIENT_MAPPED_AT, int(mapped))
+        self._records.fill(number, State.ALIVE, pid, start, pidns)
+        client = self.clients[number] = Client(number, seen, known_at=time.monotonic())
+        if pidfd >= 0:
+            self._watch(client, pidfd)
+        return client
+
     def adopt_forked(self, look_anyway: bool = False) -> list[Client]:
-        """Takes in the children that clients have forked since the last look; returns those found dead. Cheap when
-        there are none.
+        """Takes in the children that clients have forked since the last look; returns those of all clients that are found dead
+        and that no pidfd tells of. Cheap when there are none.
         """
         forks = self._plane.read(layout.FORKS_AT)
         if forks != self._forks_seen or look_anyway:
@@ -106,15 +137,30 @@ class Sessions:
             }
             while new:  # a child that forked again comes before its own children
                 record = new.pop(next((n for n, r in new.items() if r.parent not in new), next(iter(new))))
-                self.clients[record.number] = Client(record.number, record.pid, time.monotonic())
-                self._inherit(record.parent, record.number)
-        return [client for client in self.clients.values() if client.pidfd < 0 and self._is_stillborn(client)]
+                self._adopt(record)
+        return [
+            client
+            for client in self.clients.values()
+            if (client.pidfd < 0 or look_anyway) and self._has_gone(client, self._records.read(client.number))
+        ]
 
-    def _is_stillborn(self, client: Client) -> bool:
-        record = self._records.read(client.number)
-        if record.state in (State.FORKED, State.STARTING):
-            return time.monotonic() - client.known_at > FORK_COMPLETION_S
-        return not self._complete(client, record)
+    def _adopt(self, record: Record) -> None:
+        self.clients[record.number] = Client(record.number, 0, known_at=time.monotonic())
+        self._inherit(record.parent, record.number)
+        # Last: a broker that dies in between leaves it to the next, which does it again.
+        self._plane.write(self._geometry.client_at(record.number) + layout.CLIENT_INHERITS_AT, 1)
+
+    def _has_gone(self, client: Client, record: Record) -> bool:
+        """Whether a client is found dead. Its lock, once it has it, tells for certain, also that its process is another program
+        by now; the child of a fork has it from the start.
+        """
+        if record.is_locked and self._presence is not None and not self._presence.is_held(client.number):
+            return True
+        if client.pidfd >= 0 or record.state is not State.ALIVE:
+            return False
+        if record.pidns in (0, self._pidns):
+            return not self._complete(client, record)
+        return not record.is_locked and time.monotonic() - client.known_at > LOCK_S
 
     def _complete(self, client: Client, record: Record) -> bool:
         """The child has written who it is: from now on it is watched. False: it is dead already."""

@@ -19,7 +19,8 @@ from gcma_shm.clients.reservation import Claims
 from gcma_shm.clients.swap import MappedSwap, MessageSwap, Swap
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import ArenaError
-from gcma_shm.process import start_time
+from gcma_shm.presence import Presence
+from gcma_shm.process import pid_namespace, start_time
 from gcma_shm.sizes import check_seconds
 
 SLOTS_MAX = 1 << 40  # of a type, in the protocol
@@ -39,6 +40,8 @@ class Client(Allocator):
         self._mapped = mapped is not False
         self._plane: Plane | None = None
         self._claims: Claims | None = None
+        self._presence: Presence | None = None
+        self._greeted_pid = 0
         # The memory and not the Buffer: an array that outlives its Buffer keeps the memory.
         self._spans: weakref.WeakSet[Span] = weakref.WeakSet()
         self._swaps: weakref.WeakSet[MappedSwap | MessageSwap] = weakref.WeakSet()
@@ -59,9 +62,17 @@ class Client(Allocator):
 
     def _introduce(self) -> dict[str, Any]:
         pid = os.getpid()
-        who: dict[str, Any] = {"pid": pid, "start": start_time(pid) or 0, "mapped": self._mapped}
+        who: dict[str, Any] = {
+            "pid": pid,
+            "start": start_time(pid) or 0,
+            "pidns": pid_namespace(),
+            "mapped": self._mapped,
+        }
         if self._channel.greeting:  # not the first time: no other arena will do
             who["arena_id"] = self._channel.greeting["arena_id"]
+            if self._greeted_pid == pid:  # not a forked child, which is a new client
+                who["client"] = self._channel.greeting["client"]
+        self._greeted_pid = pid
         if self._plane is not None:  # a forked child, or one whose session was lost: say who we are and what we hold
             held = self._channel.held
             claims = [*(self._claims.live if self._claims is not None else ())]
@@ -76,7 +87,11 @@ class Client(Allocator):
         greeting = self._channel.greeting
         try:
             arena: Arena = open_arena(greeting["arena"], greeting["arena_id"])
-            self._plane = Plane(arena.memory, arena.geometry, greeting["client"], os.fsencode(greeting["spill_dir"]))
+            plane = Plane(arena.memory, arena.geometry, greeting["client"], os.fsencode(greeting["spill_dir"]))
+            presence = cast(Presence, arena.presence)
+            presence.take(plane.number)
+            plane.write(arena.geometry.client_at(plane.number) + layout.CLIENT_LOCKED_AT, 1)
+            self._plane, self._presence = plane, presence
         except (ArenaError, OSError):
             if required:
                 raise
@@ -85,7 +100,7 @@ class Client(Allocator):
             self._mapped = False
             self._channel.request("ping")
             return
-        self._claims = Claims(self._plane, self._channel)
+        self._claims = Claims(self._plane, presence, self._channel)
         if prefault:
             arena.prefault()
             self._plane.populate(0, arena.geometry.pages * self.page_size)
@@ -139,6 +154,8 @@ class Client(Allocator):
             raise TimeoutError("a store or load in another thread has not ended; call close() again")
         for swap in list(self._swaps):
             swap.close()
+        if self._presence is not None:
+            self._presence.close()  # before the number may be another's
         self._channel.close()
         clients.discard(self)
 
@@ -172,11 +189,12 @@ class Client(Allocator):
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("a client cannot be pickled: pass client.endpoint, and connect() to it in the other process")
 
-    def _reset(self) -> None:
-        """In a forked child, after the plane has become another client's."""
+    def _reset(self, presence: Presence | None) -> None:
+        """In a forked child, after the plane has become another client's, which `presence` has the lock of."""
         self._channel.reset()
-        if self._claims is not None:
-            self._claims.reset()
+        if self._claims is not None and presence is not None:
+            self._claims.reset(presence)
+            self._presence = presence
 
     def _disown(self) -> None:
         """In a forked child that is no client."""

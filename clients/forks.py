@@ -17,7 +17,8 @@ from gcma_shm.clients import handles
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import clients
 from gcma_shm.errors import QuotaExceeded
-from gcma_shm.process import start_time
+from gcma_shm.presence import Presence
+from gcma_shm.process import pid_namespace, start_time
 from gcma_shm.records import Records, State
 
 log = logging.getLogger(__name__)
@@ -25,12 +26,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Fork:
-    """What was prepared for one client before a fork: its locks, and the record of the child (number 0: none)."""
+    """What was prepared for one client before a fork: its locks, and the record of the child (number 0: none) with the child's own
+    lock on it.
+    """
 
     client: Client
     locks: list[threading.Lock] = field(default_factory=list)
     number: int = 0
     word: int = 0
+    presence: Presence | None = None
 
 
 def _prepare(fork: Fork) -> None:
@@ -38,18 +42,22 @@ def _prepare(fork: Fork) -> None:
     for lock in (client._channel.lock, *([claims.lock] if claims is not None else [])):
         if lock.acquire(timeout=client._channel.timeout):
             fork.locks.append(lock)
-    if plane is None or claims is None or client.closed:
+    if plane is None or claims is None or client._presence is None or client.closed:
         return
     claims.share()
     records = Records(plane)
+    fork.presence = client._presence.anew()
     try:
         fork.number = records.take(plane.number)
     except QuotaExceeded as error:
         log.warning("the child that is about to be forked cannot use %r: %s", client, error)
         return
-    geometry = plane.geometry
-    claimed = plane.read(geometry.client_at(plane.number) + layout.CLIENT_CLAIMS_AT)
-    plane.write(geometry.client_at(fork.number) + layout.CLIENT_INHERITED_AT, claimed)
+    record = plane.geometry.client_at(fork.number)
+    fork.presence.take(fork.number)
+    claimed = plane.read(plane.geometry.client_at(plane.number) + layout.CLIENT_CLAIMS_AT)
+    plane.write(record + layout.CLIENT_INHERITED_AT, claimed)
+    for at in (layout.CLIENT_LOCKED_AT, layout.CLIENT_MAPPED_AT):
+        plane.write(record + at, 1)
     records.fill(fork.number, State.FORKED, 0, 0)
     fork.word = records.word(fork.number)
     plane.add(layout.FORKS_AT, 1)
@@ -57,6 +65,8 @@ def _prepare(fork: Fork) -> None:
 
 def _start(client: Client, fork: Fork | None) -> None:
     """In the child. `fork`: None for a client that another thread was just making."""
+    if client._presence is not None:
+        client._presence.close()  # the parent's: it is to end with the parent
     if client.closed:
         return
     try:
@@ -65,11 +75,13 @@ def _start(client: Client, fork: Fork | None) -> None:
             # Refused when no record was free, or this child was stopped for so long that it was taken for dead.
             if fork is None or not fork.number:
                 raise QuotaExceeded("no client record was free at the fork")
-            if not Records(client._plane).start(fork.number, fork.word, pid, start_time(pid) or 0):
+            if not Records(client._plane).start(fork.number, fork.word, pid, start_time(pid) or 0, pid_namespace()):
                 raise QuotaExceeded("this child began too late")
             client._plane.become(fork.number)
-        client._reset()
+        client._reset(fork.presence if fork is not None else None)
     except BaseException:  # better no client than one that acts under its parent's number
+        if fork is not None and fork.presence is not None:
+            fork.presence.close()
         client._disown()
 
 
@@ -97,6 +109,8 @@ def _after_fork_in_parent() -> None:
     for fork in _take_prepared():
         for lock in fork.locks:
             lock.release()
+        if fork.presence is not None:
+            fork.presence.close()  # the child's from now on, alone; nobody's when there is no child
         if fork.client._claims is not None:
             fork.client._claims.drain()
 

@@ -17,7 +17,7 @@ from gcma_shm.clients.channel import Channel, Hold
 from gcma_shm.clients.handles import Handle, Reference, load_reservation
 from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, StaleHandle
 from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT
-from gcma_shm.process import has_ended
+from gcma_shm.presence import Presence
 from gcma_shm.sizes import check_seconds
 
 if TYPE_CHECKING:
@@ -45,8 +45,9 @@ class Claimed:
 class Claims:
     """What one client has claimed. `channel`: for the end of a claim that several processes share."""
 
-    def __init__(self, plane: Plane, channel: Channel) -> None:
+    def __init__(self, plane: Plane, presence: Presence, channel: Channel) -> None:
         self._plane = plane
+        self._presence = presence
         self._channel = channel
         self.live: dict[int, Claimed] = {}  # by number
         channel.claims = self.live
@@ -54,8 +55,9 @@ class Claims:
         self._shared: deque[tuple[int, int]] = deque()  # given up, and to be told to the broker
         self.lock = threading.Lock()
 
-    def reset(self) -> None:
+    def reset(self, presence: Presence) -> None:
         """In a forked child: what the parent had claimed is shared with it."""
+        self._presence = presence
         self.lock = threading.Lock()
 
     def share(self) -> None:
@@ -163,7 +165,7 @@ class Claims:
                 )
 
     def _broker_has_ended(self) -> bool:
-        return has_ended(self._plane.read(layout.BROKER_PID_AT), self._plane.read(layout.BROKER_START_AT))
+        return not self._presence.is_held(layout.BROKER)
 
 
 class Reservation:

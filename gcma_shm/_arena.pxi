@@ -144,7 +144,7 @@ cdef struct AreaEntry:  # in the arena
     uint64_t clock      # steps of the clock hand
     uint64_t lent       # pages that hold cache, also orphans
     uint64_t held       # pages that buffers hold
-    uint64_t spare
+    uint64_t base
 
 cdef struct ClientRecord:  # in the arena
     uint64_t state
@@ -155,7 +155,12 @@ cdef struct ClientRecord:  # in the arena
     uint64_t claims     # counts the reservations that this client has claimed
     uint64_t wake
     uint64_t inherited  # of a forked child: its parent's claims at the fork
-    uint64_t counters[56]
+    uint64_t counters[48]
+    uint64_t locked
+    uint64_t inherits
+    uint64_t quota
+    uint64_t mapped
+    uint64_t spare[4]
 
 cdef struct Slot:
     uint64_t word

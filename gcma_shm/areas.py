@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gcma_shm.sizes import parse_size
 
@@ -56,6 +56,8 @@ class Area:
     share: int = SHARE_WHOLE
     alignment: int = 1
     state: int = 0
+    base: int = 0  # pages of the same area in the parts before
+    index: int = field(default=0, compare=False)  # of its entry in the arena's table
 
 
 def parse_area(spec: int | str | AreaSpec) -> AreaSpec:

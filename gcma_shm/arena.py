@@ -22,6 +22,7 @@ from gcma_shm import layout
 from gcma_shm.areas import Area
 from gcma_shm.errors import ArenaError
 from gcma_shm.layout import Geometry
+from gcma_shm.presence import Presence
 from gcma_shm.sizes import format_size
 
 SHM_DIR = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory, see shm_overview(7)
@@ -31,14 +32,14 @@ MODE = 0o600
 
 @dataclass
 class Arena:
-    """A mapped arena. `lock_fd` holds the broker's lock; clients have none."""
+    """A mapped arena. `presence`: an open file of the object; the broker's has the arena's lock as well."""
 
     name: str
     memory: mmap.mmap
     geometry: Geometry
     areas: list[Area]
     arena_id: bytes
-    lock_fd: int = -1
+    presence: Presence | None = None
 
     def prefault(self) -> bool:
         """Fills this process's page table for the whole arena, so that no page costs a fault later; False where the
@@ -55,7 +56,8 @@ class Arena:
     def destroy(self) -> None:
         """Unlinks the object and lets go of the lock. What processes have mapped stays mapped."""
         posix_ipc.unlink_shared_memory(self.name)
-        os.close(self.lock_fd)
+        if self.presence is not None:
+            self.presence.close()
 
 
 def create(name: str, geometry: Geometry, areas: list[Area]) -> Arena:
@@ -73,7 +75,7 @@ def create(name: str, geometry: Geometry, areas: list[Area]) -> Arena:
         posix_ipc.unlink_shared_memory(name)
         os.close(fd)
         raise
-    return Arena(name, memory, geometry, areas, arena_id, fd)
+    return Arena(name, memory, geometry, areas, arena_id, Presence(fd, geometry))
 
 
 def open_arena(name: str, arena_id: bytes | None = None) -> Arena:
@@ -88,6 +90,8 @@ def open_arena(name: str, arena_id: bytes | None = None) -> Arena:
         raise ArenaError(errno.EACCES, f"the arena {name} belongs to another user") from None
     try:
         arena = _map(name, found.fd)
+        # Not a duplicate of this descriptor: the mapping keeps one, and with it the open file and its locks.
+        arena.presence = Presence.of(found.fd, arena.geometry)
     finally:
         found.close_fd()
     if arena_id is not None and arena.arena_id != arena_id:

@@ -1,14 +1,15 @@
 """Where everything lies in an arena.
 
 Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back once magic, version, size
-and checksum fit. The layout (version 2), from the arena's first byte:
+and checksum fit. The layout (version 3), from the arena's first byte:
 
-    header         4 KiB: identity and geometry with a checksum, then words that change, hot ones on lines of their own
+    header         4 KiB: identity and geometry with a checksum, words that change, hot ones on lines of their own, and
+                   where the spill files are
     areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges; an area that was grown may have several
     types          256 entries of 64 bytes: life, slots, ways of writing
     clients        `clients_max` + 1 records of 512 bytes: state, process, then counters, counted up by the client alone
     allocations    `allocations_max` entries of 128 bytes: buffers and reservations, with the request that asked for it
-    holders        one bit per allocation and client
+    holders        one bit per allocation and client;  claimers: the same, for claims that several share
     slots          16 bytes each: slot word, side word
     life, key      8 bytes a page each;  visited: one byte a page
     pages          the nursery, then the areas, in order
@@ -28,7 +29,7 @@ from gcma_shm.errors import ArenaError
 from gcma_shm.sizes import format_size
 
 MAGIC = b"GCMA-SHM"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 PAGE_SIZE_MIN = 4 << 10
 PAGE_SIZE_MAX = 2 << 20
@@ -62,12 +63,16 @@ FILLING_AT = 0x300
 TAKING_AT = 0x308
 WAKE_AT = 0x340
 FORKS_AT = 0x380  # counts up after a client has written the record of a child that it is about to fork
+SPILL_DIR_AT = 0x800  # the spill directory's path, with zeros behind it; written before the first epoch
+SPILL_DIR_BYTES = HEADER_BYTES - SPILL_DIR_AT
 
 # An area's entry.
 AREA_ENTRY = struct.Struct(f"<{NAME_BYTES}sQQQQQQ")  # the fields of `Area`; no pages: not in use
+AREA_PAGES_AT = 0x38
 AREA_CLOCK_AT = 0x60
 AREA_LENT_AT = 0x68
 AREA_HELD_AT = 0x70
+AREA_BASE_AT = 0x78
 assert AREA_ENTRY.size <= AREA_CLOCK_AT
 
 # A type's entry.
@@ -88,6 +93,11 @@ CLIENT_CLAIMS_AT = 0x28
 CLIENT_INHERITED_AT = 0x38  # of a forked child: its parent's count of claims at the fork
 CLIENT_WAKE_AT = 0x30  # counts up when the broker has served one of the client's requests that waited in line
 CLIENT_COUNTERS_AT = 0x40
+CLIENT_LOCKED_AT = 0x1C0  # 1: its process holds a lock on the record, see presence.py
+CLIENT_INHERITS_AT = 0x1C8  # 1: of a forked child: the broker has let it inherit
+CLIENT_QUOTA_AT = 0x1D0  # 0: the default; NO_QUOTA; or bytes
+CLIENT_MAPPED_AT = 0x1D8  # 1: it maps the arena
+NO_QUOTA = (1 << 64) - 1
 NOBODY = 0
 BROKER = 1
 
@@ -133,6 +143,7 @@ class Geometry:
     clients_at: int
     allocations_at: int
     holders_at: int
+    claimers_at: int
     slots_at: int
     life_at: int
     key_at: int
@@ -185,7 +196,9 @@ def _place(size: int, page_size: int, slots: int, clients_max: int) -> dict[str,
     at["clients_at"] = at["types_at"] + TYPES_MAX * TYPE_BYTES
     at["allocations_at"] = at["clients_at"] + (clients_max + 1) * CLIENT_BYTES
     at["holders_at"] = at["allocations_at"] + allocations_max * ALLOCATION_BYTES
-    at["slots_at"] = _aligned(at["holders_at"] + allocations_max * -(-(clients_max + 1) // 64) * 8, CACHE_LINE)
+    holders = allocations_max * -(-(clients_max + 1) // 64) * 8
+    at["claimers_at"] = at["holders_at"] + holders
+    at["slots_at"] = _aligned(at["claimers_at"] + holders, CACHE_LINE)
     at["life_at"] = _aligned(at["slots_at"] + slots * SLOT_BYTES, CACHE_LINE)
     pages = (size - at["life_at"] - 2 * CACHE_LINE - page_size) // (page_size + DESCRIPTOR_BYTES)
     pages = max(pages, 0)
@@ -231,7 +244,7 @@ def _lay_out(areas: dict[str, AreaSpec], geometry: Geometry) -> list[Area]:
         alignment = max(spec.align // geometry.page_size, 1)
         placed.insert(0, Area(name, first, count, LENT if spec.cache else 0, spec.share, alignment))
         end = first
-    return placed
+    return [replace(area, index=index) for index, area in enumerate(placed)]
 
 
 def plan(
@@ -293,11 +306,20 @@ def plan(
 
 
 def write_area(memory: memoryview, geometry: Geometry, index: int, area: Area) -> None:
-    """Writes one entry of the table of areas, its clock hand and gauges left as they are."""
-    AREA_ENTRY.pack_into(
-        memory, geometry.area_at(index), area.name.encode(), area.first, area.pages, area.policy, area.share,
-        area.alignment, area.state,
-    )  # fmt: skip
+    """Writes one entry of the table of areas, its clock hand and gauges left as they are.
+
+    Word by word, the count of pages last: whoever dies in here leaves what was before, or all of it.
+    """
+    at = geometry.area_at(index)
+    packed = AREA_ENTRY.pack(
+        area.name.encode(), area.first, area.pages, area.policy, area.share, area.alignment, area.state
+    )
+    values = dict(zip(range(0, AREA_ENTRY.size, 8), struct.unpack(f"<{AREA_ENTRY.size // 8}Q", packed), strict=True))
+    values[AREA_BASE_AT] = area.base
+    values[AREA_PAGES_AT] = values.pop(AREA_PAGES_AT)
+    with memory[at : at + AREA_BYTES].cast("Q") as words:
+        for offset, value in values.items():
+            words[offset // 8] = value
 
 
 def write_header(memory: memoryview, geometry: Geometry, areas: list[Area], arena_id: bytes) -> None:
@@ -333,9 +355,10 @@ def read_header(memory: memoryview, mapped_bytes: int) -> tuple[Geometry, list[A
     areas: list[Area] = []
     for index in range(AREAS_MAX):
         name, *numbers = AREA_ENTRY.unpack_from(memory, geometry.area_at(index))
+        (base,) = struct.unpack_from("<Q", memory, geometry.area_at(index) + AREA_BASE_AT)
         area = Area(name.rstrip(b"\0").decode(errors="replace"), *numbers)
         if area.pages:
-            areas.append(area)
+            areas.append(replace(area, base=base, index=index))
     end = geometry.nursery_pages
     for area in sorted(areas, key=lambda area: area.first):
         if area.first < end or area.pages > geometry.pages - area.first:

@@ -86,6 +86,7 @@ OPERATIONS: dict[str, Operation] = {
         {
             "pid": _integer(1, 2**31 - 1),
             "start": _integer(0, NUMBER_MAX),
+            "pidns": _integer(0, NUMBER_MAX, required=False),
             "mapped": _boolean(),
             "client": _integer(2, layout.CLIENTS_MAX, required=False),
             "arena_id": Parameter(lambda v: type(v) is bytes and len(v) == 16, "16 bytes", required=False),

@@ -23,6 +23,7 @@ from gcma_shm.errors import QuotaExceeded
 
 _PARENT_SHIFT = 8
 _GENERATION_SHIFT = 24
+_OWN = (layout.CLIENT_LOCKED_AT, layout.CLIENT_INHERITS_AT, layout.CLIENT_QUOTA_AT, layout.CLIENT_MAPPED_AT)
 
 
 class State(IntEnum):
@@ -38,7 +39,9 @@ class State(IntEnum):
 
 @dataclass(frozen=True)
 class Record:
-    """What a record says just now. `pid` 0: a forked child that has not begun yet."""
+    """What a record says just now. `pid`: in the namespace `pidns`; 0: a forked child that has not begun yet. `is_locked`: its
+    process took its lock, see presence.py.
+    """
 
     number: int
     state: State
@@ -46,6 +49,10 @@ class Record:
     generation: int
     pid: int
     start: int
+    pidns: int
+    is_locked: bool
+    is_mapped: bool
+    has_inherited: bool
 
 
 class Records:
@@ -69,6 +76,10 @@ class Records:
             word >> _GENERATION_SHIFT,
             self._plane.read(at + layout.CLIENT_PID_AT),
             self._plane.read(at + layout.CLIENT_START_AT),
+            self._plane.read(at + layout.CLIENT_PIDNS_AT),
+            bool(self._plane.read(at + layout.CLIENT_LOCKED_AT)),
+            bool(self._plane.read(at + layout.CLIENT_MAPPED_AT)),
+            bool(self._plane.read(at + layout.CLIENT_INHERITS_AT)),
         )
 
     def used(self) -> Iterator[Record]:
@@ -90,9 +101,10 @@ class Records:
             f"all {self._geometry.clients_max - 1} client records of the arena are in use; start the broker with more --clients"
         )
 
-    def fill(self, number: int, state: State, pid: int, start: int) -> None:
+    def fill(self, number: int, state: State, pid: int, start: int, pidns: int = 0) -> None:
         """Writes a record; its state last, so that whoever reads the state finds the rest."""
         at = self._geometry.client_at(number)
+        self._plane.write(at + layout.CLIENT_PIDNS_AT, pidns)
         self._plane.write(at + layout.CLIENT_PID_AT, pid)
         self._plane.write(at + layout.CLIENT_START_AT, start)
         self.mark(number, state)
@@ -101,14 +113,14 @@ class Records:
         """The whole state word, to be given to `start`."""
         return self._plane.read(self._geometry.client_at(number) + layout.CLIENT_STATE_AT)
 
-    def start(self, number: int, forked: int, pid: int, start: int) -> bool:
+    def start(self, number: int, forked: int, pid: int, start: int, pidns: int) -> bool:
         """A forked child takes over its record, which is to hold exactly the word `forked` still. False: it took too
         long to begin, was taken for dead, and the record may be somebody else's by now.
         """
         at = self._geometry.client_at(number) + layout.CLIENT_STATE_AT
         if not self._plane.swap_word(at, forked, forked & ~0xFF | State.STARTING):
             return False
-        self.fill(number, State.ALIVE, pid, start)
+        self.fill(number, State.ALIVE, pid, start, pidns)
         return True
 
     def mark(self, number: int, state: State) -> None:
@@ -126,9 +138,11 @@ class Records:
             index = COUNTERS.index(name)
             self._plane.add(self._counter_at(layout.NOBODY, index), counted)
             self._plane.write(self._counter_at(number, index), 0)
-        at = self._geometry.client_at(number) + layout.CLIENT_STATE_AT
-        generation = (self._plane.read(at) >> _GENERATION_SHIFT) + 1
-        self._plane.write(at, generation << _GENERATION_SHIFT | State.FREE)
+        at = self._geometry.client_at(number)
+        for offset in _OWN:
+            self._plane.write(at + offset, 0)
+        generation = (self._plane.read(at + layout.CLIENT_STATE_AT) >> _GENERATION_SHIFT) + 1
+        self._plane.write(at + layout.CLIENT_STATE_AT, generation << _GENERATION_SHIFT | State.FREE)
 
     def counters(self, number: int) -> dict[str, int]:
         """What this client has counted."""

@@ -42,10 +42,8 @@ def test_created_private_committed_and_found() -> None:
         assert status.st_mode & 0o777 == 0o600
         assert status.st_size == geometry.size
         assert status.st_blocks * 512 >= geometry.size, "every page is committed"
-        assert not os.get_inheritable(arena.lock_fd)
         found = arenas.open_arena(NAME, arena.arena_id)
         assert (found.geometry, found.areas, found.arena_id) == (geometry, areas, arena.arena_id)
-        assert found.lock_fd == -1
         arena.memory[geometry.page_at(3)] = 77
         assert found.memory[geometry.page_at(3)] == 77
         assert not any(found.memory[geometry.page_at(4) : geometry.page_at(5)])

@@ -18,6 +18,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "hello": {
         "pid": 1,
         "start": 0,
+        "pidns": 4026531836,
         "mapped": True,
         "client": 2,
         "arena_id": bytes(16),

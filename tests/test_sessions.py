@@ -9,9 +9,9 @@ import signal
 import pytest
 
 from gcma_shm import layout
-from gcma_shm.broker import sessions as sessions_module
 from gcma_shm.broker.sessions import Client, Sessions
 from gcma_shm.errors import ProtocolError, QuotaExceeded
+from gcma_shm.presence import Presence
 from gcma_shm.process import open_pidfd, start_time
 from gcma_shm.records import Records, State
 from tests.conftest import Bare
@@ -30,14 +30,21 @@ class Kept:
         self.plane = bare.plane
         self.records = Records(bare.plane)
         self.inherited: list[tuple[int, int]] = []
-        self.sessions = Sessions(bare.plane, lambda parent, child: self.inherited.append((parent, child)))
+
+        def inherit(parent: int, child: int) -> None:
+            self.inherited.append((parent, child))
+
+        self.sessions = Sessions(bare.plane, inherit, presence=bare.arena.presence)
 
     def hello(self, peer: bytes, pid: int = ME, start: int = MY_START, number: int | None = None) -> Client:
         return self.sessions.hello(peer, pid, start, True, number)
 
-    def fork(self, parent: int) -> int:
+    def fork(self, parent: int, presence: Presence | None = None) -> int:
         """What a client does before it forks."""
         number = self.records.take(parent)
+        if presence is not None:
+            presence.take(number)
+            self.plane.write(self.plane.geometry.client_at(number) + layout.CLIENT_LOCKED_AT, 1)
         self.records.fill(number, State.FORKED, 0, 0)
         self.plane.add(layout.FORKS_AT, 1)
         return number
@@ -206,11 +213,14 @@ def test_grandchildren_come_after_their_parents(kept: Kept) -> None:
     kept.sessions.close()
 
 
-def test_a_fork_that_never_came_to_be(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_that_never_came_to_be(kept: Kept, bare: Bare) -> None:
+    """Its lock is taken before its record says that it was forked, and goes with the last descriptor of that open file."""
     parent = kept.hello(b"a")
-    number = kept.fork(parent.number)
+    assert bare.arena.presence is not None
+    presence = bare.arena.presence.anew()
+    number = kept.fork(parent.number, presence)
     assert kept.sessions.adopt_forked() == []
-    monkeypatch.setattr(sessions_module, "FORK_COMPLETION_S", -1.0)
+    presence.close()
     (stillborn,) = kept.sessions.adopt_forked()
     assert stillborn.number == number
     kept.end(stillborn)

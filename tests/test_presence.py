@@ -1,0 +1,218 @@
+"""The lock on a client's record: who has it, across forks, exec and PID namespaces."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import gcma_shm
+from gcma_shm import layout, presence
+from gcma_shm.arena import open_arena
+from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.errors import ArenaError
+from gcma_shm.presence import Presence
+from tests.conftest import Bare
+from tests.processes import WAIT_S, Said, broker_command, descriptors, eventually, forked, in_fork, start_python
+
+IN_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+HOLD = """
+import sys, gcma_shm
+client = gcma_shm.connect(sys.argv[1], mapped=True)
+buffer = client.alloc_contig(1 << 20)
+swap = client.swap(0, 16)
+swap.store(3, b"n" * client.page_size)
+print(client.number, flush=True)
+sys.stdin.read()
+"""
+
+
+def own(bare: Bare) -> Presence:
+    assert bare.arena.presence is not None
+    return bare.arena.presence
+
+
+def test_a_lock_is_seen_by_others_and_ends_with_its_file(bare: Bare) -> None:
+    before = descriptors()
+    first, second = own(bare).anew(), own(bare).anew()
+    first.take(3)
+    assert second.is_held(3)
+    assert own(bare).is_held(3)
+    assert not first.is_held(3), "one's own is no other's"
+    assert not second.is_held(2)
+    second.take(2)
+    first.close()
+    first.close()
+    assert not second.is_held(3)
+    second.take(3)
+    second.close()
+    assert descriptors() == before
+
+
+def test_a_lock_that_another_keeps(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "TAKE_S", 0.0)
+    first, second = own(bare).anew(), own(bare).anew()
+    first.take(3)
+    with pytest.raises(ArenaError, match="client 3 is locked by another"):
+        second.take(3)
+    first.close()
+    second.close()
+
+
+def test_a_mapping_does_not_keep_it(bare: Bare) -> None:
+    """mmap keeps a duplicate of its descriptor, and that would keep the lock."""
+    arena = open_arena(bare.arena.name)
+    assert arena.presence is not None
+    arena.presence.take(4)
+    assert own(bare).is_held(4)
+    arena.presence.close()
+    assert not own(bare).is_held(4)
+    arena.memory.close()
+
+
+def test_a_forked_child_keeps_what_was_taken_for_it(bare: Bare) -> None:
+    mine, its = own(bare).anew(), own(bare).anew()
+    mine.take(3)
+    its.take(4)
+
+    def child(said: Said) -> None:
+        mine.close()
+        said.hear()
+
+    with forked(child) as born:
+        its.close()
+        assert own(bare).is_held(4)
+        mine.close()
+        assert eventually(lambda: not own(bare).is_held(3))
+        assert own(bare).is_held(4)
+        born.kill()
+        assert not own(bare).is_held(4)
+
+
+def test_each_client_has_its_own(client: EmbeddedClient) -> None:
+    assert client._presence is not None
+    looking = client._presence.anew()
+    assert looking.is_held(layout.BROKER)
+    assert looking.is_held(client.number)
+    assert in_fork(lambda _: client.number) != client.number
+    assert looking.is_held(client.number), "a child's end does not end its parent's"
+    with gcma_shm.connect(client.endpoint) as other:
+        number = other.number
+        assert looking.is_held(number)
+    assert not looking.is_held(number)
+    os.kill(client.broker_pid, signal.SIGKILL)
+    assert eventually(lambda: not looking.is_held(layout.BROKER))
+    looking.close()
+
+
+def held(client: gcma_shm.Client) -> int:
+    return sum(area.held for area in client.areas())
+
+
+def test_a_child_killed_before_its_first_instruction(client: EmbeddedClient) -> None:
+    """Nobody knows its process: its record says FORKED, and its lock has gone."""
+    with client.alloc_contig(1 << 20):
+        for _ in range(5):
+            pid = os.fork()
+            if pid == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.waitpid(pid, 0)
+        assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
+    assert held(client) == 0
+
+
+def test_a_client_that_becomes_another_program(client: EmbeddedClient) -> None:
+    """Its process lives on under the same number, and is no client any more."""
+    code = HOLD.replace("sys.stdin.read()", "import os; sys.stdin.readline(); os.execv('/bin/cat', ['cat'])")
+    process = start_python(code, client.endpoint)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        number = int(process.stdout.readline())
+        assert held(client) == 1 << 20
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        assert eventually(lambda: held(client) == 0)
+        assert process.poll() is None
+        assert str(number) not in client.stats()["clients"]
+        assert client.swap(0, 16).load(3) == b"n" * client.page_size
+    finally:
+        process.kill()
+        process.communicate()
+
+
+# --- containers: one /dev/shm, two PID namespaces
+
+
+def _may_unshare() -> bool:
+    if shutil.which("unshare") is None:
+        return False
+    return subprocess.run([*IN_NAMESPACE, "true"], capture_output=True, check=False).returncode == 0
+
+
+namespaces = pytest.mark.skipif(not _may_unshare(), reason="this user may not make a PID namespace")
+
+
+def _connects_and_dies(prefix: list[str], endpoint: str, looking: Callable[[], gcma_shm.Client]) -> None:
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-W", "error", "-c", HOLD, endpoint],
+        cwd="/",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert int(process.stdout.readline()) > layout.BROKER
+        with looking() as client:
+            assert held(client) == 1 << 20
+            assert client.swap(0, 16).load(3) == b"n" * client.page_size
+            process.kill()
+            process.wait(WAIT_S)
+            assert eventually(lambda: held(client) == 0)
+            assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@namespaces
+def test_a_client_in_a_namespace_below_the_brokers(client: EmbeddedClient) -> None:
+    """The kernel tells the broker by which number it sees it."""
+
+    def looking() -> gcma_shm.Client:
+        return client
+
+    _connects_and_dies(IN_NAMESPACE, client.endpoint, looking)
+
+
+@namespaces
+def test_a_client_that_the_broker_does_not_see() -> None:
+    """The broker is in the namespace below: the lock alone tells."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/below/broker"
+    process = subprocess.Popen(
+        [*IN_NAMESPACE, *broker_command(endpoint, "--size", "8M")],
+        cwd="/",
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        assert eventually(Path(endpoint.removeprefix("ipc://")).exists)
+        _connects_and_dies([], endpoint, lambda: gcma_shm.connect(endpoint, mapped=True, wait_for_broker=WAIT_S))
+        with gcma_shm.connect(endpoint, mapped=True) as client, client.reserve(1 << 20) as reservation:
+            reservation.claim().free()
+            assert in_fork(lambda _: client.alloc_contig(4096).nbytes) == 4096
+            assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
+    finally:
+        below = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in below:
+            os.kill(int(pid), signal.SIGTERM)
+        process.communicate(timeout=WAIT_S)
