@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable
 from itertools import islice
 from typing import Any
 
@@ -39,10 +39,10 @@ class Allocations:
         self._plane = plane
         self._geometry = plane.geometry
         self.areas = areas
-        self.claims = Claims(plane)
         self.holders = Holders(self._geometry.page_size, quota)
         self.when_freed: Callable[[], None] = lambda: None
         self._table = Table(plane)
+        self.claims = Claims(plane, self._table)
         self._by_number: dict[int, Allocation] = {}
         self._reservations: set[Allocation] = set()
         self._by_name: SortedDict[str, Allocation] = SortedDict()
@@ -94,11 +94,7 @@ class Allocations:
         """Makes a free place the client's. A buffer's cache is dropped on the spot; a reservation is lent again at once."""
         place.area.take(place)
         allocation = self._table.enter(kind, place, client, request, name)
-        self._by_number[allocation.number] = allocation
-        if allocation.is_reservation:
-            self._reservations.add(allocation)
-        if name is not None:
-            self._by_name[name] = allocation
+        self._enter(allocation)
         part = place.part
         if kind == BUFFER:
             self._plane.take(part.index, place.first, place.pages, allocation.owner)
@@ -136,13 +132,14 @@ class Allocations:
             self.holders.check_quota(client, allocation.place.pages)
         if claim:
             self.claims.join(allocation, claim)
-            allocation.claimers.add(client)
+            self.claims.share(allocation, client)
+            self.holders.add(client, allocation)
         else:
-            allocation.holders.add(client)
-        self._hold_bit(allocation, client)
+            self._hold(allocation, client)
         if token in allocation.handed_over:
             giver = allocation.handed_over[token].giver
             self._end_hand_over(allocation, token)
+            self._table.write_claimers(allocation)
             self._let_go(allocation, giver)
         return allocation
 
@@ -171,6 +168,8 @@ class Allocations:
         allocation.handed_over[token] = HandOver(deadline, claim, client)
         self._hand_overs[token] = allocation
         self._table.write_deadline(allocation)
+        if claim:
+            self._table.write_claimers(allocation)
         return token
 
     def free_claim(self, client: int, number: int, claim: int) -> None:
@@ -222,6 +221,7 @@ class Allocations:
         had made before the fork, all of which it marked then. Its quota is its parent's, and is not asked.
         """
         self.holders.copy_quota(parent, child)
+        self._plane.write(self._quota_at(child), self._plane.read(self._quota_at(parent)))
         claims_then = self._plane.read(self._geometry.client_at(child) + layout.CLIENT_INHERITED_AT)
         for number in self.holders.of(parent):
             allocation = self._by_number[number]
@@ -233,8 +233,16 @@ class Allocations:
                     self.claims.is_made_by(allocation, parent) and self.claims.ordinal(allocation) > claims_then
                 )
                 if parent in allocation.claimers and not made_later:
-                    allocation.claimers.add(child)
-                    self._hold_bit(allocation, child)
+                    self.claims.share(allocation, child)
+                    self.holders.add(child, allocation)
+
+    def set_quota(self, client: int, quota: int | None) -> None:
+        """Bytes that it may hold, until it leaves; None: no bound. Kept in its record, for a broker that takes over."""
+        self.holders.set_quota(client, quota)
+        self._plane.write(self._quota_at(client), layout.NO_QUOTA if quota is None else quota)
+
+    def _quota_at(self, client: int) -> int:
+        return self._geometry.client_at(client) + layout.CLIENT_QUOTA_AT
 
     def expire(self) -> None:
         """Ends the hand-overs whose time is over."""
@@ -245,6 +253,37 @@ class Allocations:
                 self._end_hand_over(allocation, token)
                 self.claims.leave(allocation, 0)
                 self._let_go(allocation, giver)
+
+    # --- after the death of another broker
+
+    def restore(self, clients: Collection[int]) -> list[Allocation]:
+        """Takes in what another broker left, with those of its holders that are among `clients`. Raises ArenaError."""
+        restored = self._table.restore(self.areas, clients)
+        for allocation in restored:
+            self._enter(allocation)
+            self._hand_overs |= dict.fromkeys(allocation.handed_over, allocation)
+            if allocation.is_reservation:
+                self.claims.restore(allocation, clients)
+            for client in allocation.known_to():
+                self.holders.add(client, allocation)
+        for client in clients:
+            quota = self._plane.read(self._quota_at(client))
+            if quota:
+                self.holders.set_quota(client, None if quota == layout.NO_QUOTA else quota)
+        return restored
+
+    def put_right(self, allocation: Allocation, clients: Container[int]) -> None:
+        """Makes the pages of what was restored what its entry says; releases it when nobody holds it: its answer was never sent,
+        or its release was cut off.
+        """
+        place = allocation.place
+        if allocation.is_reservation:
+            self.claims.put_right(allocation, clients)
+        else:
+            self._plane.put_right(place.part.index, place.first, place.pages, False, allocation.owner)
+            self._add_held(place, place.pages)
+        if not allocation.is_held:
+            self._release(allocation)
 
     # --- changing areas
 
@@ -362,6 +401,13 @@ class Allocations:
 
     # --- inside
 
+    def _enter(self, allocation: Allocation) -> None:
+        self._by_number[allocation.number] = allocation
+        if allocation.is_reservation:
+            self._reservations.add(allocation)
+        if allocation.name is not None:
+            self._by_name[allocation.name] = allocation
+
     def _release(self, allocation: Allocation) -> None:
         place, part = allocation.place, allocation.place.part
         if allocation.is_reservation:
@@ -384,18 +430,15 @@ class Allocations:
 
     def _hold(self, allocation: Allocation, client: int) -> None:
         allocation.holders.add(client)
-        self._hold_bit(allocation, client)
-
-    def _hold_bit(self, allocation: Allocation, client: int) -> None:
-        """After `client` has become a holder or claimer."""
-        if self.holders.add(client, allocation):
-            self._table.write_holder(allocation, client)
+        self._table.write_holder(allocation, client)
+        self.holders.add(client, allocation)
 
     def _let_go(self, allocation: Allocation, client: int) -> None:
         """After `client` may have ceased to be one; an allocation that nobody holds is released."""
-        if not allocation.is_known_to(client) and self.holders.discard(client, allocation):
-            self._table.write_holder(allocation, client)
-        if not (allocation.holders or allocation.claimers or allocation.handed_over):
+        self._table.write_holder(allocation, client)
+        if not allocation.is_known_to(client):
+            self.holders.discard(client, allocation)
+        if not allocation.is_held:
             self._release(allocation)
 
     def _gauge(self, index: int, at: int) -> int:
@@ -415,9 +458,7 @@ class Allocations:
             guests[place.first] = place.pages
             held[place.part.index] += place.pages * (not allocation.is_reservation)
             assert place.part.guests.get(place.first) == place.pages, "an allocation that its area does not know"
-            assert allocation.holders or allocation.claimers or allocation.handed_over, (
-                "an allocation that nobody holds"
-            )
+            assert allocation.is_held, "an allocation that nobody holds"
             assert allocation.name is None or self._by_name[allocation.name] is allocation, (
                 "a name that leads elsewhere"
             )

@@ -71,6 +71,16 @@ class Areas:
                     return place
         return None
 
+    def place_of(self, first: int, pages: int) -> Place | None:
+        """That range, taken for a guest; None: it is in no area, or not free."""
+        for area in self.by_name.values():
+            for part in area.parts:
+                if part.first <= first < part.end and pages and part.extents.is_free(first, pages):
+                    place = Place(area, part, first, pages)
+                    area.take(place)
+                    return place
+        return None
+
     def drain(self, name: str) -> None:
         """Takes an area out of service: no new guests, no cache. Who holds something there is not disturbed."""
         (area,) = self.of(name)

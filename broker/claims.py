@@ -7,9 +7,11 @@ own, taken from nobody, or from clients that are dead or have left.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from gcma_shm import layout
 from gcma_shm._core import Plane
-from gcma_shm.broker.table import Allocation
+from gcma_shm.broker.table import Allocation, Table
 from gcma_shm.errors import StaleHandle
 from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT, CLAIM_SHARED
 
@@ -17,8 +19,9 @@ from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT, CLAIM_SHARED
 class Claims:
     """The claims of one arena's reservations."""
 
-    def __init__(self, plane: Plane) -> None:
+    def __init__(self, plane: Plane, table: Table) -> None:
         self._plane = plane
+        self._table = table
         self._geometry = plane.geometry
 
     def is_claimed(self, index: int) -> bool:
@@ -50,6 +53,14 @@ class Claims:
         if word & CLAIM_SHARED and allocation.claim_generation != word >> CLAIM_GENERATION_SHIFT:
             allocation.claim_generation = word >> CLAIM_GENERATION_SHIFT
             allocation.claimers = {word & CLAIM_CLIENT}
+            # After the word became shared, and before anybody else's bit: a broker that takes over and finds no bits knows that
+            # whoever the word names has it alone.
+            self._table.write_claimers(allocation)
+
+    def share(self, allocation: Allocation, client: int) -> None:
+        """`client` has a part in the claim, which is shared already."""
+        allocation.claimers.add(client)
+        self._table.write_claimers(allocation)
 
     def join(self, allocation: Allocation, generation: int) -> None:
         """The claim of that generation is to be shared. Raises StaleHandle when it is over."""
@@ -70,11 +81,13 @@ class Claims:
             return
         allocation.claimers.discard(client)
         if allocation.claimers or any(one.claim == generation for one in allocation.handed_over.values()):
+            self._table.write_claimers(allocation)
             return
         allocation.claim_generation = 0
         word = self._word(allocation.index)
         shared = word >> CLAIM_GENERATION_SHIFT == generation and word & CLAIM_SHARED
         if shared and self._plane.seize(allocation.index, word):
+            self._table.write_claimers(allocation)  # not before it is ours: no bits mean something else, see `meet`
             self._lend(allocation)
 
     def end(self, allocation: Allocation, client: int) -> None:
@@ -102,6 +115,35 @@ class Claims:
             word = self._word(allocation.index)
             if word & CLAIM_CLIENT == layout.BROKER or self._plane.seize(allocation.index, word):
                 return
+
+    def restore(self, allocation: Allocation, clients: Container[int]) -> None:
+        """Finds who shares a claim that another broker knew of; `clients`: those there are."""
+        word = self._word(allocation.index)
+        sharing = self._table.claimers(allocation, clients) if word & CLAIM_SHARED else set()
+        if sharing:
+            allocation.claim_generation = word >> CLAIM_GENERATION_SHIFT
+            allocation.claimers = sharing - {layout.BROKER}
+            for one in allocation.handed_over.values():
+                one.claim = allocation.claim_generation if layout.BROKER in sharing else 0
+
+    def put_right(self, allocation: Allocation, clients: Container[int]) -> None:
+        """Makes the pages of a reservation what its claim word says, after the death of another broker."""
+        index, place = allocation.index, allocation.place
+        word = self._word(index)
+        client = word & CLAIM_CLIENT
+        if client == layout.NOBODY:
+            lends = place.area.lends
+            lent = self._plane.put_right(place.part.index, place.first, place.pages, lends, allocation.owner)
+            self._plane.count_lent(index, word, lent)
+        elif client == layout.BROKER:
+            # The dead one was lending it, or releasing it. Taken again, since a client may have seen that broker's end, and be
+            # about to take it from him: of the two one loses.
+            while word & CLAIM_CLIENT == layout.BROKER and not self._plane.seize(index, word):  # @recover.seize
+                word = self._word(index)
+            if word & CLAIM_CLIENT == layout.BROKER and allocation.is_held:
+                self._lend(allocation)
+        elif client not in clients:
+            self.end_own(allocation, client)
 
     def _lend(self, allocation: Allocation) -> None:
         """Ends the broker's own claim."""

@@ -18,6 +18,7 @@ from gcma_shm import layout
 from gcma_shm._core import Plane, scheduler_slice
 from gcma_shm.areas import LENT, SHARE_WHOLE, Area, AreaSpec
 from gcma_shm.broker.reclaim import ReclaimThread
+from gcma_shm.broker.recovery import forget_announcements
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.server import STOP_S, Server
 from gcma_shm.broker.service import Service
@@ -57,8 +58,10 @@ class Settings:
 def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> None:
     """Runs a broker until it is told to stop; `ready` is called with a description once it serves.
 
-    Raises ArenaError or ValueError when it cannot start, with nothing left behind. The endpoint's directory is removed
-    too when it is empty in the end and was made here.
+    Takes over what a broker on the same endpoint left when it was killed; its geometry and areas are what they were then.
+
+    Raises ArenaError or ValueError when it cannot start, with nothing left behind, and nothing removed of what it found. The
+    endpoint's directory is removed too when it is empty in the end and was made here.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _raise_descriptor_limit()
@@ -71,23 +74,39 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
         private_dir(path.parent)
         if made_dir:
             undo.callback(_remove_empty, path.parent)
-        arena = arenas.create(arena_name(settings.endpoint), geometry, areas)
-        undo.callback(arena.destroy)
-        undo.callback(
-            path.unlink, missing_ok=True
-        )  # the lock is ours, so a socket there is a dead broker's, and then ours
-        spill_dir = _make_spill_dir(settings)
-        undo.callback(shutil.rmtree, spill_dir, ignore_errors=True)
-        plane = Plane(arena.memory, geometry, layout.BROKER, os.fsencode(spill_dir))
-        _sign(plane, cast(Presence, arena.presence))
-        scheduler_slice(SLICE_S)  # of this thread, and of ZeroMQ's, which is started here
-        server = Server(settings.endpoint, geometry.page_size, stop)
-        undo.callback(server.close)
-        registry = TypeRegistry(plane, spill_dir)
-        service = Service(plane, arena, registry, str(spill_dir), server.answer, server.watch, settings.quota)
+        arena = arenas.acquire(arena_name(settings.endpoint), geometry, areas)
+        undo.callback(arena.let_go)
+        estate = undo.enter_context(contextlib.ExitStack())  # what is removed in the end
+        try:
+            estate.callback(arena.unlink)
+            estate.callback(
+                path.unlink, missing_ok=True
+            )  # the lock is ours, so a socket there is a dead broker's, or ours
+            spill_dir = _make_spill_dir(settings) if arena.fresh else _find_spill_dir(arena, settings)
+            estate.callback(shutil.rmtree, spill_dir, ignore_errors=True)
+            if not arena.fresh and arena.geometry != geometry:
+                log.warning(
+                    "taking over an arena of another size, or with other areas, than asked for; it stays as it is"
+                )
+            plane = Plane(arena.memory, arena.geometry, layout.BROKER, os.fsencode(spill_dir))
+            forget_announcements(plane)
+            _sign(plane, arena, spill_dir)
+            scheduler_slice(SLICE_S)  # of this thread, and of ZeroMQ's, which is started here
+            server = Server(settings.endpoint, arena.geometry.page_size, stop)
+            undo.callback(server.close)
+            registry = TypeRegistry(plane, spill_dir)
+            service = Service(
+                plane, arena, registry, str(spill_dir), server.answer, server.watch, settings.quota, arena.fresh
+            )
+            if not arena.fresh:
+                service.recover()
+        except BaseException:
+            if not arena.fresh:
+                estate.pop_all()  # left for whoever finds out what is wrong with it
+            raise
         reclaim = ReclaimThread(plane)
         try:
-            ready(describe(arena, settings.endpoint, spill_dir))
+            ready(describe(arena, settings.endpoint, spill_dir, plane.read(layout.EPOCH_AT)))
             log.info("stopping: %s", server.run(service, settings.owner_pidfd))
         finally:
             plane.write(layout.STOPPED_AT, 1)
@@ -102,13 +121,13 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path) -> str:
+def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path, epoch: int) -> str:
     """What an operator wants to know of a broker that has started."""
     geometry = arena.geometry
     slot_bytes = geometry.slots * layout.SLOT_BYTES
     tables = geometry.pages_at - slot_bytes
     rows = [
-        ("arena", f"{arena.name}, {format_size(geometry.size)}, epoch 1"),
+        ("arena", f"{arena.name}, {format_size(geometry.size)}, epoch {epoch}"),
         ("pages", f"{geometry.pages} of {format_size(geometry.page_size)}"),
         ("slots", f"{geometry.slots}, {format_size(slot_bytes)} ({slot_bytes / geometry.size:.2%} of the arena)"),
         (
@@ -138,11 +157,15 @@ def _describe_area(area: Area, page_size: int) -> str:
     return ", ".join(words)
 
 
-def _sign(plane: Plane, presence: Presence) -> None:
-    """Writes who serves the arena; the broker is a client too, of number 1, when it cleans, promotes and stores for
-    others. Its lock first: by that others tell whether it lives.
+def _sign(plane: Plane, arena: arenas.Arena, spill_dir: Path) -> None:
+    """Writes who serves the arena, and where its spill files are; the broker is a client too, of number 1, when it cleans, promotes
+    and stores for others. Its lock first: by that others tell whether it lives. The epoch last: an arena without one nobody
+    has served, and a broker that finds it makes a new one.
     """
-    presence.take(layout.BROKER)
+    cast(Presence, arena.presence).take(layout.BROKER)  # @recover.sign
+    arena.memory[layout.SPILL_DIR_AT : layout.HEADER_BYTES] = os.fsencode(spill_dir).ljust(
+        layout.SPILL_DIR_BYTES, b"\0"
+    )
     pid, start = os.getpid(), start_time(os.getpid()) or 0
     plane.write(layout.BROKER_PID_AT, pid)
     plane.write(layout.BROKER_START_AT, start)
@@ -154,14 +177,28 @@ def _make_spill_dir(settings: Settings) -> Path:
     """The arena's own directory, emptied: lives are numbered per arena, so no file of an earlier arena may be taken
     for one of this.
     """
-    if settings.spill_dir is None:
-        path = default_spill_dir(settings.endpoint)
-    else:
-        path = settings.spill_dir / arena_name(settings.endpoint).removeprefix("/")
+    path = _spill_path(settings)
     _refuse_memory(path)
     private_dir(path)
     shutil.rmtree(path)
-    return private_dir(path).resolve()
+    made = private_dir(path).resolve()
+    if len(os.fsencode(made)) >= layout.SPILL_DIR_BYTES:
+        raise ArenaError(f"the spill directory's path is longer than {layout.SPILL_DIR_BYTES - 1} bytes: {made}")
+    return made
+
+
+def _spill_path(settings: Settings) -> Path:
+    if settings.spill_dir is None:
+        return default_spill_dir(settings.endpoint)
+    return settings.spill_dir / arena_name(settings.endpoint).removeprefix("/")
+
+
+def _find_spill_dir(arena: arenas.Arena, settings: Settings) -> Path:
+    """Where the broker that was killed had its files: they stay there, whatever this one was told. Made anew when it has gone."""
+    path = arena.spill_dir()
+    if path != _spill_path(settings).resolve():
+        log.warning("the spill files of the arena that is taken over stay in %s", path)
+    return private_dir(path)
 
 
 def _refuse_memory(path: Path) -> None:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 from pathlib import Path
 
 from gcma_shm import layout
 from gcma_shm._core import Plane, Slots
 from gcma_shm.broker.extents import Extents
-from gcma_shm.errors import Closed, NoSuchType, SpillError
+from gcma_shm.errors import ArenaError, Closed, NoSuchType, SpillError
+
+log = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 3.0  # of a store by message; less than a client waits for its reply by default
 
@@ -58,6 +61,47 @@ class TypeRegistry:
         self._living[type_], self._base[type_] = living, base
         return living
 
+    def restore(self) -> None:
+        """Takes in the living types of an arena that another broker left, and finishes the end of the others.
+
+        A type whose file has gone is ended: what of it is in memory would be all that is left. Raises ArenaError when the table
+        contradicts itself.
+        """
+        for type_ in range(self._geometry.types_max):
+            at = self._geometry.type_at(type_)
+            life, base, slots = (
+                self._plane.read(at + offset)
+                for offset in (layout.TYPE_LIFE_AT, layout.TYPE_BASE_AT, layout.TYPE_SLOTS_AT)
+            )
+            if not life & 1:
+                continue
+            try:
+                self._extents.take(base, slots)
+            except ValueError:
+                raise ArenaError(
+                    f"the arena's table of types is damaged: type {type_} has slots {base} to {base + slots}, which are "
+                    "another's or none"
+                ) from None
+            try:
+                self._living[type_], self._base[type_] = self._plane.slots(type_, life, STORE_TIMEOUT_S), base
+            except SpillError as error:
+                log.error("type %d ends, and what was stored there is lost: its spill file: %s", type_, error)
+                self._close(type_, life, base, slots)
+        for base, slots in self._extents.ranges():
+            self._plane.close_words(base, slots)
+        self._remove_stray_files()
+
+    def _remove_stray_files(self) -> None:
+        """After the words of ended types are closed: until then a load may be reading there."""
+        living = {self._file(type_, slots.life) for type_, slots in self._living.items()}
+        for path in self._spill_dir.iterdir():
+            if path not in living:
+                self._remove_file(path)
+
+    def __len__(self) -> int:
+        """How many types live."""
+        return len(self._living)
+
     def end(self, type_: int, life: int) -> None:
         """Ends that life: every handle on it is refused, its file is gone. Raises Closed, NoSuchType."""
         slots = self.find(type_, life).slots
@@ -67,9 +111,12 @@ class TypeRegistry:
     def _close(self, type_: int, life: int, base: int, slots: int) -> None:
         self._plane.end_type(type_, base, slots)
         self._extents.give(base, slots)
+        self._remove_file(self._file(type_, life))
+
+    @staticmethod
+    def _remove_file(path: Path) -> None:
         # Emptied first: whoever still has it open must not keep the disk full. Its words are closed, so nobody reads
         # it.
-        path = self._file(type_, life)
         with contextlib.suppress(OSError):
             os.truncate(path, 0)
         with contextlib.suppress(OSError):

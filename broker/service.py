@@ -22,6 +22,7 @@ from gcma_shm.arena import Arena
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.areas import Areas
 from gcma_shm.broker.line import Line
+from gcma_shm.broker.recovery import recover
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.sessions import Client, Sessions
 from gcma_shm.broker.table import Allocation
@@ -72,6 +73,7 @@ class Service:
         answer: Answer,
         watch: Callable[[int], None] = lambda _: None,
         quota: int | None = None,
+        fresh: bool = True,
     ) -> None:
         self.plane = plane
         self._arena = arena
@@ -79,7 +81,7 @@ class Service:
         self._spill_dir = spill_dir
         self._epoch = plane.read(layout.EPOCH_AT)
         self._registry = registry
-        self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory)), quota)
+        self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory), fresh), quota)
         self.line = Line(self.allocations, plane.wake)
         self.sessions = Sessions(plane, self._inherit, watch, arena.presence)
         self.window = max(4, min(messages.WINDOW, WINDOW_BYTES // arena.geometry.page_size))
@@ -88,6 +90,7 @@ class Service:
         self._type_worker = Worker("types", jobs_max)
         self._sync_worker = Worker("sync", jobs_max)
         self._leaving: deque[int] = deque()  # numbers of clients that are gone, and still hold something
+        self._dropped: list[int] = []  # of those that hold nothing any more, to be buried together
         self._requests: Counter[str] = Counter()
         self._refusals: Counter[str] = Counter()
         self._control: dict[str, Callable[[Client, Request], dict[str, Any]]] = {
@@ -183,12 +186,19 @@ class Service:
         """A turn's share of the work that is left."""
         try:
             self._take_back()
+            self._bury_dropped()
             self.line.advance()
         except Exception:
             log.exception(
                 "serving the line, or freeing what a client left, failed; the line is tried again when more is freed"
             )
             self.line.rest()
+
+    def recover(self) -> None:
+        """Takes over what a broker that was killed left in the arena, before any request. Raises ArenaError."""
+        found = recover(self.plane, self._registry, self.allocations, self.sessions)
+        self._leaving.extend(found.burying)
+        self._bury(found.gone)
 
     def stop(self, timeout_s: float) -> None:
         """Ends all types, so that nobody goes on alone, and the workers."""
@@ -271,6 +281,7 @@ class Service:
             self.sessions.forget(client)
             self._leaving.append(client.number)
         self._take_back()
+        self._bury_dropped()
 
     @property
     def busy(self) -> bool:
@@ -287,10 +298,18 @@ class Service:
             self._leaving.appendleft(number)
             return
         self.allocations.holders.forget(number)
+        self._dropped.append(number)
+
+    def _bury_dropped(self) -> None:
+        """Once nobody is left that holds something: one pass over the tables for all."""
+        if self._leaving or not self._dropped:
+            return
+        dead, self._dropped = self._dropped, []
 
         def take_back() -> None:
-            self.plane.bury(number)
-            self.sessions.buried(number)
+            self.plane.bury(dead)
+            for one in dead:
+                self.sessions.buried(one)
 
         self._type_worker.submit(take_back, whatever_the_queue=True)
 
@@ -341,7 +360,7 @@ class Service:
         if number not in self.sessions.clients:
             raise ValueError(f"there is no client {number}")
         if "nbytes" in p:
-            self.allocations.holders.set_quota(number, p["nbytes"] or None)
+            self.allocations.set_quota(number, p["nbytes"] or None)
             log.info("client %d may hold %s", number, p["nbytes"] or "any number of bytes")
         quota = self.allocations.holders.quota_of(number)
         return {"client": number, "held": self.allocations.holders.held_bytes(number), "quota": quota or 0}

@@ -65,6 +65,23 @@ class Sessions:
         self._by_peer: dict[bytes, Client] = {}
         self.by_pidfd: dict[int, Client] = {}
 
+    def restore(self) -> list[int]:
+        """Takes in the clients that another broker left, but for forked children that it had not taken in yet; returns the numbers
+        of those that it was burying.
+        """
+        burying: list[int] = []
+        for record in self._records.used():
+            if record.state is State.DEAD:
+                burying.append(record.number)
+            elif record.state is State.TAKEN:
+                if record.parent == layout.BROKER:  # for a hello that was never answered
+                    self._records.free(record.number)
+            elif record.parent == layout.BROKER or record.has_inherited:
+                self.clients[record.number] = client = Client(record.number, 0, known_at=time.monotonic())
+                if record.state is State.ALIVE and record.pidns in (0, self._pidns):
+                    self._complete(client, record)
+        return burying
+
     def find(self, peer: bytes) -> Client | None:
         """Whose messages these are; None: a peer that has not said hello."""
         return self._by_peer.get(peer)

@@ -6,13 +6,18 @@ taken is found.
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
+from gcma_shm.broker.areas import Areas
 from gcma_shm.broker.room import Place
-from gcma_shm.errors import QuotaExceeded
+from gcma_shm.errors import ArenaError, QuotaExceeded
 from gcma_shm.layout import INDEX_BITS, KIND_BITS
+
+_KIND = (1 << KIND_BITS) - 1
 
 
 @dataclass
@@ -52,6 +57,11 @@ class Allocation:
     def is_reservation(self) -> bool:
         """Whether it is lent until it is claimed."""
         return self.kind == layout.RESERVATION
+
+    @property
+    def is_held(self) -> bool:
+        """Whether anybody, or a handle under way, has it."""
+        return bool(self.holders or self.claimers or self.handed_over)
 
     def is_known_to(self, client: int) -> bool:
         """Whether the client holds it, shares its claim, or has handed it over to somebody who has not come for it yet."""
@@ -104,8 +114,55 @@ class Table:
             self._plane.write(at + offset, value)
         if name is not None or self._plane.read(at + layout.ALLOCATION_NAME_AT):
             self._write_name(at + layout.ALLOCATION_NAME_AT, name or "")
+        allocation = Allocation(index, generation, kind, place, name)
+        if allocation.is_reservation:
+            self.write_claimers(allocation)
         self._plane.write(at + layout.ALLOCATION_STATE_AT, generation << KIND_BITS | kind)
-        return Allocation(index, generation, kind, place, name)
+        return allocation
+
+    def restore(self, areas: Areas, clients: Container[int]) -> list[Allocation]:
+        """The entries that another broker left in use, each with those of its holders that are among `clients`.
+
+        Raises ArenaError when an entry contradicts the areas, or another one.
+        """
+        restored: list[Allocation] = []
+        for index in reversed(self._free):
+            state = self._plane.read(self._geometry.allocation_at(index) + layout.ALLOCATION_STATE_AT)
+            if state & _KIND:
+                restored.append(self._read(index, state, areas, clients))
+        used = {allocation.index for allocation in restored}
+        self._free = [index for index in self._free if index not in used]
+        self._used = max(used, default=-1) + 1
+        self._plane.entries_used(self._used)
+        return restored
+
+    def _read(self, index: int, state: int, areas: Areas, clients: Container[int]) -> Allocation:
+        at = self._geometry.allocation_at(index)
+        first, pages, deadline = (
+            self._plane.read(at + offset)
+            for offset in (layout.ALLOCATION_FIRST_AT, layout.ALLOCATION_PAGES_AT, layout.ALLOCATION_DEADLINE_AT)
+        )
+        name_words = (self._plane.read(at + layout.ALLOCATION_NAME_AT + 8 * n) for n in range(layout.NAME_BYTES // 8))
+        name = b"".join(word.to_bytes(8, "little") for word in name_words).rstrip(b"\0").decode(errors="replace")
+        kind, place = state & _KIND, areas.place_of(first, pages)
+        if kind not in (layout.BUFFER, layout.RESERVATION) or place is None:
+            raise ArenaError(
+                f"the arena's table of buffers is damaged: entry {index} is of kind {kind} and has pages {first} to "
+                f"{first + pages}, which are in no area, or another's"
+            )
+        allocation = Allocation(index, state >> KIND_BITS, kind, place, name or None)
+        allocation.holders = {c for c in self._clients_in(self._geometry.holders_at, index) if c in clients}
+        if deadline:
+            allocation.handed_over[secrets.randbits(62) + 1] = HandOver(deadline / 1e9, 0, layout.NOBODY)
+        return allocation
+
+    def _clients_in(self, table_at: int, index: int) -> Iterator[int]:
+        size = self._geometry.holder_bytes
+        for word in range(size // 8):
+            bits = self._plane.read(table_at + index * size + 8 * word)
+            while bits:
+                yield 64 * word + (bits & -bits).bit_length() - 1
+                bits &= bits - 1
 
     def leave(self, allocation: Allocation) -> None:
         """The entry is free for another."""
@@ -115,9 +172,24 @@ class Table:
 
     def write_holder(self, allocation: Allocation, client: int) -> None:
         """Writes the word of the entry's holders that `client` has a bit in."""
+        self._write_bits(self._geometry.holders_at, allocation.index, allocation.holders, client)
+
+    def write_claimers(self, allocation: Allocation) -> None:
+        """Writes who shares the entry's claim; the broker's own bit stands for handles under way."""
+        handles = any(one.claim == allocation.claim_generation for one in allocation.handed_over.values())
+        sharing = allocation.claimers | ({layout.BROKER} if handles and allocation.claim_generation else set())
+        for client in range(0, self._geometry.clients_max + 1, 64):
+            self._write_bits(self._geometry.claimers_at, allocation.index, sharing, client)
+
+    def claimers(self, allocation: Allocation, clients: Container[int]) -> set[int]:
+        """Those that share its claim, as the table says, and are among `clients` or the broker."""
+        found = self._clients_in(self._geometry.claimers_at, allocation.index)
+        return {client for client in found if client in clients or client == layout.BROKER}
+
+    def _write_bits(self, table_at: int, index: int, clients: set[int], client: int) -> None:
         word = client // 64
-        bits = sum(1 << holder % 64 for holder in allocation.known_to() if holder // 64 == word)
-        self._plane.write(self._geometry.holders_at + allocation.index * self._geometry.holder_bytes + 8 * word, bits)
+        bits = sum(1 << one % 64 for one in clients if one // 64 == word)
+        self._plane.write(table_at + index * self._geometry.holder_bytes + 8 * word, bits)
 
     def write_deadline(self, allocation: Allocation) -> None:
         """Until when it may be held by handles alone, in nanoseconds of CLOCK_MONOTONIC."""

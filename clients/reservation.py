@@ -89,21 +89,37 @@ class Claims:
         if span is None:
             if word & CLAIM_CLIENT != layout.BROKER or not self._broker_has_ended():
                 return word & CLAIM_CLIENT
-            word = self._plane.seize(index, word)  # it died with the range in its hands
+            word = self._plane.seize(index, word, reservation.state)  # it died with the range in its hands
             if not word:
                 return layout.BROKER
-            span = self._plane.span(first, reservation.nbytes)
+            return self._seized(reservation, word)
         try:
-            generation = word >> CLAIM_GENERATION_SHIFT
-            # An array that outlives its Buffer keeps the memory; when nothing refers to that any more, it is lent again.
-            reference = weakref.ref(span, lambda _: self.end(number, generation))
-            self.live[number] = Claimed(reservation, word, reference)
+            noted = self._note(reservation, word, span)
             if not self._plane.claim_settled(first, pages, COPY_S):
                 self._settle(first, pages)
         except BaseException:
             self.live.pop(number, None)
             self._plane.yield_claim(index, word)  # nobody has written there
             raise
+        return noted
+
+    def _seized(self, reservation: Reservation, word: int) -> tuple[Span, int]:
+        """What the claim of a dead broker becomes. Nobody copies into the range any more, and whoever had it before may have
+        written there: so there is nothing to wait for, and the only way back is to lend it, with its sweep.
+        """
+        try:
+            span = self._plane.span(reservation.first, reservation.nbytes)
+            return self._note(reservation, word, span)
+        except BaseException:
+            self.live.pop(reservation.number, None)
+            self._plane.unclaim(reservation.index, word, reservation.first, reservation.pages)
+            raise
+
+    def _note(self, reservation: Reservation, word: int, span: Span) -> tuple[Span, int]:
+        number, generation = reservation.number, word >> CLAIM_GENERATION_SHIFT
+        # An array that outlives its Buffer keeps the memory; when nothing refers to that any more, it is lent again.
+        reference = weakref.ref(span, lambda _: self.end(number, generation))
+        self.live[number] = Claimed(reservation, word, reference)
         return span, generation
 
     def end(self, number: int, generation: int, tell: Tell | None = None) -> None:

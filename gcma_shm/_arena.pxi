@@ -83,6 +83,7 @@ cdef enum:
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
     AREAS_MAX = 64
     YIELD = 79              # the step of a bounded wait that gives the processor to another thread, and sleeps not yet
+    CLIENT_WORDS = 64       # of a set of client numbers, 0 to 4095
     LENT_BLOCK = 64         # pages of which the broker counts together how many hold cache
 
 # Counters of one client, in its record; `COUNTERS` names them in this order. The first HOT of them are counted up by

@@ -51,6 +51,7 @@ include "_nursery.pxi"
 include "_slots.pxi"
 include "_claim.pxi"
 include "_sweep.pxi"
+include "_recover.pxi"
 
 # The tables have a size in layout.py and a shape here.
 assert sizeof(TypeEntry) == layout.TYPE_BYTES
@@ -328,11 +329,20 @@ cdef class Plane:
             settled = claim_settled(self.a, first, pages, deadline)
         return settled
 
-    def seize(self, uint64_t index, uint64_t claim):
-        """Takes over exactly the claim word `claim`, whose holder is dead, or nobody: our claim word; 0: it has changed."""
+    def seize(self, uint64_t index, uint64_t claim, uint64_t state=0):
+        """Takes over exactly the claim word `claim`, whose holder is dead, or nobody: our claim word; 0: it has changed.
+
+        `state`: the entry's, when a client does this. Raises StaleHandle when the entry is another by now.
+        """
         cdef uint64_t seized
         self.entry(index, self.a.nursery, 1)
-        return seized if seize_claim(self.a, index, claim, &seized) else 0
+        if not seize_claim(self.a, index, claim, &seized):
+            return 0
+        # After the CAS: a release that is not over by this look has to take the claim from us first. One that is over may have
+        # rented the range to somebody else; then the word is of no entry in use, and is left as it is.
+        if state and load_acquire(&self.a.allocations[index].state) != state:
+            raise StaleHandle("this reservation was released")
+        return seized
 
     def unclaim(self, uint64_t index, uint64_t claim, uint64_t first, uint64_t pages):
         """Lends our claimed range again; False: it is shared, or not ours any more: the broker has to be told."""
@@ -399,10 +409,40 @@ cdef class Plane:
                 clean_tickets(self.a, ticket, n)
                 ticket += n
 
-    def bury(self, uint64_t number):
-        """Takes back the nursery grants and the writer's claims of a client that is dead or has said goodbye."""
+    def bury(self, numbers):
+        """Takes back the nursery grants and the writer's claims of clients that are dead or have said goodbye: one pass for all."""
+        cdef uint64_t dead[CLIENT_WORDS]
+        cdef uint64_t number
+        memset(dead, 0, sizeof(dead))
+        for number in numbers:
+            if not 1 <= number <= <uint64_t>self.geometry.clients_max:
+                raise IndexError(f"no client {number}")
+            dead[number // 64] |= 1ull << (number % 64)
         with nogil:
-            bury(self.a, number)
+            bury(self.a, dead)
+
+    # --- after the death of another broker
+
+    def close_words(self, uint64_t first, uint64_t slots):
+        """Closes these words of the slot table, which no living type has."""
+        self.type_entry(0, first, slots)
+        with nogil:
+            close_words(self.a, first, slots)
+
+    def put_right(self, int area, uint64_t first, uint64_t pages, bint lent, uint64_t owner=0):
+        """Makes the range a buffer's, or lent (with what it holds in place), where it is not; returns how many of its pages hold
+        cache. `owner`: its entry's number, counted from 1.
+        """
+        cdef AreaEntry *entry = self.area(area, first, pages)
+        cdef uint64_t found
+        with nogil:
+            found = put_right(self.a, entry, first, pages, FREE if lent else BUFFER, owner)
+        return found
+
+    def count_lent(self, uint64_t index, uint64_t claim, uint64_t lent):
+        """Writes how many pages of a lent reservation hold cache, counted while its claim word was `claim`."""
+        self.entry(index, self.a.nursery, 1)
+        count_lent(self.a, index, claim, lent)
 
     cdef TypeEntry *type_entry(self, uint64_t type_, uint64_t base, uint64_t slots) except NULL:
         if type_ >= <uint64_t>layout.TYPES_MAX:

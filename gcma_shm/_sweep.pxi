@@ -281,14 +281,18 @@ cdef uint64_t set_range(
     return discards
 
 
-cdef void bury(Arena *a, uint64_t number) noexcept nogil:
-    """Takes back what a dead client was granted and the claims in its name. Its number may be used again afterwards,
+cdef inline bint is_among(const uint64_t *numbers, uint64_t number) noexcept nogil:
+    return number < 64 * CLIENT_WORDS and (numbers[number // 64] >> (number % 64)) & 1
+
+
+cdef void bury(Arena *a, const uint64_t *dead) noexcept nogil:
+    """Takes back what dead clients were granted and the claims in their names. Their numbers may be used again afterwards,
     not before.
     """
     cdef uint64_t page, life, key, word, i, side
     for page in range(a.nursery):                                         # @death.grants
         life = load_acquire(&a.life[page])
-        if life_state(life) != GRANTED or life_owner(life) != number:
+        if life_state(life) != GRANTED or not is_among(dead, life_owner(life)):
             continue
         # Killed before it wrote the key? Then the old key's word had left this page before it was granted, and does
         # not name it.
@@ -297,7 +301,7 @@ cdef void bury(Arena *a, uint64_t number) noexcept nogil:
         cas(&a.life[page], life, published(life) if names(word, page) else next_life(life, FREE, 0))
     for i in range(a.slots_count):
         side = load_acquire(&a.slots[i].side)
-        if side >> 52 == number:
+        if side >> 52 and is_among(dead, side >> 52):
             # Writes are synchronous, so none is under way any more. The word is DIRTY still, or the checksum in place.
             cas(&a.slots[i].side, side, side & CRC)                       # @death.writer
 

@@ -28,6 +28,7 @@ from gcma_shm.sizes import format_size
 SHM_DIR = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory, see shm_overview(7)
 MADV_POPULATE_WRITE = 23  # since Linux 5.14; mmap has no name for it
 MODE = 0o600
+ROUNDS_MAX = 8  # each round lost means that another broker came or went just now
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Arena:
     areas: list[Area]
     arena_id: bytes
     presence: Presence | None = None
+    fresh: bool = True  # False: another broker has served it
 
     def prefault(self) -> bool:
         """Fills this process's page table for the whole arena, so that no page costs a fault later; False where the
@@ -53,19 +55,60 @@ class Arena:
             return False
         return True
 
-    def destroy(self) -> None:
-        """Unlinks the object and lets go of the lock. What processes have mapped stays mapped."""
+    def spill_dir(self) -> Path:
+        """Where the spill files of an arena are that a broker has served. Raises ArenaError when that cannot be read."""
+        found = self.memory[layout.SPILL_DIR_AT : layout.HEADER_BYTES].partition(b"\0")[0]
+        if not found.startswith(b"/"):
+            raise ArenaError(f"the header of {self.name} is damaged: it does not say where the spill files are")
+        return Path(os.fsdecode(found))
+
+    def unlink(self) -> None:
+        """Takes the object's name away. What processes have mapped stays mapped."""
         posix_ipc.unlink_shared_memory(self.name)
+
+    def let_go(self) -> None:
+        """Gives up the lock."""
         if self.presence is not None:
             self.presence.close()
 
+    def destroy(self) -> None:
+        """Unlinks the object and lets go of the lock."""
+        self.unlink()
+        self.let_go()
+
+
+def acquire(name: str, geometry: Geometry, areas: list[Area]) -> Arena:
+    """The arena of that name, locked by this process: what a broker that was killed has left, or a new one.
+
+    What was left has the geometry and areas that it had. It is replaced only where nobody can be using it: its broker was killed
+    before it had served, or while it was removing it. Raises ArenaError when another broker has the name, when what is there is
+    no arena of this version or damaged (it is left as it is), or there is too little shared memory.
+    """
+    for _ in range(ROUNDS_MAX):
+        fd = _lock_new(name)
+        if fd is not None:
+            return _make(name, fd, geometry, areas)
+        left = _lock_left(name)
+        if left is not None:
+            return left
+    raise ArenaError(errno.EBUSY, f"other brokers are starting and stopping on the arena {name}; try again")
+
 
 def create(name: str, geometry: Geometry, areas: list[Area]) -> Arena:
-    """A new arena, all memory committed, locked by this process. Leaves nothing behind when it fails.
+    """A new arena, all memory committed, locked by this process; what a dead broker left is removed first. Leaves nothing behind
+    when it fails.
 
     Raises ArenaError when another broker has the name, or there is too little shared memory.
     """
-    fd = _lock_new(name)
+    for _ in range(ROUNDS_MAX):
+        fd = _lock_new(name)
+        if fd is not None:
+            return _make(name, fd, geometry, areas)
+        remove_dead(name)
+    raise ArenaError(errno.EBUSY, f"other brokers are starting and stopping on the arena {name}; try again")
+
+
+def _make(name: str, fd: int, geometry: Geometry, areas: list[Area]) -> Arena:
     try:
         memory = _commit(fd, geometry.size)
         arena_id = secrets.token_bytes(16)
@@ -111,51 +154,88 @@ def _map(name: str, fd: int) -> Arena:
     return Arena(name, memory, geometry, areas, found_id)
 
 
-def _lock_new(name: str) -> int:
-    """A new, empty object under `name`, locked; the rest of an earlier broker that is dead is removed first."""
-    for _ in range(8):  # each round lost means that another broker came or went just now
-        try:
-            made = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=MODE)
-        except posix_ipc.ExistentialError:
-            remove_dead(name)
-            continue
-        except posix_ipc.PermissionsError:
-            raise ArenaError(errno.EACCES, f"the arena {name} cannot be made in {SHM_DIR}: permission denied") from None
-        if _try_lock(made.fd) and _is_named(made.fd, name):
-            os.set_inheritable(made.fd, False)
-            return int(made.fd)
-        made.close_fd()
-    raise ArenaError(errno.EBUSY, f"other brokers are starting and stopping on the arena {name}; try again")
+def _lock_new(name: str) -> int | None:
+    """A new, empty object under `name`, locked; None: there is one, or another broker was quicker."""
+    try:
+        made = posix_ipc.SharedMemory(name, posix_ipc.O_CREX, mode=MODE)
+    except posix_ipc.ExistentialError:
+        return None
+    except posix_ipc.PermissionsError:
+        raise ArenaError(errno.EACCES, f"the arena {name} cannot be made in {SHM_DIR}: permission denied") from None
+    if _try_lock(made.fd) and _is_named(made.fd, name):
+        os.set_inheritable(made.fd, False)
+        return int(made.fd)
+    made.close_fd()
+    return None
+
+
+def _open_dead(name: str) -> int | None:
+    """The object under `name`, locked; None: there is none, or another one by now. Raises ArenaError: a broker has its lock."""
+    try:
+        old = posix_ipc.SharedMemory(name)
+    except posix_ipc.ExistentialError:
+        return None
+    except posix_ipc.PermissionsError:
+        raise ArenaError(errno.EACCES, f"there is an arena {name} that belongs to another user") from None
+    if not _try_lock(old.fd):
+        old.close_fd()
+        raise ArenaError(errno.EBUSY, f"another broker serves the arena {name}; stop it first, or use another endpoint")
+    if not _is_named(old.fd, name):
+        old.close_fd()
+        return None
+    os.set_inheritable(old.fd, False)
+    return int(old.fd)
+
+
+def _lock_left(name: str) -> Arena | None:
+    """What a killed broker left, locked; None: it was nothing to go on with, and is removed, or has gone meanwhile."""
+    fd = _open_dead(name)
+    if fd is None:
+        return None
+    try:
+        left = None
+        if _was_served(fd):
+            left = _map(name, fd)
+            if int.from_bytes(left.memory[layout.STOPPED_AT : layout.STOPPED_AT + 8], "little"):
+                _end_lives(left)
+                left = None
+        if left is None:
+            posix_ipc.unlink_shared_memory(name)
+            os.close(fd)
+            return None
+    except BaseException:
+        os.close(fd)
+        raise
+    left.presence, left.fresh = Presence(fd, left.geometry), False
+    return left
+
+
+def _was_served(fd: int) -> bool:
+    """Whether a broker came so far that clients may have mapped it: the magic is the last of the header, the epoch comes after
+    all else.
+    """
+    head = os.pread(fd, layout.EPOCH_AT + 8, 0)
+    whole = head[:8] == layout.MAGIC and len(head) == layout.EPOCH_AT + 8
+    return any(head[layout.EPOCH_AT :]) if whole else any(head[:8])
 
 
 def remove_dead(name: str) -> None:
     """Unlinks the arena `name` if no broker holds its lock; ends the lives of its types first, so that no client goes
-    on alone in it.
+    on alone in it. Raises ArenaError when a broker holds it.
     """
-    try:
-        old = posix_ipc.SharedMemory(name)
-    except posix_ipc.ExistentialError:
+    fd = _open_dead(name)
+    if fd is None:
         return
-    except posix_ipc.PermissionsError:
-        raise ArenaError(errno.EACCES, f"there is an arena {name} that belongs to another user") from None
     try:
-        if not _try_lock(old.fd):
-            raise ArenaError(
-                errno.EBUSY, f"another broker serves the arena {name}; stop it first, or use another endpoint"
-            )
-        if _is_named(old.fd, name):
-            _end_lives(name, old.fd)
-            posix_ipc.unlink_shared_memory(name)
+        with contextlib.suppress(ArenaError):  # whatever it was, no client runs on it
+            _end_lives(_map(name, fd))
+        posix_ipc.unlink_shared_memory(name)
     finally:
-        old.close_fd()
+        os.close(fd)
 
 
-def _end_lives(name: str, fd: int) -> None:
-    try:
-        arena = _map(name, fd)
-    except ArenaError:
-        return  # whatever it was, no client runs on it
-    words = memoryview(arena.memory).cast("Q")
+def _end_lives(arena: Arena) -> None:
+    words = memoryview(arena.memory)[: arena.geometry.pages_at // 8 * 8].cast("Q")
     for type_ in range(arena.geometry.types_max):
         at = (arena.geometry.type_at(type_) + layout.TYPE_LIFE_AT) // 8
         words[at] += words[at] & 1

@@ -647,14 +647,14 @@ def test_bury_takes_back_grants_and_claims_of_the_dead_alone(bare: Bare) -> None
     plane.write(g.life_at + 8 * theirs, 1 << 62 | 4 << 46 | 9)  # another client's
     plane.write(g.slots_at + 16 * 7 + 8, 3 << 52 | 11 << 32 | 0xABCD)
     plane.write(g.slots_at + 16 * 8 + 8, 4 << 52 | 11 << 32 | 0xABCD)
-    plane.bury(3)
+    plane.bury([3])
     assert plane.read(g.life_at + 8 * page) >> 62 == 2
     assert plane.read(g.life_at + 8 * empty) == 10
     assert plane.read(g.life_at + 8 * theirs) == 1 << 62 | 4 << 46 | 9
     assert plane.read(g.slots_at + 16 * 7 + 8) == 0xABCD
     assert plane.read(g.slots_at + 16 * 8 + 8) == 4 << 52 | 11 << 32 | 0xABCD
     assert swap.load(5) == b"a" * 4096
-    plane.bury(4)
+    plane.bury([4])
     swap.sync()
     check_at_rest(bare.arena.name, bare.spill_dir)
 
@@ -675,7 +675,7 @@ def test_a_claim_that_nobody_gives_back_bounds_the_store(bare: Bare) -> None:
     with pytest.raises(SlotBusy):
         swap.sync(0)
     assert counts(bare)["refused_slot_busy"] == 3
-    plane.bury(3)
+    plane.bury([3])
     swap.sync(0)
     assert [swap.load(n) for n in range(1, 5)] == [b"b" * 4096] * 4
     check_at_rest(bare.arena.name, bare.spill_dir)
@@ -719,7 +719,7 @@ def _survives(word: int, side: int, life: int, key: int, spill_dir: Path) -> Non
         else:
             assert found is None or len(found) == 4096
         plane.sweep(0)
-        plane.bury(7)
+        plane.bury([7])
     plane.write(g.slots_at + 8, 0)
     plane.write(g.slots_at, 0)
     swap.store(0, b"a" * 4096)

@@ -1,0 +1,51 @@
+# What a new broker puts right in the tables of one that was killed, before any thread of its own runs. Clients go on meanwhile:
+# they store, load, clean, claim and lend. Each step may be cut off by another death, and is done again by the next broker.
+
+
+cdef void close_words(Arena *a, uint64_t first, uint64_t n) noexcept nogil:
+    """Closes words that belong to no living type: the dead broker may have ended a life and closed only some of them.
+
+    A page that stayed dirty under an ended life could never be cleaned nor freed. EMPTY words, too: a client that read its type's
+    life before that ended may be about to swing one, and must lose. A word of version 0 no life ever had.
+    """
+    cdef uint64_t i, word
+    for i in range(first, first + n):
+        while True:
+            word = load_acquire(&a.slots[i].word)
+            if word == 0 or state_of(word) == CLOSED or cas(&a.slots[i].word, word, next_word(word, CLOSED, 0)):  # @recover.words
+                break
+
+
+cdef uint64_t put_right(Arena *a, AreaEntry *area, uint64_t first, uint64_t n, uint64_t state, uint64_t owner) noexcept nogil:
+    """Makes the range what its entry says, `state` under `owner`, where it is not that already, and returns how many of its pages
+    hold cache. Cache stays where it may be.
+
+    Nobody but the broker changes the lives of a buffer's pages, or of pages that no guest has. Those of a reservation that is
+    lent may be claimed at any moment, and lent again: but all that can be wrong there is one page GRANTED to the dead broker's
+    copy, and the claimer's sweep would store the same FREE in the same sequence. So the CAS may come before the claim or after it,
+    or lose.
+    """
+    cdef uint64_t page, life, now, lent = 0
+    cdef uint64_t *claim = claim_of(a, owner) if state == FREE else NULL
+    for page in range(first, first + n):
+        if claim != NULL and load_acquire(claim) & CLAIM_CLIENT:
+            return 0  # the claimer's, from here on; when it is lent again it holds no cache
+        life = load_acquire(&a.life[page])
+        now = life_state(life)
+        if life_owner(life) != owner or (now != BUFFER if state == BUFFER else now == BUFFER or now == GRANTED):
+            cas(&a.life[page], life, next_life(life, state, owner))       # @recover.range
+        elif now == PUBLISHED:
+            lent += 1
+            if owner == 0:
+                note_lent(a, area, page, life, 1)
+    return lent
+
+
+cdef void count_lent(Arena *a, uint64_t index, uint64_t claim, uint64_t lent) noexcept nogil:
+    """Writes a lent reservation's gauge, as counted while its claim word was `claim`. Should it have been claimed since, none of
+    its pages holds cache: no broker fills them yet.
+    """
+    store_release(&a.allocations[index].lent, lent)
+    fence_full()
+    if load_acquire(&a.allocations[index].claim) != claim:
+        store_release(&a.allocations[index].lent, 0)
