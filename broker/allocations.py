@@ -412,11 +412,13 @@ class Allocations:
         place, part = allocation.place, allocation.place.part
         if allocation.is_reservation:
             self.claims.seize(allocation)  # and kept until the entry is used again
+        # The entry before the lives: should we die in between, a client that takes the claim from us finds, while the entry is
+        # still its reservation, that the range's pages are still its entry's, too.
+        self._table.leave(allocation)
         place.area.offer(part, place.first, place.pages)
         if allocation.kind == BUFFER:
             self._add_held(place, -place.pages)
         place.area.give(place)
-        self._table.leave(allocation)
         del self._by_number[allocation.number]
         self._reservations.discard(allocation)
         if allocation.name is not None:

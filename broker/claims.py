@@ -131,19 +131,22 @@ class Claims:
         index, place = allocation.index, allocation.place
         word = self._word(index)
         client = word & CLAIM_CLIENT
-        if client == layout.NOBODY:
-            lends = place.area.lends
-            lent = self._plane.put_right(place.part.index, place.first, place.pages, lends, allocation.owner)
-            self._plane.count_lent(index, word, lent)
-        elif client == layout.BROKER:
+        if client != layout.BROKER:
+            # What is claimed as well: its claimer may be waiting for the copy of a page that never goes on, and give up.
+            claimed = client != layout.NOBODY
+            lent = self._plane.put_right(
+                place.part.index, place.first, place.pages, place.area.lends, allocation.owner, claimed
+            )
+            self._plane.count_lent(index, word, 0 if claimed else lent)
+            if claimed and client not in clients:
+                self.end_own(allocation, client)
+        else:
             # The dead one was lending it, or releasing it. Taken again, since a client may have seen that broker's end, and be
             # about to take it from him: of the two one loses.
             while word & CLAIM_CLIENT == layout.BROKER and not self._plane.seize(index, word):  # @recover.seize
                 word = self._word(index)
             if word & CLAIM_CLIENT == layout.BROKER and allocation.is_held:
                 self._lend(allocation)
-        elif client not in clients:
-            self.end_own(allocation, client)
 
     def _lend(self, allocation: Allocation) -> None:
         """Ends the broker's own claim."""

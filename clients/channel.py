@@ -1,5 +1,11 @@
 """Requests to the broker: one DEALER socket, one reply for each request, every wait bounded.
 
+A broker may be killed and another take over. The new one does not know this socket, answers HelloNeeded, and is introduced to
+us. A request that the old one took with it is answered by nobody; while we wait, we ask now and then (`ping`) whether we are
+known still. If not, the request may have been served or not. What may be done twice is sent again, after the hello, by which the
+new broker takes back what we know nothing of; a page that was stored or invalidated may not, since somebody else may have
+stored another one since.
+
 Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket of
 its own.
 """
@@ -24,6 +30,10 @@ from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
 SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
+PROBE_S = 0.1  # between two questions whether we are known still
+ONCE = {"store", "invalidate_page", "invalidate_area"}  # not to be done twice
+HELLO_NEEDED = "HelloNeeded"
+LOST = "Lost"  # stands for the reply to a request that a broker took with it
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
 
 
@@ -90,7 +100,7 @@ class Channel:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a broker that is not there
         self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self._socket.setsockopt(zmq.RCVTIMEO, max(int(self.timeout * 1000), 1))
+        self._socket.setsockopt(zmq.RCVTIMEO, max(int(min(self.timeout, PROBE_S) * 1000), 1))
         self._socket.connect(self.endpoint)
         # Not left to the collector, which may take the context first, and that waits for its sockets.
         self._goodbye = weakref.finalize(self, _say_goodbye, self._socket, self._context)
@@ -145,9 +155,9 @@ class Channel:
         if self.closed:
             raise Closed("this client is closed")
         deadline = time.monotonic() + self.timeout + patience
-        if not self._greeted:
-            self._hello(deadline + self._wait_for_broker)
         self._take_late_replies()
+        if not self._greeted:
+            self._hello(deadline)
         self._flush(deadline)
         sent: deque[Request] = deque()
         source = iter(wanted)
@@ -163,8 +173,11 @@ class Channel:
             if not sent:
                 return
             reply = self._receive(sent[0], deadline)
-            if reply.status == "HelloNeeded":  # the broker does not know this socket (any more)
-                self._hello(deadline + self._wait_for_broker)
+            if reply.status in (HELLO_NEEDED, LOST):  # the broker does not know this socket (any more)
+                self._hello(deadline)
+                if reply.status == LOST and any(request.operation in ONCE for request in sent):
+                    yield from (self._lost(request) for request in sent)
+                    return
                 for request in sent:
                     self._send(request, deadline)
                 continue
@@ -192,8 +205,8 @@ class Channel:
                 self._take_late_replies()
                 last = self._flush(deadline)
                 reply = self._receive(last, deadline) if last is not None else None
-                if reply is not None and reply.status == "HelloNeeded":
-                    self._greeted = False  # what the next hello does not list is freed by that
+                if reply is not None and reply.status in (HELLO_NEEDED, LOST):
+                    self._hello(deadline)  # what it does not list is freed by that
             self._drain()
 
     def give_up(self, number: int, claim: int, hold: Hold | None) -> None:
@@ -264,6 +277,7 @@ class Channel:
             self._context.term()
 
     def _hello(self, deadline: float) -> None:
+        self._greeted = False
         if not self._path.exists() and self._wait_for_broker <= 0:
             raise BrokerUnavailable(
                 f"no broker listens on {self.endpoint}: start one with `gcma broker --endpoint {self.endpoint} --size …`, "
@@ -273,6 +287,9 @@ class Channel:
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
         reply = self._receive(request, deadline)
+        while reply.status == LOST:  # one broker after the other
+            self._send(request, deadline)
+            reply = self._receive(request, deadline)
         if reply.status != "ok":
             raise messages.reply_error(reply)
         self.greeting = reply.results
@@ -292,23 +309,37 @@ class Channel:
                 self._socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
                 return
             except zmq.Again:  # not connected, or the broker is far behind
-                left_ms = int((deadline - time.monotonic()) * 1000)
+                left_ms = int((deadline + self._wait_for_broker - time.monotonic()) * 1000)
                 if left_ms <= 0 or not self._socket.poll(left_ms, zmq.POLLOUT):
                     raise self._unavailable(request) from None
 
     def _receive(self, request: Request, deadline: float) -> Reply:
+        """The reply; one of status LOST when there will be none, since its broker has gone and another is there."""
         while True:
             try:
-                frames = self._socket.recv_multipart()  # for `timeout` at the most
+                frames = self._socket.recv_multipart()  # for PROBE_S at the most
             except zmq.Again:
-                if time.monotonic() >= deadline:
-                    self._late += 1
-                    raise self._unavailable(request) from None
+                self._check_time(request, deadline)
                 continue
             reply = messages.decode_reply(frames)
             if reply.number == request.number:
                 return reply
             self._take_late(reply)
+            # Requests are read in order: to one that was sent after ours, ours was lost, or answered, before.
+            if reply.status == HELLO_NEEDED and reply.number > request.number:
+                return Reply(request.number, LOST, {})
+
+    def _check_time(self, request: Request, deadline: float) -> None:
+        """While a reply does not come: raises BrokerUnavailable when it is time, else asks whether we are known still."""
+        now, connected = time.monotonic(), self._socket.poll(0, zmq.POLLOUT)
+        if now >= deadline and (connected or now >= deadline + self._wait_for_broker):
+            self._late += 1
+            raise self._unavailable(request)
+        if connected:
+            with contextlib.suppress(zmq.Again):
+                probe = self._make("ping", {}, ())
+                self._socket.send_multipart(messages.encode_request(probe), zmq.NOBLOCK)
+                self._late += 1
 
     def _take_late_replies(self) -> None:
         """Before the next request: a buffer in a reply that came too late must not stand in its way."""
@@ -320,8 +351,16 @@ class Channel:
 
     def _take_late(self, reply: Reply) -> None:
         self._late = max(self._late - 1, 0)
+        if reply.status == HELLO_NEEDED:
+            self._greeted = False
         if reply.status == "ok" and "buffer" in reply.results:
             self._given_up.append((int(reply.results["buffer"]), int(reply.results.get("claim", 0)), None))
+
+    def _lost(self, request: Request) -> BrokerUnavailable:
+        return BrokerUnavailable(
+            f"the broker on {self.endpoint} has ended, and another has taken over, during {request.operation}: it may have been done, "
+            "or not"
+        )
 
     def _unavailable(self, request: Request) -> BrokerUnavailable:
         return BrokerUnavailable(

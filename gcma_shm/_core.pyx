@@ -429,14 +429,15 @@ cdef class Plane:
         with nogil:
             close_words(self.a, first, slots)
 
-    def put_right(self, int area, uint64_t first, uint64_t pages, bint lent, uint64_t owner=0):
+    def put_right(self, int area, uint64_t first, uint64_t pages, bint lent, uint64_t owner=0, bint claimed=False):
         """Makes the range a buffer's, or lent (with what it holds in place), where it is not; returns how many of its pages hold
-        cache. `owner`: its entry's number, counted from 1.
+        cache. `owner`: its entry's number, counted from 1. `claimed`: a reservation's, and the claimer's to change, but for the
+        page that a dead broker was copying into.
         """
         cdef AreaEntry *entry = self.area(area, first, pages)
         cdef uint64_t found
         with nogil:
-            found = put_right(self.a, entry, first, pages, FREE if lent else BUFFER, owner)
+            found = put_right(self.a, entry, first, pages, FREE if lent else BUFFER, owner, claimed)
         return found
 
     def count_lent(self, uint64_t index, uint64_t claim, uint64_t lent):

@@ -16,28 +16,27 @@ cdef void close_words(Arena *a, uint64_t first, uint64_t n) noexcept nogil:
                 break
 
 
-cdef uint64_t put_right(Arena *a, AreaEntry *area, uint64_t first, uint64_t n, uint64_t state, uint64_t owner) noexcept nogil:
+cdef uint64_t put_right(
+    Arena *a, AreaEntry *area, uint64_t first, uint64_t n, uint64_t state, uint64_t owner, bint claimed
+) noexcept nogil:
     """Makes the range what its entry says, `state` under `owner`, where it is not that already, and returns how many of its pages
     hold cache. Cache stays where it may be.
 
-    Nobody but the broker changes the lives of a buffer's pages, or of pages that no guest has. Those of a reservation that is
-    lent may be claimed at any moment, and lent again: but all that can be wrong there is one page GRANTED to the dead broker's
-    copy, and the claimer's sweep would store the same FREE in the same sequence. So the CAS may come before the claim or after it,
-    or lose.
+    Nobody but the broker changes the lives of a buffer's pages, or of pages that no guest has. Those of a reservation may be
+    claimed at any moment, and lent again, or given up without a sweep. All that can be wrong there is one page GRANTED to the dead
+    broker's copy. It is put right whoever has the claim, and else nothing of a range that is `claimed`. A claimer's sweep stores the same FREE in the same sequence, or has passed
+    over it, and the CAS loses.
     """
     cdef uint64_t page, life, now, lent = 0
-    cdef uint64_t *claim = claim_of(a, owner) if state == FREE else NULL
     for page in range(first, first + n):
-        if claim != NULL and load_acquire(claim) & CLAIM_CLIENT:
-            return 0  # the claimer's, from here on; when it is lent again it holds no cache
         life = load_acquire(&a.life[page])
         now = life_state(life)
-        if life_owner(life) != owner or (now != BUFFER if state == BUFFER else now == BUFFER or now == GRANTED):
-            cas(&a.life[page], life, next_life(life, state, owner))       # @recover.range
-        elif now == PUBLISHED:
+        if now == PUBLISHED and state == FREE and life_owner(life) == owner:
             lent += 1
             if owner == 0:
                 note_lent(a, area, page, life, 1)
+        elif now == GRANTED or not (claimed or (now == state and life_owner(life) == owner)):
+            cas(&a.life[page], life, next_life(life, state, owner))       # @recover.range
     return lent
 
 

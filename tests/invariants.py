@@ -52,6 +52,7 @@ class Guest:
     deadline: int
     lent: int
     holders: frozenset[int]
+    claimers: frozenset[int]  # that share its claim; the broker stands for handles under way
 
     @property
     def is_claimed(self) -> bool:
@@ -95,9 +96,12 @@ class Snapshot:
         (lent,) = self._words(g.allocations_at + 128 * index + 0x70, 1)
         if not state & 0xFF:
             return None
-        words = self._words(g.holders_at + index * g.holder_bytes, g.holder_bytes // 8)
-        holders = frozenset(64 * n + bit for n, word in enumerate(words) for bit in range(64) if word >> bit & 1)
-        return Guest(number, state & 0xFF, first, first + pages, area, claim, deadline, lent, holders)
+        holders, claimers = (self._clients(at + index * g.holder_bytes) for at in (g.holders_at, g.claimers_at))
+        return Guest(number, state & 0xFF, first, first + pages, area, claim, deadline, lent, holders, claimers)
+
+    def _clients(self, at: int) -> frozenset[int]:
+        words = self._words(at, self.geometry.holder_bytes // 8)
+        return frozenset(64 * n + bit for n, word in enumerate(words) for bit in range(64) if word >> bit & 1)
 
     def owners(self) -> list[int | None]:
         """The living type of each slot."""
@@ -196,7 +200,8 @@ def _check_guests(s: Snapshot) -> None:
         assert area.first <= guest.first < guest.end <= area.end, f"{guest}: not within {area}"
         assert not taken.intersection(pages), f"{guest}: overlaps another"
         taken.update(pages)
-        assert guest.holders or guest.deadline, f"{guest}: nobody holds it"
+        assert guest.holders or guest.claimers or guest.deadline, f"{guest}: nobody holds it"
+        assert not guest.claimers or guest.claim >> 16 & 1, f"{guest}: a claim shared, and not said so"
         assert not guest.holders & {0, _BROKER}, f"{guest}: held by who is no client"
         if guest.kind == _RESERVATION_KIND:
             _check_reservation(s, guest)

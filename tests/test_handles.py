@@ -29,7 +29,9 @@ from gcma_shm import (
     QuotaExceeded,
     StaleHandle,
 )
+from gcma_shm.arena import remove_dead
 from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.endpoint import arena_name
 from tests.processes import WAIT_S, Said, broker, eventually, forked
 
 PAGE = 4096
@@ -385,6 +387,7 @@ def test_of_a_brokers_former_life(tmp_path: Path, number: int) -> None:
         place, data, claimed = old.offset, pickle.dumps(old), pickle.dumps(before.reserve(PAGE))
         handle = old.hand_over()
         first.stop(number)
+    remove_dead(arena_name(endpoint))  # what a clean stop has done already, and a takeover would not
     before.close()
     with broker(endpoint, *options, size="4M"), gcma_shm.connect(endpoint) as now:
         new = now.alloc_contig(PAGE)
@@ -410,6 +413,7 @@ def test_of_a_former_life_whose_client_is_still_there(tmp_path: Path, number: in
         before = gcma_shm.connect(endpoint, timeout=1.0)
         data = pickle.dumps(before.alloc_contig(PAGE))
         first.stop(number)
+    remove_dead(arena_name(endpoint))  # what a clean stop has done already, and a takeover would not
     with broker(endpoint, *options, size="4M"), gcma_shm.connect(endpoint) as now:
         with now.alloc_contig(PAGE), pytest.raises((StaleHandle, Closed)):
             pickle.loads(data)
