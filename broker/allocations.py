@@ -198,10 +198,11 @@ class Allocations:
             self._let_go(allocation, client)
         return len(self.holders.of(client))
 
-    def reconcile(self, client: int, known: Iterable[int], known_claims: Iterable[int]) -> None:
-        """Frees what `client` holds but does not know of: it was allocated, or attached, for a reply that it never got.
+    def reconcile(self, client: int, known: Iterable[int], known_claims: Iterable[int], made: int = 0) -> None:
+        """Frees what `client` holds but does not know of: it was allocated, or attached, for a reply that it never got; or it was
+        freed by a message that a broker took with it.
 
-        A claim that it made itself is no message's matter: it may have made it a moment ago.
+        A claim that it made itself, after the first `made`, is no message's matter: it may have made it a moment ago.
         """
         known_numbers, known_shares = set(known), set(known_claims)
         for number in self.holders.of(client):
@@ -209,7 +210,7 @@ class Allocations:
             if (
                 number not in known_shares
                 and client in allocation.claimers
-                and not self.claims.is_made_by(allocation, client)
+                and not (self.claims.is_made_by(allocation, client) and self.claims.ordinal(allocation) > made)
             ):
                 self.claims.leave(allocation, client)
             if number not in known_numbers and not self.claims.has_part(allocation, client):

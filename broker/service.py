@@ -257,7 +257,7 @@ class Service:
         client = self.sessions.hello(peer, p["pid"], p["start"], p["mapped"], p.get("client"), pidns, sender)
         if "buffers" in p:  # whatever it does not know of was allocated for a reply that it never got
             known = [*p["buffers"], *self.line.uncollected(client.number)]
-            self.allocations.reconcile(client.number, known, p.get("claims", ()))
+            self.allocations.reconcile(client.number, known, p.get("claims", ()), p.get("made", 0))
         log.info("client %d is process %d%s", client.number, client.pid, "" if client.mapped else ", by messages")
         geometry = self._arena.geometry
         return {

@@ -75,13 +75,20 @@ class Client(Allocator):
         self._greeted_pid = pid
         if self._plane is not None:  # a forked child, or one whose session was lost: say who we are and what we hold
             held = self._channel.held
-            claims = [*(self._claims.live if self._claims is not None else ())]
-            who |= {
-                "client": self._plane.number,
-                "buffers": [number for number, claim in held if not claim],
-                "claims": [*claims, *(number for number, claim in held if claim)],
-            }
+            who |= {"client": self._plane.number, "buffers": [number for number, claim in held if not claim]}
+            with cast(Claims, self._claims).lock:  # after the channel's, as before a fork
+                own, made = (
+                    list(cast(Claims, self._claims).live),
+                    self._plane.read(self._record + layout.CLIENT_CLAIMS_AT),
+                )
+            who |= {"claims": [*own, *(number for number, claim in held if claim)], "made": made}
         return who
+
+    @property
+    def _record(self) -> int:
+        """Where this client's record is in the arena."""
+        plane = cast(Plane, self._plane)
+        return plane.geometry.client_at(plane.number)
 
     def _map(self, required: bool, prefault: bool) -> None:
         greeting = self._channel.greeting

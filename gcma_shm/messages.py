@@ -92,6 +92,7 @@ OPERATIONS: dict[str, Operation] = {
             "arena_id": Parameter(lambda v: type(v) is bytes and len(v) == 16, "16 bytes", required=False),
             "buffers": _NUMBERS,
             "claims": _NUMBERS,
+            "made": _integer(0, NUMBER_MAX, required=False),
         }
     ),
     "bye": Operation(),

@@ -19,6 +19,7 @@ SOUND: dict[str, dict[str, Any]] = {
         "pid": 1,
         "start": 0,
         "pidns": 4026531836,
+        "made": 7,
         "mapped": True,
         "client": 2,
         "arena_id": bytes(16),
