@@ -179,7 +179,7 @@ class Channel:
                     yield from (self._lost(request) for request in sent)
                     return
                 for request in sent:
-                    self._send(request, deadline)
+                    self._send_again(request, deadline)
                 continue
             if sent.popleft().operation == "bye":
                 self._greeted = False
@@ -288,7 +288,7 @@ class Channel:
         self._send(request, deadline)
         reply = self._receive(request, deadline)
         while reply.status == LOST:  # one broker after the other
-            self._send(request, deadline)
+            self._send_again(request, deadline)
             reply = self._receive(request, deadline)
         if reply.status != "ok":
             raise messages.reply_error(reply)
@@ -298,6 +298,12 @@ class Channel:
     def _make(self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...]) -> Request:
         self._number += 1
         return Request(self._number, operation, parameters, pages)
+
+    def _send_again(self, request: Request, deadline: float) -> None:
+        """Under a number of its own: what still comes for the old one, or for questions asked after that, says nothing of this."""
+        self._number += 1
+        request.number = self._number
+        self._send(request, deadline)
 
     def _send(self, request: Request, deadline: float) -> None:
         frames = messages.encode_request(request)
