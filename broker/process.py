@@ -162,7 +162,9 @@ def _sign(plane: Plane, arena: arenas.Arena, spill_dir: Path) -> None:
     and stores for others. Its lock first: by that others tell whether it lives. The epoch last: an arena without one nobody
     has served, and a broker that finds it makes a new one.
     """
-    cast(Presence, arena.presence).take(layout.BROKER)  # @recover.sign
+    presence = cast(Presence, arena.presence)
+    presence.take(layout.BROKER)  # @recover.sign
+    plane.tell_presence(presence.fileno())
     arena.memory[layout.SPILL_DIR_AT : layout.HEADER_BYTES] = os.fsencode(spill_dir).ljust(
         layout.SPILL_DIR_BYTES, b"\0"
     )

@@ -98,6 +98,7 @@ class Client(Allocator):
             presence = cast(Presence, arena.presence)
             presence.take(plane.number)
             plane.write(arena.geometry.client_at(plane.number) + layout.CLIENT_LOCKED_AT, 1)
+            plane.tell_presence(presence.fileno())
             self._plane, self._presence = plane, presence
         except (ArenaError, OSError):
             if required:
@@ -161,7 +162,8 @@ class Client(Allocator):
             raise TimeoutError("a store or load in another thread has not ended; call close() again")
         for swap in list(self._swaps):
             swap.close()
-        if self._presence is not None:
+        if self._plane is not None and self._presence is not None:
+            self._plane.tell_presence(-1)
             self._presence.close()  # before the number may be another's
         self._channel.close()
         clients.discard(self)
@@ -202,6 +204,7 @@ class Client(Allocator):
         if self._claims is not None and presence is not None:
             self._claims.reset(presence)
             self._presence = presence
+            cast(Plane, self._plane).tell_presence(presence.fileno())
 
     def _disown(self) -> None:
         """In a forked child that is no client."""

@@ -66,6 +66,8 @@ def _prepare(fork: Fork) -> None:
 def _start(client: Client, fork: Fork | None) -> None:
     """In the child. `fork`: None for a client that another thread was just making."""
     if client._presence is not None:
+        if client._plane is not None:
+            client._plane.tell_presence(-1)
         client._presence.close()  # the parent's: it is to end with the parent
     if client.closed:
         return

@@ -220,6 +220,7 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     int32_t pins            # nursery pages that this process keeps from being reclaimed: granted, or claimed to be cleaned
     uint32_t spill_lock
     int spill_dir           # directory descriptor
+    int presence            # open file with this client's lock on its record; -1: none
     SpillFile spill[256]
     crc32c_t crc
 
@@ -232,6 +233,15 @@ cdef struct Handle:  # one life of one type
 
 cdef struct Tally:      # what one call adds to the hot counters
     uint64_t counts[HOT]
+
+
+cdef inline bint has_ended(Arena *a, uint64_t number) noexcept nogil:
+    """Whether the process of another client, which was seen to hold something, is dead: its lock on its record has gone. The
+    kernel takes that away after the last system call of its last thread.
+    """
+    if a.presence < 0 or number == a.number or number >= 64 * CLIENT_WORDS:
+        return False
+    return not is_locked(a.presence, <uint8_t *>&a.clients[number] - a.base)
 
 
 cdef inline void count(Arena *a, int counter) noexcept nogil:

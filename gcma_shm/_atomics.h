@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #endif
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <stdint.h>
 #include <time.h>
@@ -114,6 +115,13 @@ static inline uint64_t set_slice(uint64_t ns)
     attr.runtime = ns;
     syscall(SYS_sched_setattr, 0, &attr, 0);
     return before;
+}
+
+/* Whether another open file than `fd` has a lock on byte `at`; also when that cannot be told. See presence.py. */
+static inline int is_locked(int fd, int64_t at)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = at, .l_len = 1};
+    return fcntl(fd, F_OFD_GETLK, &lock) != 0 || lock.l_type != F_UNLCK;
 }
 
 /* Futexes shared between processes (not FUTEX_PRIVATE). */

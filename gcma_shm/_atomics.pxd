@@ -1,6 +1,6 @@
 """C declarations of `_atomics.h` and `_crc32c.h`."""
 
-from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 cdef extern from "_atomics.h" nogil:
     enum:
@@ -26,6 +26,7 @@ cdef extern from "_atomics.h" nogil:
     uint64_t now_ns()
     void back_off(unsigned step)
     uint64_t set_slice(uint64_t ns)
+    bint is_locked(int fd, int64_t at)
     void futex_wait(uint32_t *word, uint32_t expected, uint64_t timeout_ns)
     void futex_wake(uint32_t *word)
     void futex_wake_all(uint32_t *word)

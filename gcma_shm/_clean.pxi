@@ -28,7 +28,9 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
     # nothing.
     c.life = load_acquire(&a.types[type_].life)                          # @clean.life
     side = load_acquire(&slot.side)
-    if side >> 32:
+    # A dead writer's claim is taken over, broker or not: its writes were synchronous, so none is under way. The claim was read
+    # before its holder was found dead, and its tag tells it from one that a successor of that number makes meanwhile.
+    if side >> 32 and not has_ended(a, side >> 52):
         c.status = BUSY
         return
     # The tag tells two claims of one client apart: a thread that slept through the end of the type's life, in which

@@ -107,7 +107,7 @@ cdef class Plane:
         if a == NULL:
             raise MemoryError
         self.a = a
-        a.spill_dir = -1
+        a.spill_dir = a.presence = -1
         for i in range(256):
             a.spill[i].fd = -1  # before anything can fail: 0 is a descriptor
         PyObject_GetBuffer(memory, &self.memory, PyBUF_SIMPLE | PyBUF_WRITABLE)
@@ -177,6 +177,12 @@ cdef class Plane:
         memset(self.populated, 0, self.a.pages // LENT_BLOCK + 1)
         for i in range(256):
             self.a.spill[i].users = 0
+
+    def tell_presence(self, int fd):
+        """Of the open file that has this client's lock, for as long as the plane is used; -1: none. By it others are asked for
+        theirs.
+        """
+        self.a.presence = fd
 
     def close(self, double timeout):
         """Refuses new operations, then waits for those under way in other threads; whether all have ended within

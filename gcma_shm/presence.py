@@ -44,6 +44,10 @@ class Presence:
         """The object that `fd` leads to, through an open file of its own."""
         return cls(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC), geometry)
 
+    def fileno(self) -> int:
+        """The descriptor, until `close`."""
+        return self._fd
+
     def anew(self) -> Presence:
         """The same object through another open file, without the locks of this one."""
         return self.of(self._fd, self._geometry)

@@ -216,3 +216,35 @@ def test_a_client_that_the_broker_does_not_see() -> None:
         for pid in below:
             os.kill(int(pid), signal.SIGTERM)
         process.communicate(timeout=WAIT_S)
+
+
+# --- what a dead client was writing
+
+
+def test_a_dead_writers_claim_is_taken_over_without_a_broker(client: EmbeddedClient) -> None:
+    """A store that is written through need not wait for a broker to find out who has died."""
+    swap = client.swap(0, 16)
+    swap.store(3, b"a" * client.page_size)
+    with gcma_shm.connect(client.endpoint, timeout=0.2) as other:
+        theirs, number, plane = other.swap(0, 16), 0, other._plane
+        assert plane is not None
+        side = plane.geometry.slots_at + layout.SLOT_BYTES * (plane.read(plane.geometry.type_at(0) + 8) + 3) + 8
+
+        def claim(said: Said) -> None:
+            said.say(client.number)
+            said.hear()
+
+        os.kill(client.broker_pid, signal.SIGKILL)
+        with forked(claim) as child:
+            number = child.receive()
+            before = plane.read(side)
+            assert plane.swap_word(side, before, number << 52 | 7 << 32 | before)
+            with pytest.raises(gcma_shm.SlotBusy):
+                theirs.store(3, b"b" * client.page_size)
+            assert theirs.load(3) == b"b" * client.page_size
+            child.kill()
+            theirs.store(3, b"c" * client.page_size)
+            assert plane.read(side) >> 32 == 0
+            plane.write(side, plane.read(side) | layout.BROKER << 52 | 9 << 32)  # and a broker that died at it
+            theirs.store(3, b"d" * client.page_size)
+        assert theirs.load(3) == b"d" * client.page_size

@@ -261,6 +261,32 @@ def test_a_claim_that_processes_share_goes_on_with_both(endpoint: str) -> None:
                 check_at_rest(arena_name(endpoint))
 
 
+def test_a_claim_that_a_dead_broker_had_is_taken_from_it(endpoint: str) -> None:
+    """It died while it lent the range after a claimer's death: whoever claims next has it at once, and lends it again."""
+    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
+        reservation = client.reserve(MIB, area="b")
+        plane = client._plane
+        assert plane is not None
+        claim_at = plane.geometry.allocation_at(reservation.index) + layout.ALLOCATION_CLAIM_AT
+        bits_at = plane.geometry.claimers_at + reservation.index * plane.geometry.holder_bytes
+        first.stop(signal.SIGKILL)
+        generation = plane.read(claim_at) >> layout.CLAIM_GENERATION_SHIFT
+        plane.write(claim_at, generation + 1 << layout.CLAIM_GENERATION_SHIFT | layout.BROKER)
+        plane.write(bits_at, 0b111100)
+        with reservation.claim() as buffer:
+            buffer.view[:] = b"m" * MIB
+            assert plane.read(claim_at) == generation + 2 << layout.CLAIM_GENERATION_SHIFT | client.number
+            assert plane.read(bits_at) == 0, "who shared the claim before is none of ours"
+            with broker(endpoint, *AREAS):
+                assert held(client) == {"a": 0, "b": MIB}
+                assert buffer.view == b"m" * MIB
+                buffer.free()
+                assert held(client) == {"a": 0, "b": 0}
+                reservation.claim().free()
+                reservation.release()
+                check_at_rest(arena_name(endpoint))
+
+
 # --- requests
 
 
