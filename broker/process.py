@@ -83,7 +83,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
         undo.callback(server.close)
         registry = TypeRegistry(plane, spill_dir)
         service = Service(plane, arena, registry, str(spill_dir), server.answer, server.watch, settings.quota)
-        reclaim = ReclaimThread(plane)
+        reclaim = ReclaimThread(plane, service.health)
         try:
             ready(describe(arena, settings.endpoint, spill_dir))
             log.info("stopping: %s", server.run(service, settings.owner_pidfd))

@@ -14,6 +14,7 @@ from pathlib import Path
 from gcma_shm import layout
 from gcma_shm._core import Plane, Slots
 from gcma_shm.broker.extents import Extents
+from gcma_shm.endpoint import private_dir
 from gcma_shm.errors import Closed, NoSuchType, SpillError
 
 STORE_TIMEOUT_S = 3.0  # of a store by message; less than a client waits for its reply by default
@@ -108,6 +109,8 @@ class TypeRegistry:
     def _make_file(self, type_: int, life: int) -> None:
         path = self._file(type_, life)
         try:
+            if not self._spill_dir.exists():  # somebody has cleared the cache directory
+                private_dir(self._spill_dir)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         except OSError as error:
             raise SpillError(

@@ -118,11 +118,11 @@ def refused_planes(bare: Bare, tmp_path: Path) -> None:
         Plane(bytearray(4096), geometry, 1, directory)
     with pytest.raises(BufferError):
         Plane(bytes(geometry.size), geometry, 1, directory)
-    with pytest.raises(FileNotFoundError):
-        Plane(memory, geometry, 1, os.fsencode(tmp_path / "missing"))
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
-        Plane(memory, geometry, 1, os.fsencode(tmp_path / "file"))
+    for name, number in (("missing", errno.ENOENT), ("file", errno.ENOTDIR)):
+        with pytest.raises(SpillError) as raised:
+            Plane(memory, geometry, 1, os.fsencode(tmp_path / name))
+        assert raised.value.errno == number
 
 
 def test_what_a_plane_refuses_to_be(bare: Bare, tmp_path: Path) -> None:
@@ -730,8 +730,8 @@ def _damaged(spill_dir: Path) -> tuple[Geometry, Plane, Slots]:
     geometry, areas = layout.plan(1 << 20, slots=64, clients_max=8)
     memory = bytearray(geometry.size)
     layout.write_header(memoryview(memory), geometry, areas, bytes(16))
-    struct.pack_into("<QQQQ", memory, geometry.type_at(0), 1, 0, 64, layout.WRITE_BEHIND)
     plane = Plane(memory, geometry, 1, os.fsencode(spill_dir))
+    plane.begin_type(0, 0, 64, layout.WRITE_BEHIND)
     return geometry, plane, plane.slots(0, 1, 0.1)
 
 
