@@ -119,7 +119,7 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
             elif status < 0:
                 refusal[0] = -status
                 refusals += 1
-                if refusals % LOOK_EVERY == 0:  # each may have cost a write: a full disk is not to be hammered until the deadline
+                if refusals % LOOK_EVERY == 0 and a.refused == NULL:  # each has cost a write: a full disk is not to be hammered
                     back_off(step)
                     step += 1
         if life_state(life) == FREE and cas(&a.life[page], life, next_life(life, GRANTED, a.number)):  # @store.grant
@@ -133,9 +133,11 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
         elif tries % LOOK_EVERY == 0 and now_ns() >= deadline:
             break
         if tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, being cleaned by somebody, or refused by its file
-            # The broker knows when waiting is in vain, and those that wait for its worker need not wait for this store, too.
-            if 2 * load_relaxed(&a.refused_count) >= a.nursery:
+            # The broker stores for those that send messages, and others wait for the same worker: it does not wait for the file when
+            # that has refused half of the nursery; no more than the other half may be in the hands of clients, who come to an end.
+            if a.refused != NULL and 2 * refusals >= a.nursery:
                 break
+            refusals = 0
             back_off(step)
             step += 1
     unpin(a, 1)

@@ -36,12 +36,14 @@ def descriptors(pid: int | str = "self") -> int:
 
 
 @contextlib.contextmanager
-def files_refuse_writes(*pids: int) -> Iterator[None]:
-    """Every write of these processes to a file fails with EFBIG meanwhile (Python ignores the signal that comes with it)."""
+def files_refuse_writes(*pids: int, above: int = 0) -> Iterator[None]:
+    """Every write of these processes to a file fails with EFBIG meanwhile (Python ignores the signal that comes with it), or to the
+    part of a file from byte `above` on; one that begins below it is short.
+    """
     before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
     try:
         for pid, (_, hard) in before.items():
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (above, hard))
         yield
     finally:
         for pid, limits in before.items():
