@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 NAP_S = 0.1  # how long the sweep sleeps at most; also bounds a wake-up that was lost
 WRITE_BEHIND_S = 1.0  # a dirty page is left alone for so long: what is overwritten meanwhile costs no write
 RETRY_S = 0.1  # to the first round of retries that follows one in vain, and twice as long to each further one ...
-RETRY_MAX_S = 2.0  # ... but no longer than this
+RETRY_MAX_S = 1.0  # ... but no longer than this
 
 
 class ReclaimThread:

@@ -61,20 +61,18 @@ class TypeRegistry:
 
     def end(self, type_: int, life: int) -> None:
         """Ends that life: every handle on it is refused, its file is gone. Raises Closed, NoSuchType."""
-        slots = self.find(type_, life).slots
+        slots = self.find(type_, life)
         del self._living[type_]
-        self._close(type_, life, self._base.pop(type_), slots)
+        self._close(type_, life, self._base.pop(type_), slots.slots)
+        # Emptied, too: whoever still has it open must not keep the disk full. Its words are closed, so nobody reads it. By our own
+        # descriptor: what has its name may be anybody's.
+        slots.empty_file()
 
     def _close(self, type_: int, life: int, base: int, slots: int) -> None:
         self._plane.end_type(type_, base, slots)
         self._extents.give(base, slots)
-        # Emptied first: whoever still has it open must not keep the disk full. Its words are closed, so nobody reads
-        # it.
-        path = self._file(type_, life)
         with contextlib.suppress(OSError):
-            os.truncate(path, 0)
-        with contextlib.suppress(OSError):
-            path.unlink()
+            self._file(type_, life).unlink()
 
     def end_all(self) -> None:
         """Ends every life, so that nobody goes on alone in an arena without a broker."""

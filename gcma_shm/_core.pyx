@@ -38,6 +38,7 @@ cdef extern from "sys/stat.h" nogil:
 cdef extern from "unistd.h" nogil:
     int close(int)
     int dup3(int, int, int)
+    int ftruncate(int, int64_t)
     ssize_t pread(int, void *, size_t, int64_t)
 
 cdef extern from "sys/mman.h" nogil:

@@ -41,7 +41,7 @@ cdef void retry_refused(Arena *a) noexcept nogil:
     memset(&retries, 0, sizeof(retries))
     retries.passed_over = -1
     while passed < a.nursery:
-        n = <int>min(<uint64_t>BATCH_MAX, a.nursery - passed)
+        n = <int>min(<uint64_t>RETRIES_MAX, a.nursery - passed)  # few at once, for what is in a batch is tried
         clean_tickets(a, start + passed, n, &retries)
         passed += n
     a.retry_at = <uint64_t>retries.passed_over if retries.passed_over >= 0 else 0

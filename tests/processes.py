@@ -35,6 +35,12 @@ def descriptors(pid: int | str = "self") -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time that a process has used."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
 def files_refuse_writes(*pids: int, above: int = 0) -> Iterator[None]:
     """Every write of these processes to a file fails with EFBIG meanwhile (Python ignores the signal that comes with it), or to the

@@ -91,7 +91,7 @@ def small_disk(kind: str, directory: Path, nbytes: int) -> Iterator[Disk]:
         raise
     else:
 
-        def unmounted() -> bool:  # closed clients keep their files open until they are collected, brokers until they end
+        def unmounted() -> bool:  # closed clients keep files open until they are collected
             gc.collect()
             return subprocess.run(["umount", path], capture_output=True, check=False).returncode == 0
 

@@ -51,7 +51,7 @@ class Place:
 
         def known() -> bool:
             health = self.health()
-            return health["pages_unwritable"] == pages and health["types"] == {str(type_): pages}
+            return (health["pages_unwritable"], health["types"]) == (pages, {str(type_): pages})
 
         assert eventually(known), f"expected {pages} pages of type {type_}: {self.health()}"
         health = self.health()
