@@ -174,6 +174,15 @@ def a_bad_block(p: Place, faults: Faults) -> None:
     p.healthy()
     in_file(p, 3, {2: 3})
     in_file(p, 4, {2: 3})
+    # Each round tries a few of those that are left: all of them have their turn.
+    values = {n: 100 + n for n in range(100, 100 + 3 * RETRIES_MAX)}
+    with faults.write.on(errno.EIO, slots=range(100, 200)):
+        behind.store_many(values, b"".join(map(page_of, values.values())))
+        p.degraded(len(values), errno.EIO, type_=4)
+        faults.write.set(to=(100 + 2 * RETRIES_MAX) * PAGE)
+        p.degraded(2 * RETRIES_MAX, errno.EIO, type_=4)
+    p.healthy()
+    in_file(p, 4, values)
 
 
 def short_writes(p: Place, faults: Faults) -> None:

@@ -19,6 +19,7 @@ from gcma_shm.clients.swap import Swap
 from gcma_shm.errors import SpillCorrupt, SpillError
 from tests.faults.disks import Disk, immutable, small_disk
 from tests.faults.spilling import PAGE, SLOTS, check_values, page_of, place
+from tests.processes import eventually
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -165,11 +166,12 @@ def test_a_replaced_file(replace: Callable[[Path], None], number: int, tmp_path:
     """Whoever has the right one open goes on with it, the broker among them; a newcomer is refused what is not the life's file."""
     with place(tmp_path, mapped) as p:
         swap, behind = p.client.swap(3, SLOTS), p.client.swap(4, SLOTS, "behind")
-        replace(p.file(3))
-        replace(p.file(4))
-        values = store_all(swap, 1)
-        behind.store_many(range(10), b"".join(map(page_of, range(100, 110))))
-        behind.sync()
+        with p.file(4).open("rb", buffering=0) as right_one:
+            replace(p.file(3))
+            replace(p.file(4))
+            values = store_all(swap, 1)
+            behind.store_many(range(10), b"".join(map(page_of, range(100, 110))))
+            assert eventually(lambda: os.pread(right_one.fileno(), PAGE, 9 * PAGE) == page_of(109)), "by the broker"
         assert not load_all(swap, values)
         with gcma_shm.connect(p.owner.endpoint, mapped=True) as stranger:
             for write, type_ in (("through", 3), ("behind", 4)):
