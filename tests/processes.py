@@ -20,9 +20,9 @@ Talk = Connection
 WAIT_S = 60.0  # a bound on what must come, never a measure
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
+def eventually(condition: Callable[[], bool], wait_s: float = WAIT_S) -> bool:
     """Whether `condition` comes true within the bound."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + wait_s
     while not condition():
         if time.monotonic() > deadline:
             return False
