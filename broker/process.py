@@ -104,7 +104,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             if not arena.fresh:
                 estate.pop_all()  # left for whoever finds out what is wrong with it
             raise
-        reclaim = ReclaimThread(plane)
+        reclaim = ReclaimThread(plane, service.health)
         try:
             ready(describe(arena, settings.endpoint, spill_dir, plane.read(layout.EPOCH_AT)))
             log.info("stopping: %s", server.run(service, settings.owner_pidfd))

@@ -1,24 +1,35 @@
-"""The reclaim thread: keeps part of the nursery free, and writes what write-behind types left dirty for a while.
+"""The reclaim thread: keeps part of the nursery free, writes what write-behind types left dirty for a while, and tries again what the
+spill files did not take.
 
-The sweep runs without the GIL and sleeps on a futex in the arena, which clients wake when the nursery runs low.
+The sweep runs without the GIL and sleeps on a futex in the arena, which clients wake when the nursery runs low. Retries keep their own pace,
+whether the nursery is low or not, and whoever wrote the page.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
 from gcma_shm._core import Plane, scheduler_slice
+from gcma_shm.broker.health import Health
+
+log = logging.getLogger(__name__)
 
 NAP_S = 0.1  # how long the sweep sleeps at most; also bounds a wake-up that was lost
 WRITE_BEHIND_S = 1.0  # a dirty page is left alone for so long: what is overwritten meanwhile costs no write
+RETRY_S = 0.1  # to the first round of retries that follows one in vain, and twice as long to each further one ...
+RETRY_MAX_S = 1.0  # ... but no longer than this
 
 
 class ReclaimThread:
     """Runs from construction until `stop`."""
 
-    def __init__(self, plane: Plane) -> None:
+    def __init__(self, plane: Plane, health: Health) -> None:
         self._plane = plane
+        self._health = health
+        self._retry_pause_s = RETRY_S
+        self._retry_at = 0.0
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="reclaim", daemon=True)
         self._thread.start()
@@ -38,3 +49,14 @@ class ReclaimThread:
             if now - then >= WRITE_BEHIND_S:
                 self._plane.clean_until(head_then)
                 head_then, then = head, now
+            if self._plane.refused and now >= self._retry_at:
+                self._retry()
+
+    def _retry(self) -> None:
+        """A round, and when the next one may be: later each time that something is left."""
+        unwritable, error = self._plane.retry_refused()
+        self._retry_at = time.monotonic() + self._retry_pause_s
+        self._retry_pause_s = min(2 * self._retry_pause_s, RETRY_MAX_S) if unwritable else RETRY_S
+        line = self._health.note(unwritable, error, time.time())
+        if line is not None:
+            log.warning("%s", line)

@@ -10,11 +10,13 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 from pathlib import Path
 
 from gcma_shm import layout
 from gcma_shm._core import Plane, Slots
 from gcma_shm.broker.extents import Extents
+from gcma_shm.endpoint import private_dir
 from gcma_shm.errors import ArenaError, Closed, NoSuchType, SpillError
 
 log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class TypeRegistry:
         living = {self._file(type_, slots.life) for type_, slots in self._living.items()}
         for path in self._spill_dir.iterdir():
             if path not in living:
-                self._remove_file(path)
+                _remove_stray(path)
 
     def __len__(self) -> int:
         """How many types live."""
@@ -104,23 +106,18 @@ class TypeRegistry:
 
     def end(self, type_: int, life: int) -> None:
         """Ends that life: every handle on it is refused, its file is gone. Raises Closed, NoSuchType."""
-        slots = self.find(type_, life).slots
+        slots = self.find(type_, life)
         del self._living[type_]
-        self._close(type_, life, self._base.pop(type_), slots)
+        self._close(type_, life, self._base.pop(type_), slots.slots)
+        # Emptied, too: whoever still has it open must not keep the disk full. Its words are closed, so nobody reads it. By our own
+        # descriptor: what has its name may be anybody's.
+        slots.empty_file()
 
     def _close(self, type_: int, life: int, base: int, slots: int) -> None:
         self._plane.end_type(type_, base, slots)
         self._extents.give(base, slots)
-        self._remove_file(self._file(type_, life))
-
-    @staticmethod
-    def _remove_file(path: Path) -> None:
-        # Emptied first: whoever still has it open must not keep the disk full. Its words are closed, so nobody reads
-        # it.
         with contextlib.suppress(OSError):
-            os.truncate(path, 0)
-        with contextlib.suppress(OSError):
-            path.unlink()
+            self._file(type_, life).unlink()
 
     def end_all(self) -> None:
         """Ends every life, so that nobody goes on alone in an arena without a broker."""
@@ -155,8 +152,23 @@ class TypeRegistry:
     def _make_file(self, type_: int, life: int) -> None:
         path = self._file(type_, life)
         try:
+            if not self._spill_dir.exists():  # somebody has cleared the cache directory
+                private_dir(self._spill_dir)
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
         except OSError as error:
             raise SpillError(
                 error.errno or errno.EIO, f"the spill file {path} cannot be made: {error.strerror}"
             ) from error
+
+
+def _remove_stray(path: Path) -> None:
+    """Emptied first, as a client of the life that has ended may have it open; but nothing of what it may lead to."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode) and os.fstat(fd).st_nlink == 1:
+                os.ftruncate(fd, 0)
+        finally:
+            os.close(fd)
+    with contextlib.suppress(OSError):
+        path.unlink()

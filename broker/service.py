@@ -21,6 +21,7 @@ from gcma_shm._core import Plane
 from gcma_shm.arena import Arena
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.areas import Areas
+from gcma_shm.broker.health import Health
 from gcma_shm.broker.line import Line
 from gcma_shm.broker.recovery import recover
 from gcma_shm.broker.registry import TypeRegistry
@@ -84,6 +85,7 @@ class Service:
         self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory), fresh), quota)
         self.line = Line(self.allocations, plane.wake)
         self.sessions = Sessions(plane, self._inherit, watch, arena.presence)
+        self.health = Health(time.time())
         self.window = max(4, min(messages.WINDOW, WINDOW_BYTES // arena.geometry.page_size))
         jobs_max = arena.geometry.clients_max * messages.WINDOW
         self._page_workers = [Worker(f"pages-{n}", jobs_max) for n in range(PAGE_WORKERS)]
@@ -218,6 +220,8 @@ class Service:
             str(number): counted | {"pid": pids[number]} for number, counted in clients.items() if number in pids
         }
         nursery_free = self.plane.read(layout.HAND_AT) + geometry.nursery_pages - self.plane.read(layout.HEAD_AT)
+        # The hand passes pages by that no file takes: they are not to be granted.
+        nursery_free = min(nursery_free, geometry.nursery_pages - self.health.state.pages)
         return {
             "arena": {
                 "name": self._arena.name,
@@ -237,6 +241,7 @@ class Service:
                 "refusals": dict(self._refusals),
                 "clients": len(self.sessions.clients),
                 "in_line": len(self.line),
+                "health": self.health.describe(),
             },
         }
 

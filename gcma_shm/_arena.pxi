@@ -81,6 +81,8 @@ cdef enum:
     AHEAD_PAGE = 2          # and of which the page is
     LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
+    RETRIES_MAX = 16        # pages of one type that its file may refuse once more in one round of retries
+    REST_NS = 5000000       # that the sweep sleeps after a lap that made no page free, whoever calls
     AREAS_MAX = 64
     YIELD = 79              # the step of a bounded wait that gives the processor to another thread, and sleeps not yet
     CLIENT_WORDS = 64       # of a set of client numbers, 0 to 4095
@@ -132,7 +134,9 @@ cdef struct TypeEntry:  # in the arena, one cache line
     uint64_t slots
     uint64_t flags
     uint64_t share
-    uint64_t spare[3]
+    uint64_t inode      # of this life's spill file, and its device: what else has its name is not it
+    uint64_t device
+    uint64_t spare[1]
 
 cdef struct AreaEntry:  # in the arena
     uint8_t name[48]
@@ -216,11 +220,17 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t next_area      # whose turn it is to take a promoted page
     uint64_t entries_used   # of the table of allocations, all that were ever used
     uint32_t *lent_map      # how many pages of each block hold cache, reservations left out
+    # Of the broker's reclaim thread, others read: the sequence under which each nursery page was refused by its file; 0: it was not.
+    uint64_t *refused
+    uint64_t refused_count  # how many those are, about
+    uint64_t retry_at       # nursery page at which the next round of retries begins
+    int refused_errno       # of the last refusal
     int32_t pins_max
     int32_t pins            # nursery pages that this process keeps from being reclaimed: granted, or claimed to be cleaned
     uint32_t spill_lock
     int spill_dir           # directory descriptor
     int presence            # open file with this client's lock on its record; -1: none
+    char *spill_path        # the same by name, should it be removed and made again
     SpillFile spill[256]
     crc32c_t crc
 
@@ -233,6 +243,7 @@ cdef struct Handle:  # one life of one type
 
 cdef struct Tally:      # what one call adds to the hot counters
     uint64_t counts[HOT]
+    int refusal         # errno of the last file that did not take a page which the call wanted to reclaim; 0: none
 
 
 cdef inline bint has_ended(Arena *a, uint64_t number) noexcept nogil:

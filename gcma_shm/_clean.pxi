@@ -78,14 +78,33 @@ cdef void clean_finish(Arena *a, Clean *c, uint32_t crc, int written) noexcept n
     cas(&slot.side, c.side, c.side & CRC)                                # @clean.release
 
 
+cdef void write_run(Arena *a, Clean *batch, int n, int fd) noexcept nogil:
+    """Writes n claimed neighbours in one write, if the file takes it, and gives the claims back. A page that it refuses keeps none of
+    the others from being written.
+    """
+    cdef iovec parts[RUN_MAX]
+    cdef uint32_t crcs[RUN_MAX]
+    cdef int i, done = 0, whole, written
+    for i in range(n):
+        parts[i].iov_base = page_bytes(a, batch[i].word & PAYLOAD)
+        parts[i].iov_len = a.page_size
+        crcs[i] = crc32c_page(&a.crc, <uint8_t *>parts[i].iov_base)
+    while done < n:
+        written = spill_write(fd, parts + done, n - done, (batch[0].offset + done) * a.page_size, &whole)  # @clean.write
+        for i in range(done, done + whole):
+            clean_finish(a, &batch[i], crcs[i], OK)
+        done += whole
+        if written != OK:
+            clean_finish(a, &batch[done], 0, written)
+            done += 1
+
+
 cdef void clean_claimed(Arena *a, Clean *batch, int n, const Handle *own) noexcept nogil:
     """Claims up to RUN_MAX-long runs of n slots, writes and releases them: holds no more than n claims, waits for
     nobody.
     """
-    cdef iovec parts[RUN_MAX]
-    cdef uint32_t crcs[RUN_MAX]
     cdef uint64_t type_
-    cdef int i, k, first, run, fd, written
+    cdef int i, k, first, run, fd, failed
     cdef bint is_own, private_ = False
     for i in range(n):
         clean_claim(a, &batch[i])
@@ -106,19 +125,14 @@ cdef void clean_claimed(Arena *a, Clean *batch, int n, const Handle *own) noexce
         type_ = batch[first].key >> KEY_SHIFT
         is_own = own != NULL and own.type == type_ and own.life == batch[first].life
         fd = own.fd if is_own else spill_open(a, type_, batch[first].life, &private_)
-        written = fd
         if fd >= 0:
-            for k in range(run):
-                parts[k].iov_base = page_bytes(a, batch[first + k].word & PAYLOAD)
-                parts[k].iov_len = a.page_size
-                crcs[k] = crc32c_page(&a.crc, <uint8_t *>parts[k].iov_base)
-            written = spill_write(fd, parts, run, batch[first].offset * a.page_size)  # @clean.write
+            write_run(a, &batch[first], run, fd)
             if not is_own:
                 spill_done(a, type_, fd, private_)
-        elif load_acquire(&a.types[type_].life) != batch[first].life:
-            written = ENDED  # and its file gone
-        for k in range(run):
-            clean_finish(a, &batch[first + k], crcs[k], written)
+        else:
+            failed = fd if load_acquire(&a.types[type_].life) == batch[first].life else ENDED  # and its file gone
+            for k in range(run):
+                clean_finish(a, &batch[first + k], 0, failed)
         first += run
 
 

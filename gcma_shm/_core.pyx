@@ -11,11 +11,11 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyB
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_AsSsize_t
-from libc.errno cimport EINTR, ENOENT, ENOSPC, errno
+from libc.errno cimport EINTR, EIO, ENOENT, ENOSPC, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memcmp, memcpy, memset
+from libc.string cimport memcmp, memcpy, memset, strdup
 
 from gcma_shm._atomics cimport *
 
@@ -25,11 +25,20 @@ from gcma_shm import layout
 from gcma_shm.errors import ArenaError, Closed, NurseryFull, SlotBusy, SpillCorrupt, SpillError, StaleHandle
 
 cdef extern from "fcntl.h" nogil:
-    int O_RDWR, O_CLOEXEC, O_NOFOLLOW
+    int O_RDONLY, O_RDWR, O_CLOEXEC, O_DIRECTORY, O_NOCTTY, O_NOFOLLOW
+    int open_ "open"(const char *, int, ...)
     int openat(int, const char *, int, ...)
+
+cdef extern from "sys/stat.h" nogil:
+    struct stat_t "stat":
+        uint64_t st_ino
+        uint64_t st_dev
+    int fstat(int, stat_t *)
 
 cdef extern from "unistd.h" nogil:
     int close(int)
+    int dup3(int, int, int)
+    int ftruncate(int, int64_t)
     ssize_t pread(int, void *, size_t, int64_t)
 
 cdef extern from "sys/mman.h" nogil:
@@ -50,6 +59,7 @@ include "_clean.pxi"
 include "_nursery.pxi"
 include "_slots.pxi"
 include "_claim.pxi"
+include "_retry.pxi"
 include "_sweep.pxi"
 include "_recover.pxi"
 
@@ -140,14 +150,20 @@ cdef class Plane:
         a.pins_max = geometry.grants_max
         if number == BROKER:
             a.lent_map = <uint32_t *>calloc(a.pages // LENT_BLOCK + 1, sizeof(uint32_t))
-            if a.lent_map == NULL:
+            a.refused = <uint64_t *>calloc(a.nursery, sizeof(uint64_t))
+            if a.lent_map == NULL or a.refused == NULL:
                 raise MemoryError
         self.populated = <uint8_t *>calloc(a.pages // LENT_BLOCK + 1, 1)
         if self.populated == NULL:
             raise MemoryError
         crc32c_init(&a.crc, a.page_size, crc_hardware)
         self.become(number)
-        a.spill_dir = os.open(spill_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        a.spill_path = strdup(<bytes?>spill_dir)
+        if a.spill_path == NULL:
+            raise MemoryError
+        a.spill_dir = open_(a.spill_path, O_RDONLY | O_DIRECTORY | O_CLOEXEC)
+        if a.spill_dir < 0:
+            raise SpillError(errno, f"{os.strerror(errno)}: the spill directory {os.fsdecode(spill_dir)} cannot be opened")
 
     def __dealloc__(self):
         if self.a == NULL:
@@ -159,6 +175,8 @@ cdef class Plane:
             close(self.a.spill_dir)
         if self.memory.buf != NULL:
             PyBuffer_Release(&self.memory)
+        free(self.a.spill_path)
+        free(self.a.refused)
         free(self.a.lent_map)
         free(self.populated)
         free(self.a)
@@ -397,14 +415,16 @@ cdef class Plane:
         """
         cdef uint64_t timeout_ns = <uint64_t>(timeout * 1e9)
         with nogil:
-            sweep_nursery(self.a)
+            if not sweep_nursery(self.a):
+                sweeper_rest()
             sweeper_sleep(self.a, timeout_ns)
         return load_relaxed(self.a.head)
 
     def clean_until(self, uint64_t until):
         """Cleans the dirty pages that were granted before ticket `until`: the writer's part for write-behind types.
 
-        It looks at all of them each time, so whatever was in somebody's hands, or failed, the last time is tried again.
+        It looks at all of them each time, so whatever was in somebody's hands the last time, or was refused by its file to another
+        process, is tried. What was refused to us is left to `retry_refused`.
         """
         cdef uint64_t head = load_relaxed(self.a.head), ticket
         cdef int n
@@ -412,8 +432,27 @@ cdef class Plane:
             ticket = head - self.a.nursery if head > self.a.nursery else 0
             while ticket < until:
                 n = <int>min(<uint64_t>BATCH_MAX, until - ticket)
-                clean_tickets(self.a, ticket, n)
+                clean_tickets(self.a, ticket, n, NULL)
                 ticket += n
+
+    @property
+    def refused(self):
+        """About how many pages wait in the nursery because their files refused them to the sweep or to `clean_until`."""
+        return load_relaxed(&self.a.refused_count)
+
+    def retry_refused(self):
+        """Tries those pages again: all of them as long as the files take them, of each type RETRIES_MAX that are refused once more.
+
+        Returns how many are left, by type, and the errno of the last refusal; 0: there was none yet. To be called by the thread that
+        sweeps.
+        """
+        cdef uint64_t by_type[256]
+        cdef int type_
+        memset(by_type, 0, sizeof(by_type))
+        with nogil:
+            retry_refused(self.a)
+            count_refused(self.a, by_type)
+        return {type_: by_type[type_] for type_ in range(256) if by_type[type_]}, self.a.refused_errno
 
     def bury(self, numbers):
         """Takes back the nursery grants and the writer's claims of clients that are dead or have said goodbye: one pass for all."""
@@ -459,12 +498,23 @@ cdef class Plane:
         return &self.a.types[type_]
 
     def begin_type(self, uint64_t type_, uint64_t base, uint64_t slots, uint64_t flags):
-        """A new life of a type on these slots, which no living type has; its file exists. Returns the life."""
+        """A new life of a type on these slots, which no living type has; its file exists. Returns the life. Raises SpillError."""
         cdef TypeEntry *entry = self.type_entry(type_, base, slots)
+        cdef int failed = note_file(self.a, type_, entry.life + 1)
+        if failed:
+            raise SpillError(-failed, f"{os.strerror(-failed)}: the spill file of type {type_} cannot be opened")
         entry.flags = flags
         with nogil:
             begin_type(self.a, entry, base, slots)
         return entry.life
+
+    cdef int keep_open(self, uint64_t type_, uint64_t life) except -1:
+        """Opens that life's file for the sweep, before it is needed: it may be gone by then."""
+        cdef bint private_ = False
+        cdef int fd = spill_open(self.a, type_, life, &private_)
+        if fd >= 0:
+            spill_done(self.a, type_, fd, private_)
+        return 0
 
     def end_type(self, uint64_t type_, uint64_t base, uint64_t slots):
         """Ends a type's life: its handles are refused from now on, its words closed."""

@@ -1,8 +1,8 @@
 # The Python face of one life of one swap type.
 
 
-cdef int refuse(Plane plane, Handle *t, int status, offset, stored) except -1:
-    """Raises what `status` means, and counts it."""
+cdef int refuse(Plane plane, Handle *t, int status, offset, stored, int refusal=0) except -1:
+    """Raises what `status` means, and counts it. `refusal`: of a store that found no page, the errno of a file that took none."""
     if status < 0:
         count(plane.a, C_REFUSED_SPILL_ERROR)
         raise SpillError(
@@ -19,6 +19,7 @@ cdef int refuse(Plane plane, Handle *t, int status, offset, stored) except -1:
         raise NurseryFull(
             f"no page to store into became free in time: all {plane.a.nursery} nursery pages, or the {plane.a.pins_max} that one "
             f"process may have in hand, are in use or wait for the spill file; slot {offset} of type {t.type} is unchanged"
+            + (f". A spill file takes no pages: {os.strerror(refusal)}" if refusal else "")
         )
     if status == BUSY:
         count(plane.a, C_REFUSED_SLOT_BUSY)
@@ -73,7 +74,16 @@ cdef class Slots:
             refuse(plane, &self.t, DAMAGED, "(any)", False)
         self.t.fd = open_life(plane.a, type_, life)
         if self.t.fd < 0:
-            refuse(plane, &self.t, self.t.fd if living(plane.a, &self.t) else ENDED, "(any)", False)
+            if not living(plane.a, &self.t):
+                refuse(plane, &self.t, ENDED, None, False)
+            count(plane.a, C_REFUSED_SPILL_ERROR)
+            raise SpillError(
+                -self.t.fd,
+                f"{os.strerror(-self.t.fd)}: the spill file of type {type_} cannot be opened; nothing was changed"
+                + ("; another file has its name" if self.t.fd == -ESTALE else ""),
+            )
+        if plane.a.number == BROKER:
+            plane.keep_open(type_, life)
 
     def __dealloc__(self):
         if self.t.fd >= 0:
@@ -102,6 +112,10 @@ cdef class Slots:
     def close(self):
         """Every later operation on this handle raises Closed. The type and its pages live on."""
         self.closed = True
+
+    def empty_file(self):
+        """Gives the disk back that the life's spill file takes. For the broker, when the life has ended; an error changes nothing."""
+        ftruncate(self.t.fd, 0)
 
     cdef int64_t offset_of(self, offset) except -1:
         cdef Py_ssize_t n = PyNumber_AsSsize_t(offset, IndexError)
@@ -192,7 +206,7 @@ cdef class Slots:
         finally:
             PyBuffer_Release(&source)
         if status != OK:
-            refuse(self.plane, &self.t, status, offset, stored)
+            refuse(self.plane, &self.t, status, offset, stored, tally.refusal)
 
     def invalidate_page(self, offset):
         """Forgets what is stored at `offset`; loads miss until the next store. Nothing stored there: no error."""
@@ -221,8 +235,7 @@ cdef class Slots:
             with nogil:
                 some = sync_some(self.plane.a, &self.t, &offset, min(end, now_ns() + self.timeout_ns))
             self.plane.leave(&tally)
-            if some != OK and (status == OK or some == ENDED):
-                status = some
+            status = graver(status, some)
         if status != OK:
             refuse(self.plane, &self.t, status, "(any)", True)
 
@@ -350,7 +363,7 @@ cdef class Slots:
                 self.plane.leave(&tally)
                 if status != OK:
                     with done(first + failed):
-                        refuse(self.plane, &self.t, status, wanted[first + failed], stored)
+                        refuse(self.plane, &self.t, status, wanted[first + failed], stored, tally.refusal)
         finally:
             PyBuffer_Release(&source)
             free(slots)

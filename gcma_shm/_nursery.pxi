@@ -52,24 +52,33 @@ cdef bint look_up(Arena *a, uint64_t page, uint64_t *life, uint64_t *key, uint64
     return load_relaxed(&a.life[page]) == life[0]
 
 
-cdef bint reclaim(Arena *a, uint64_t page) noexcept nogil:
-    """Makes a PUBLISHED nursery page FREE, cleaning it if need be. The caller has a pin. Waits for nobody: False when
-    another has its hands on it.
+cdef inline bint was_refused(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
+    """Whether the broker knows that the file did not take what is on that page. Only the broker does."""
+    return a.refused != NULL and load_relaxed(&a.refused[page]) == life & SEQUENCE
+
+
+cdef int reclaim(Arena *a, uint64_t page) noexcept nogil:
+    """Makes a PUBLISHED nursery page FREE, cleaning it if need be: OK; -errno: its file refused it. The caller has a pin. Waits for
+    nobody: BUSY when another has its hands on it.
     """
     cdef uint64_t life, key, word
     cdef Clean one
     if not look_up(a, page, &life, &key, &word):
-        return False
+        return BUSY
     if names(word, page) and word & DIRTY:
+        if was_refused(a, page, life):  # the retries are the reclaim thread's, at its pace
+            return -a.refused_errno
         one.key = key
         clean_batch(a, &one, 1, 1, NULL)
+        if one.status < 0:
+            return one.status
         if one.status != OK or not look_up(a, page, &life, &key, &word):
-            return False
+            return BUSY
     if not names(word, page):
-        return free_orphan(a, page, life)
+        return OK if free_orphan(a, page, life) else BUSY
     if word & DIRTY:
-        return False
-    return evict(a, page, life, &a.slots[key & SLOT], word)
+        return BUSY
+    return OK if evict(a, page, life, &a.slots[key & SLOT], word) else BUSY
 
 
 cdef inline void wake_sweeper(Arena *a) noexcept nogil:
@@ -80,14 +89,15 @@ cdef inline void wake_sweeper(Arena *a) noexcept nogil:
         futex_wake(a.wake)
 
 
-cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
+cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexcept nogil:
     """A nursery page of ours, pinned until `publish` or `abandon`; or -1: none within the bound (`insist`), or none at
-    hand.
+    hand. `refusal`: errno of the last file that did not take a page in our way.
     """
     cdef uint64_t ticket, page, life
     cdef int64_t room
-    cdef uint64_t tries = 0
+    cdef uint64_t tries = 0, refusals = 0
     cdef unsigned step = 0
+    cdef int status
     while not pin(a, 1):  # for other threads of this process, whose stores come to an end by themselves
         if not insist or now_ns() >= deadline:
             return -1
@@ -101,9 +111,17 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
         if room < <int64_t>(a.nursery // LOW_WATER):
             wake_sweeper(a)
         life = load_relaxed(&a.life[page])
-        if insist and room <= 0 and life_state(life) == PUBLISHED and reclaim(a, page):
-            count(a, C_DIRECT_RECLAIMS)
-            life = load_relaxed(&a.life[page])
+        if insist and room <= 0 and life_state(life) == PUBLISHED:
+            status = reclaim(a, page)
+            if status == OK:
+                count(a, C_DIRECT_RECLAIMS)
+                life = load_relaxed(&a.life[page])
+            elif status < 0:
+                refusal[0] = -status
+                refusals += 1
+                if refusals % LOOK_EVERY == 0 and a.refused == NULL:  # each has cost a write: a full disk is not to be hammered
+                    back_off(step)
+                    step += 1
         if life_state(life) == FREE and cas(&a.life[page], life, next_life(life, GRANTED, a.number)):  # @store.grant
             # The new sequence is seen before the first byte that we write (a seqlock's entry).
             fence_release()
@@ -114,7 +132,12 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline) noexcept nogil:
                 break
         elif tries % LOOK_EVERY == 0 and now_ns() >= deadline:
             break
-        if tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, or being cleaned by somebody
+        if tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, being cleaned by somebody, or refused by its file
+            # The broker stores for those that send messages, and others wait for the same worker: it does not wait for the file when
+            # that has refused half of the nursery; no more than the other half may be in the hands of clients, who come to an end.
+            if a.refused != NULL and 2 * refusals >= a.nursery:
+                break
+            refusals = 0
             back_off(step)
             step += 1
     unpin(a, 1)

@@ -47,7 +47,7 @@ cdef int store_page(
             return ENDED
         tally.counts[C_STORES_ZERO] += 1
     else:
-        page = grant(a, True, deadline)
+        page = grant(a, True, deadline, &tally.refusal)
         if page < 0:
             return FULL if living(a, t) else ENDED
         store_relaxed(&a.key[page], key_of(t, offset))                                   # @store.fill
@@ -114,7 +114,8 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
 
 cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint64_t side, const uint8_t *data) noexcept nogil:
     """Puts a page that was evicted a short while ago back into memory, clean, if a nursery page is at hand."""
-    cdef int64_t page = grant(a, False, 0)                                # @load.refault
+    cdef int refusal
+    cdef int64_t page = grant(a, False, 0, &refusal)                      # @load.refault
     if page < 0:
         return
     store_relaxed(&a.key[page], key)
@@ -214,10 +215,13 @@ cdef int64_t count_pages(Arena *a, Handle *t) noexcept nogil:
     return held
 
 
+cdef inline int graver(int one, int other) noexcept nogil:
+    """Of two slots' ends, what a sync tells: that the life is over, else the first refusal of the file, else that one is busy."""
+    return other if one == OK or other == ENDED or (one == BUSY and other < 0) else one
+
+
 cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, uint64_t deadline) noexcept nogil:
-    """Cleans what is dirty in the next slots from `offset` on: OK, ENDED, BUSY, or the first -errno after trying
-    all.
-    """
+    """Cleans what is dirty in the next slots from `offset` on, all of it: OK, ENDED, the first -errno, or BUSY."""
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t words[BATCH_MAX]
     cdef uint64_t word
@@ -234,8 +238,7 @@ cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, uint64_t deadline) noe
     if n:
         clean_all(a, t, batch, words, n, deadline)
     for i in range(n):
-        if batch[i].status != OK and (result == OK or batch[i].status == ENDED):
-            result = batch[i].status
+        result = graver(result, batch[i].status)
     return result
 
 

@@ -171,37 +171,42 @@ cdef int64_t area_in_turn(Arena *a) noexcept nogil:
     return next_
 
 
-cdef void settle(Arena *a, uint64_t page) noexcept nogil:
+cdef bint settle(Arena *a, uint64_t page) noexcept nogil:
     """Ends a nursery page's time: promoted, evicted, or freed as an orphan. Dirty pages and those of a store in flight
-    stay.
+    stay: False.
     """
     cdef uint64_t life, key, word
     cdef int64_t index
     cdef bint wanted
     if not look_up(a, page, &life, &key, &word):
-        return
+        return False
     if names(word, page):
         if word & DIRTY:
-            return
+            return False
         # Policy, the idea of S3-FIFO (Yang et al., SOSP 2023): the small queue filters out what is never read again.
         wanted = load_byte(&a.visited[page])
         index = area_in_turn(a)
         if index < 0 or not promote(a, <uint64_t>index, page, key, word, wanted):
-            evict(a, page, life, &a.slots[key & SLOT], word)
-            return
-    free_orphan(a, page, life)
+            return evict(a, page, life, &a.slots[key & SLOT], word)
+    return free_orphan(a, page, life)
 
 
-cdef int clean_tickets(Arena *a, uint64_t ticket, int n) noexcept nogil:
+cdef void clean_tickets(Arena *a, uint64_t ticket, int n, Retries *retries) noexcept nogil:
     """Cleans what is dirty on the pages of n tickets from `ticket` on, sorted so that neighbours in a file go in one
-    write.
+    write. What its file has refused before is left alone; or, in a round of `retries`, nothing else is tried.
     """
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t page, life, key, word
     cdef int i, k, dirty = 0
     for i in range(n):
         page = (ticket + i) % a.nursery
+        if retries != NULL and not a.refused[page]:
+            continue
         if look_up(a, page, &life, &key, &word) and names(word, page) and word & DIRTY:
+            if was_refused(a, page, life) != (retries != NULL):
+                continue
+            if retries != NULL and not may_retry(retries, page, key >> KEY_SHIFT):
+                continue
             k = dirty
             while k and batch[k - 1].key > key:
                 batch[k].key = batch[k - 1].key
@@ -209,25 +214,38 @@ cdef int clean_tickets(Arena *a, uint64_t ticket, int n) noexcept nogil:
             batch[k].key = key
             dirty += 1
     clean_batch(a, batch, dirty, a.pins_max, NULL)  # the reclaim thread has a share of its own
-    return dirty
+    for i in range(dirty):
+        if batch[i].status < 0:
+            note_refused(a, &batch[i])
+            if retries != NULL:
+                retries.refused[batch[i].key >> KEY_SHIFT] += 1
 
 
-cdef void sweep_nursery(Arena *a) noexcept nogil:
-    """Moves the hand on until enough of the nursery is free, one lap at the most."""
+cdef bint sweep_nursery(Arena *a) noexcept nogil:
+    """Moves the hand on until enough of the nursery is free, one lap at the most; False: a whole lap has freed nothing."""
     cdef uint64_t hand = load_relaxed(a.hand), head, swept = 0
     cdef int n, i
+    cdef bint freed = False
     count_promised(a)
     while room_below(a, HIGH_WATER) and swept < a.nursery:
         head = load_relaxed(a.head)
         if hand + a.nursery < head:  # clients were faster and went on by direct reclaim
             hand = head - a.nursery
         n = min(<uint64_t>BATCH_MAX, head - hand)
-        clean_tickets(a, hand, n)
+        clean_tickets(a, hand, n, NULL)
         for i in range(n):
-            settle(a, (hand + i) % a.nursery)
+            if settle(a, (hand + i) % a.nursery):
+                freed = True
         hand += n
         swept += n
         store_release(a.hand, hand)
+    return freed or swept < a.nursery
+
+
+cdef void sweeper_rest() noexcept nogil:
+    """After a lap that freed nothing: the nursery is full of pages that no file takes, and those that want one call all the time."""
+    cdef uint32_t nobody_wakes = 0
+    futex_wait(&nobody_wakes, 0, REST_NS)
 
 
 cdef void sweeper_sleep(Arena *a, uint64_t timeout_ns) noexcept nogil:

@@ -20,9 +20,9 @@ Talk = Connection
 WAIT_S = 60.0  # a bound on what must come, never a measure
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
+def eventually(condition: Callable[[], bool], wait_s: float = WAIT_S) -> bool:
     """Whether `condition` comes true within the bound."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + wait_s
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -35,13 +35,21 @@ def descriptors(pid: int | str = "self") -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
+def cpu_seconds(pid: int) -> float:
+    """User and system time that a process has used."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @contextlib.contextmanager
-def files_refuse_writes(*pids: int) -> Iterator[None]:
-    """Every write of these processes to a file fails with EFBIG meanwhile (Python ignores the signal that comes with it)."""
+def files_refuse_writes(*pids: int, above: int = 0) -> Iterator[None]:
+    """Every write of these processes to a file fails with EFBIG meanwhile (Python ignores the signal that comes with it), or to the
+    part of a file from byte `above` on; one that begins below it is short.
+    """
     before = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids}
     try:
         for pid, (_, hard) in before.items():
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (above, hard))
         yield
     finally:
         for pid, limits in before.items():

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import COUNTERS, Plane, Slots
-from gcma_shm.errors import ArenaError, Closed, NurseryFull, SpillCorrupt, SpillError
+from gcma_shm.errors import ArenaError, Closed, NurseryFull, SlotBusy, SpillCorrupt, SpillError
 from gcma_shm.layout import Geometry
 from gcma_shm.records import Records
 from tests.conftest import Bare
@@ -118,11 +118,11 @@ def refused_planes(bare: Bare, tmp_path: Path) -> None:
         Plane(bytearray(4096), geometry, 1, directory)
     with pytest.raises(BufferError):
         Plane(bytes(geometry.size), geometry, 1, directory)
-    with pytest.raises(FileNotFoundError):
-        Plane(memory, geometry, 1, os.fsencode(tmp_path / "missing"))
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
-        Plane(memory, geometry, 1, os.fsencode(tmp_path / "file"))
+    for name, number in (("missing", errno.ENOENT), ("file", errno.ENOTDIR)):
+        with pytest.raises(SpillError) as raised:
+            Plane(memory, geometry, 1, os.fsencode(tmp_path / name))
+        assert raised.value.errno == number
 
 
 def test_what_a_plane_refuses_to_be(bare: Bare, tmp_path: Path) -> None:
@@ -660,8 +660,6 @@ def test_bury_takes_back_grants_and_claims_of_the_dead_alone(bare: Bare) -> None
 
 
 def test_a_claim_that_nobody_gives_back_bounds_the_store(bare: Bare) -> None:
-    from gcma_shm.errors import SlotBusy
-
     g, plane = bare.arena.geometry, bare.plane
     swap = declared(bare, timeout=0.0)
     side = g.slots_at + 16 * 3 + 8
@@ -679,6 +677,67 @@ def test_a_claim_that_nobody_gives_back_bounds_the_store(bare: Bare) -> None:
     swap.sync(0)
     assert [swap.load(n) for n in range(1, 5)] == [b"b" * 4096] * 4
     check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_a_sync_tells_of_a_file_that_refuses_rather_than_of_a_busy_slot(bare: Bare) -> None:
+    swap = declared(bare, flags=layout.WRITE_BEHIND, timeout=0.0)
+    for n in (3, 90):  # not in one batch
+        swap.store(n, b"a" * 4096)
+    side = bare.arena.geometry.slots_at + 16 * 3 + 8
+    bare.plane.write(side, 3 << 52 | 1 << 32)
+    with files_refuse_writes(os.getpid()):
+        with pytest.raises(SpillError) as raised:
+            swap.sync(0)
+        assert raised.value.errno == errno.EFBIG
+    with pytest.raises(SlotBusy):
+        swap.sync(0)
+    bare.plane.bury(3)
+    swap.sync(0)
+
+
+def test_what_a_file_refused_is_tried_again_when_it_is_asked_for(bare: Bare) -> None:
+    """The sweep tries a page once; `retry_refused` counts what is left, and forgets what was overwritten, dropped, or has ended."""
+    swap, ended = (
+        declared(bare, flags=layout.WRITE_BEHIND),
+        declared(bare, flags=layout.WRITE_BEHIND, type_=1, base=100),
+    )
+    for n in range(6):
+        swap.store(n, b"a" * 4096)
+    ended.store(0, b"e" * 4096)
+    with files_refuse_writes(os.getpid()):
+        for _ in range(3):
+            bare.plane.clean_until(7)
+            assert bare.plane.refused == 7
+            assert counts(bare)["spill_failures"] == 7, "each once"
+        assert bare.plane.retry_refused() == ({0: 6, 1: 1}, errno.EFBIG)
+        assert counts(bare)["spill_failures"] == 14
+        swap.store(0, b"b" * 4096)
+        swap.invalidate_page(1)
+        swap.store(2, bytes(4096))
+        bare.plane.end_type(1, 100, 100)
+        assert bare.plane.retry_refused() == ({0: 3}, errno.EFBIG)
+        assert bare.plane.refused == 3
+        bare.plane.clean_until(8)  # what replaced slot 0 is refused as well
+        assert bare.plane.retry_refused() == ({0: 4}, errno.EFBIG)
+    assert bare.plane.retry_refused()[0] == {}
+    assert bare.plane.refused == 0
+    check_at_rest(bare.arena.name, bare.spill_dir)
+
+
+def test_only_the_file_that_a_life_began_with_is_opened(bare: Bare) -> None:
+    swap = declared(bare)
+    swap.store(1, b"a" * 4096)
+    path = bare.spill_dir / "000.1"
+    path.rename(bare.spill_dir / "aside")
+    path.touch()
+    with pytest.raises(SpillError) as raised:
+        bare.plane.slots(0, 1, None)
+    assert raised.value.errno == errno.ESTALE
+    (bare.spill_dir / "aside").rename(path)
+    assert bare.plane.slots(0, 1, None).load(1) == b"a" * 4096
+    with pytest.raises(SpillError):
+        bare.plane.begin_type(1, 100, 100, 0)  # there is no file
+    assert bare.plane.read(bare.arena.geometry.type_at(1)) == 0, "nothing has begun"
 
 
 def test_a_closed_plane(bare: Bare) -> None:
@@ -730,8 +789,8 @@ def _damaged(spill_dir: Path) -> tuple[Geometry, Plane, Slots]:
     geometry, areas = layout.plan(1 << 20, slots=64, clients_max=8)
     memory = bytearray(geometry.size)
     layout.write_header(memoryview(memory), geometry, areas, bytes(16))
-    struct.pack_into("<QQQQ", memory, geometry.type_at(0), 1, 0, 64, layout.WRITE_BEHIND)
     plane = Plane(memory, geometry, 1, os.fsencode(spill_dir))
+    plane.begin_type(0, 0, 64, layout.WRITE_BEHIND)
     return geometry, plane, plane.slots(0, 1, 0.1)
 
 

@@ -1,0 +1,91 @@
+"""What the tests of spill faults share: a broker with few pages, values, and what it says about its health."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gcma_shm
+from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.swap import Swap
+from tests.invariants import check_at_rest
+from tests.processes import eventually
+
+PAGE = 4096
+SLOTS = 2000
+TIMEOUT_S = 1.0  # of a store that finds no page
+
+
+def page_of(value: int) -> bytes:
+    """A page of that value, from 1 on; each has other bytes."""
+    return value.to_bytes(8, "little") * (PAGE // 8)
+
+
+class Place:
+    """A broker, and a client that reaches it in shared memory or by messages."""
+
+    def __init__(self, owner: EmbeddedClient, client: gcma_shm.Client, spill_root: Path) -> None:
+        self.owner = owner
+        self.client = client
+        arena = owner.stats()["arena"]
+        self.arena = str(arena["name"])
+        self.nursery_pages = int(arena["nursery"]) // PAGE
+        self.spill_dir = spill_root / self.arena.removeprefix("/")
+
+    def file(self, type_: int) -> Path:
+        """The spill file of that type's life."""
+        (found,) = self.spill_dir.glob(f"{type_:03}.*")
+        return found
+
+    def health(self) -> dict[str, Any]:
+        """What the broker says."""
+        health: dict[str, Any] = self.owner.stats()["broker"]["health"]
+        assert (health["state"] == "ok") == (health["pages_unwritable"] == 0)
+        assert sum(health["types"].values()) == health["pages_unwritable"]
+        return health
+
+    def degraded(self, pages: int, errno: int, type_: int) -> None:
+        """Waits until the broker knows of exactly so many pages of that type that their file refuses."""
+
+        def known() -> bool:
+            health = self.health()
+            return (health["pages_unwritable"], health["types"]) == (pages, {str(type_): pages})
+
+        assert eventually(known), f"expected {pages} pages of type {type_}: {self.health()}"
+        health = self.health()
+        assert health["errno"] == errno
+        assert f"types {type_} " in health["why"]
+        assert health["since"] > 0
+
+    def healthy(self) -> None:
+        """Waits until the broker has written everything by itself, which nobody asks it to."""
+        assert eventually(lambda: self.health()["state"] == "ok"), self.health()
+        assert self.health()["why"] == ""
+
+    def seen_by_all(self, type_: int, values: dict[int, int], write: str = "through") -> None:
+        """Each of these slots holds its value: for us, for a stranger that maps the arena, and by messages."""
+        for mapped in (True, False):
+            with gcma_shm.connect(self.owner.endpoint, mapped=mapped) as other:
+                check_values(other.swap(type_, SLOTS, write), values)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """The invariants, and that files and memory agree."""
+        check_at_rest(self.arena, self.spill_dir)
+
+
+def check_values(swap: Swap, values: dict[int, int]) -> None:
+    """Each of these slots holds its value."""
+    for offset, value in values.items():
+        assert swap.load(offset) == page_of(value), f"slot {offset} of type {swap.type}"
+
+
+@contextlib.contextmanager
+def place(spill_root: Path, mapped: bool, size: str = "4M") -> Iterator[Place]:
+    """A broker of about a hundred nursery pages, with its spill files below `spill_root`."""
+    with (
+        gcma_shm.embedded(size, slots=3 * SLOTS, clients=8, spill_dir=spill_root, timeout=20.0) as owner,
+        gcma_shm.connect(owner.endpoint, mapped=mapped, timeout=TIMEOUT_S if mapped else 20.0) as client,
+    ):
+        yield Place(owner, client, spill_root)
