@@ -43,6 +43,7 @@ class Client(Allocator):
         self._spans: weakref.WeakSet[Span] = weakref.WeakSet()
         self._swaps: weakref.WeakSet[MappedSwap | MessageSwap] = weakref.WeakSet()
         owner = weakref.ref(self)
+        self._introduced = 0  # the process that said the last hello: its child is somebody else
         self._channel = Channel(endpoint, timeout, wait_for_broker, lambda: cast(Client, owner())._introduce())
         try:
             self._channel.request("ping")
@@ -70,6 +71,9 @@ class Client(Allocator):
                 "buffers": [number for number, claim in held if not claim],
                 "claims": [*claims, *(number for number, claim in held if claim)],
             }
+        elif self._introduced == pid and "client" in self._channel.greeting:  # by messages, and its session was lost
+            who["client"] = self._channel.greeting["client"]
+        self._introduced = pid
         return who
 
     def _map(self, required: bool, prefault: bool) -> None:
@@ -82,6 +86,7 @@ class Client(Allocator):
                 raise
             # Not ours to map (another container, say): start over as one that sends its pages in messages.
             self._channel.request("bye")
+            del self._channel.greeting["client"]
             self._mapped = False
             self._channel.request("ping")
             return

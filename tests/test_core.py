@@ -125,7 +125,7 @@ def refused_planes(bare: Bare, tmp_path: Path) -> None:
         Plane(memory, geometry, 1, os.fsencode(tmp_path / "file"))
     for arguments in ((), (None, 0, 1, 1.0)):  # refused before the constructor begins
         with pytest.raises(TypeError):
-            Slots(*arguments)  # type: ignore[arg-type] # on purpose
+            Slots(*arguments)
 
 
 def test_what_a_plane_refuses_to_be(bare: Bare, tmp_path: Path) -> None:
