@@ -148,10 +148,12 @@ def run(owner: EmbeddedClient, scene: Scene, hook: Hook) -> int:
             def body(_: Said, new: int = new) -> bool:
                 return child(owner, swap, buffer, new)
 
-            with forked(body) as running:
-                assert running.receive() is True
-                assert running.wait() == 0
-        hook.go_on.set()
+            try:
+                with forked(body) as running:
+                    assert running.receive() is True
+                    assert running.wait() == 0
+            finally:
+                hook.go_on.set()
         thread.join(WAIT_S)
         assert not thread.is_alive()
         assert not failed, f"{scene.name}, step {step} in {hook.where.value!r}: {failed}"
