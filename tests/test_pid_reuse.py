@@ -17,6 +17,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO
 
 import pytest
@@ -260,10 +261,11 @@ def test_a_forked_child_whose_number_another_process_has(client: EmbeddedClient)
 
 
 @pytest.mark.skipif(MAY_CHOOSE, reason="the tests above need no namespace")
-def test_in_a_namespace_of_its_own() -> None:
+def test_in_a_namespace_of_its_own(tmp_path: Path) -> None:
     if subprocess.run([*NAMESPACE, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no right to choose a process number, and none to a namespace in which there is one")
-    command = [*NAMESPACE, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    own = ["--basetemp", str(tmp_path / "own"), "-p", "no:cacheprovider"]
+    command = [*NAMESPACE, sys.executable, "-m", "pytest", "-q", *own, __file__]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -47,8 +47,9 @@ def test_lives_of_objects(core: Sanitized, tmp_path: Path) -> None:
 @pytest.mark.skipif(not SECONDS, reason="with `make sanitize`: other tests of the core once more, under the sanitizers")
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", SUITE)
-def test_other_tests_of_the_core(file: str, core: Sanitized) -> None:
-    done = core.run("pytest", "-q", "--timeout", "600", file, options="detect_leaks=0")
+def test_other_tests_of_the_core(file: str, core: Sanitized, tmp_path: Path) -> None:
+    own = ["--basetemp", str(tmp_path / "own"), "-p", "no:cacheprovider"]
+    done = core.run("pytest", "-q", "--timeout", "600", *own, file, options="detect_leaks=0")
     assert done.returncode == 0, done.stdout
 
 
