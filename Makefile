@@ -39,6 +39,11 @@ model: all
 soak: all
 	GCMA_SOAK_S=$${GCMA_SOAK_S:-3600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
 
+# The core under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer: each run for a minute, or as long as GCMA_SANITIZE_S
+# says, and other tests of the core under the second and third.
+sanitize: all
+	GCMA_SANITIZE_S=$${GCMA_SANITIZE_S:-60} $(BIN)/python -m pytest tests/sanitize
+
 bench: all
 	$(BIN)/python bench/pages.py
 	$(BIN)/python bench/alloc.py --rounds 10
@@ -48,4 +53,4 @@ bench: all
 clean:
 	rm -rf .venv build dist *.egg-info gcma_shm/_core.c gcma_shm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
 
-.PHONY: all run test lint types check model soak bench clean
+.PHONY: all run test lint types check model soak sanitize bench clean

@@ -105,6 +105,7 @@ class Client(Allocator):
                 raise
             # Not ours to map (another container, say): start over as one that sends its pages in messages.
             self._channel.request("bye")
+            del self._channel.greeting["client"]
             self._mapped = False
             self._channel.request("ping")
             return

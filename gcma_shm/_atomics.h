@@ -19,6 +19,8 @@
 #include <linux/futex.h>
 #include <sys/syscall.h>
 
+#include "_races.h"
+
 _Static_assert(__atomic_always_lock_free(8, 0), "gcma-shm needs lock-free 64-bit atomics");
 
 /* A build with -DGCMA_FAULT_NO_RECHECK leaves out the second look at a page's life. The tests make one to prove that they

@@ -1,4 +1,4 @@
-"""C declarations of `_atomics.h` and `_crc32c.h`."""
+"""C declarations of `_atomics.h`, `_races.h` and `_crc32c.h`."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
@@ -30,6 +30,13 @@ cdef extern from "_atomics.h" nogil:
     void futex_wait(uint32_t *word, uint32_t expected, uint64_t timeout_ns)
     void futex_wake(uint32_t *word)
     void futex_wake_all(uint32_t *word)
+
+cdef extern from "_races.h" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    void racy_copy(void *to, const void *from_, size_t size)
+    ssize_t racy_pwritev(int fd, const iovec *parts, int count, int64_t at)
 
 cdef extern from "_crc32c.h" nogil:
     ctypedef struct crc32c_t:

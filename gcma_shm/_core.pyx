@@ -47,12 +47,6 @@ cdef extern from "sys/mman.h" nogil:
 cdef enum:
     MADV_POPULATE_WRITE = 23  # since Linux 5.14; older headers have no name for it
 
-cdef extern from "sys/uio.h" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t pwritev(int, const iovec *, int, int64_t)
-
 include "_arena.pxi"
 include "_spill.pxi"
 include "_clean.pxi"
@@ -310,7 +304,7 @@ cdef class Plane:
 
     def entries_used(self, uint64_t count):
         """Of the table of allocations: the sweep looks at so many for reservations."""
-        self.a.entries_used = min(count, self.a.allocations_count)
+        store_relaxed(&self.a.entries_used, min(count, self.a.allocations_count))
 
     def lent_near(self, uint64_t first, uint64_t pages):
         """About how many pages of the range hold cache: counted exactly for the blocks of LENT_BLOCK pages that it touches."""
@@ -318,7 +312,7 @@ cdef class Plane:
         if self.a.lent_map == NULL or not pages or first >= self.a.pages or pages > self.a.pages - first:
             raise IndexError(f"pages {first} to {first + pages}: not counted here")
         for block in range(first // LENT_BLOCK, (first + pages - 1) // LENT_BLOCK + 1):
-            lent += self.a.lent_map[block]
+            lent += load32(&self.a.lent_map[block])
         return lent
 
     # --- reservations
@@ -503,7 +497,7 @@ cdef class Plane:
         cdef int failed = note_file(self.a, type_, entry.life + 1)
         if failed:
             raise SpillError(-failed, f"{os.strerror(-failed)}: the spill file of type {type_} cannot be opened")
-        entry.flags = flags
+        store_relaxed(&entry.flags, flags)
         with nogil:
             begin_type(self.a, entry, base, slots)
         return entry.life
@@ -539,12 +533,12 @@ cdef class Plane:
         end = (first + (nbytes - 1) // self.a.page_size) // LENT_BLOCK + 1
         with nogil:
             while block < end and not failed:
-                if self.populated[block]:
+                if load_byte(&self.populated[block]):
                     block += 1
                     continue
                 run = block
-                while block < end and not self.populated[block]:
-                    self.populated[block] = 1
+                while block < end and not load_byte(&self.populated[block]):
+                    store_byte(&self.populated[block], 1)
                     block += 1
                 page, stop = run * LENT_BLOCK, min(block * LENT_BLOCK, self.a.pages)
                 failed = madvise(page_bytes(self.a, page), (stop - page) * self.a.page_size, MADV_POPULATE_WRITE)

@@ -11,6 +11,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "_races.h"
+
 #define CRC32C_POLYNOMIAL 0x82f63b78u /* bit-reflected */
 
 typedef struct {
@@ -20,7 +22,7 @@ typedef struct {
     uint32_t shift[4][256];   /* appends `quarter` zero bytes */
 } crc32c_t;
 
-static inline uint32_t crc32c_soft(const crc32c_t *t, uint32_t crc, const uint8_t *p, size_t n)
+RACY_READS static inline uint32_t crc32c_soft(const crc32c_t *t, uint32_t crc, const uint8_t *p, size_t n)
 {
     for (size_t i = 0; i < n; i++)
         crc = t->bytes[(crc ^ p[i]) & 0xff] ^ (crc >> 8);
@@ -45,7 +47,7 @@ static inline uint32_t crc32c_append(const crc32c_t *t, uint32_t crc)
 #endif
 
 #ifdef CRC32C_HARDWARE
-CRC32C_TARGET static uint32_t crc32c_fast(const crc32c_t *t, const uint8_t *page)
+RACY_READS CRC32C_TARGET static uint32_t crc32c_fast(const crc32c_t *t, const uint8_t *page)
 {
     uint32_t a = 0xffffffffu, b = 0, c = 0, d = 0;
     const size_t quarter = t->quarter;

@@ -56,18 +56,19 @@ cdef class Slots:
     cdef readonly bint write_through
     cdef uint64_t timeout_ns
     cdef bint closed
+    cdef bint opened    # t.fd is ours to close: 0 is a descriptor, and a constructor that is refused its arguments never begins
 
     def __cinit__(self, Plane plane not None, uint64_t type_, uint64_t life, timeout, *_more):
-        self.t.fd = -1
         if type_ >= <uint64_t>layout.TYPES_MAX:
             raise IndexError(f"type {type_}: expected 0 to {layout.TYPES_MAX - 1}")
         self.plane = plane
         self.timeout_ns = nanoseconds(timeout)
         self.t.type = type_
         self.t.life = life
-        self.t.base = plane.a.types[type_].base
-        self.t.slots = plane.a.types[type_].slots
-        self.write_through = not plane.a.types[type_].flags & 1
+        # Each before the look at the life: of a life that begins meanwhile nothing is taken for this one's.
+        self.t.base = load_acquire(&plane.a.types[type_].base)
+        self.t.slots = load_acquire(&plane.a.types[type_].slots)
+        self.write_through = not load_acquire(&plane.a.types[type_].flags) & 1
         if not living(plane.a, &self.t):
             refuse(plane, &self.t, ENDED, None, False)
         if self.t.slots > plane.a.slots_count or self.t.base > plane.a.slots_count - self.t.slots:
@@ -82,11 +83,12 @@ cdef class Slots:
                 f"{os.strerror(-self.t.fd)}: the spill file of type {type_} cannot be opened; nothing was changed"
                 + ("; another file has its name" if self.t.fd == -ESTALE else ""),
             )
+        self.opened = True
         if plane.a.number == BROKER:
             plane.keep_open(type_, life)
 
     def __dealloc__(self):
-        if self.t.fd >= 0:
+        if self.opened:
             close(self.t.fd)
 
     @property

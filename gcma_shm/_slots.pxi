@@ -93,7 +93,7 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
         if page >= a.nursery and cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @load.heal
             count(a, C_HEALS)
         return BUSY
-    memcpy(out, page_bytes(a, page), a.page_size)                         # @load.copy
+    racy_copy(out, page_bytes(a, page), a.page_size)                      # @load.copy
     # A seqlock's exit. The copy races with a writer by design; its bytes count only if the sequence has not moved. On
     # x86 loads are not reordered with loads, and the fence binds the compiler; on ARM it is a load barrier, and the
     # writer's half is the release fence between the new life and its first byte (`grant`, `promote`), or the full one

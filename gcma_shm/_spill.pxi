@@ -73,7 +73,7 @@ cdef int spill_open(Arena *a, uint64_t type_, uint64_t life, bint *private_) noe
         step += 1
     if f.fd < 0 or f.life != life:
         fd = open_life(a, type_, life)
-        if fd < 0 or f.users > 0:
+        if fd < 0 or load32(<uint32_t *>&f.users):
             private_[0] = fd >= 0
             store32(&a.spill_lock, 0)
             return fd
@@ -103,7 +103,7 @@ cdef int spill_write(int fd, iovec *parts, int count_, int64_t at, int *whole) n
     cdef ssize_t written
     whole[0] = 0
     while whole[0] < count_:
-        written = pwritev(fd, parts + whole[0], count_ - whole[0], at)
+        written = racy_pwritev(fd, parts + whole[0], count_ - whole[0], at)
         if written < 0:
             if errno == EINTR:
                 continue

@@ -66,7 +66,7 @@ cdef bint fill(Arena *a, AreaEntry *area, uint64_t page, uint64_t from_, uint64_
     fence_release()  # the new sequence before the first byte: a reader of the page's last content must notice
     store_relaxed(&a.key[page], key)
     store_byte(&a.visited[page], 0)
-    memcpy(page_bytes(a, page), page_bytes(a, from_), a.page_size)        # @promote.copy
+    racy_copy(page_bytes(a, page), page_bytes(a, from_), a.page_size)     # @promote.copy
     store_release(&a.life[page], published(life) | (owner << OWNER_SHIFT))  # @promote.publish
     # From the exact word that was read before the copy, so the bytes are of the value that it names.
     if cas(&a.slots[key & SLOT].word, word, next_word(word, CACHED, page)):  # @promote.swing
@@ -82,7 +82,7 @@ cdef void count_promised(Arena *a) noexcept nogil:
     cdef uint64_t index, area
     cdef AllocationEntry *entry
     memset(a.promised, 0, sizeof(a.promised))
-    for index in range(a.entries_used):
+    for index in range(load_relaxed(&a.entries_used)):
         entry = &a.allocations[index]
         area = load_relaxed(&entry.area)
         if load_relaxed(&entry.state) & KIND == RESERVATION and area < AREAS_MAX:
@@ -93,7 +93,8 @@ cdef void count_promised(Arena *a) noexcept nogil:
 
 
 cdef inline bint has_room(Arena *a, uint64_t index) noexcept nogil:
-    return a.areas[index].lent + a.areas[index].held + a.promised[index] < (load_relaxed(&a.ranges[index]) & PAYLOAD)
+    cdef AreaEntry *area = &a.areas[index]
+    return load_relaxed(&area.lent) + load_relaxed(&area.held) + a.promised[index] < (load_relaxed(&a.ranges[index]) & PAYLOAD)
 
 
 cdef inline uint64_t pages_to_skip(Arena *a, uint64_t page, uint64_t life, uint64_t first) noexcept nogil:
@@ -115,7 +116,7 @@ cdef bint promote(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64
     cdef AreaEntry *area = &a.areas[index]
     cdef uint64_t range_ = load_acquire(&a.ranges[index]), first = range_ >> 32, n = range_ & PAYLOAD
     cdef bint room = has_room(a, index)
-    cdef uint64_t limit = SEEK_MAX if room else (2 * n if wanted and (area.lent or a.promised[index]) else SCRUB_MAX)
+    cdef uint64_t limit = SEEK_MAX if room else (2 * n if wanted and (load_relaxed(&area.lent) or a.promised[index]) else SCRUB_MAX)
     cdef uint64_t step, page, life, state
     cdef bint ready, done = False
     if not n:
@@ -314,7 +315,7 @@ cdef void bury(Arena *a, const uint64_t *dead) noexcept nogil:
             continue
         # Killed before it wrote the key? Then the old key's word had left this page before it was granted, and does
         # not name it.
-        key = a.key[page]
+        key = load_relaxed(&a.key[page])
         word = load_acquire(&a.slots[key & SLOT].word) if (key & SLOT) < a.slots_count else 0
         cas(&a.life[page], life, published(life) if names(word, page) else next_life(life, FREE, 0))
     for i in range(a.slots_count):
@@ -349,7 +350,7 @@ cdef void begin_type(Arena *a, TypeEntry *t, uint64_t base, uint64_t slots) noex
             word = load_acquire(&a.slots[i].word)
             if cas(&a.slots[i].word, word, next_word(word, EMPTY, 0)):
                 break
-    t.base = base
-    t.slots = slots
+    store_relaxed(&t.base, base)
+    store_relaxed(&t.slots, slots)
     fence_full()
     fetch_add(&t.life, 1)                                                 # @type.begin

@@ -123,6 +123,9 @@ def refused_planes(bare: Bare, tmp_path: Path) -> None:
         with pytest.raises(SpillError) as raised:
             Plane(memory, geometry, 1, os.fsencode(tmp_path / name))
         assert raised.value.errno == number
+    for arguments in ((), (None, 0, 1, 1.0)):  # refused before the constructor begins
+        with pytest.raises(TypeError):
+            Slots(*arguments)
 
 
 def test_what_a_plane_refuses_to_be(bare: Bare, tmp_path: Path) -> None:

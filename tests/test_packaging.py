@@ -139,6 +139,8 @@ def test_what_is_in_them(built: tuple[Path, Path]) -> None:
         "pyproject.toml",
         "gcma_shm/_core.pyx",
         "gcma_shm/_atomics.h",
+        "gcma_shm/_crc32c.h",
+        "gcma_shm/_races.h",
     }
     assert wanted <= inside
     assert {
