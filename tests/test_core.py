@@ -694,7 +694,7 @@ def test_a_sync_tells_of_a_file_that_refuses_rather_than_of_a_busy_slot(bare: Ba
         assert raised.value.errno == errno.EFBIG
     with pytest.raises(SlotBusy):
         swap.sync(0)
-    bare.plane.bury(3)
+    bare.plane.bury([3])
     swap.sync(0)
 
 

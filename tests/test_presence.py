@@ -20,7 +20,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.errors import ArenaError
 from gcma_shm.presence import Presence
 from tests.conftest import Bare
-from tests.processes import WAIT_S, Said, broker_command, descriptors, eventually, forked, in_fork, start_python
+from tests.processes import WAIT_S, Said, broker_command, descriptors, eventually, forked, in_fork
 
 IN_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
 HOLD = """
@@ -114,38 +114,6 @@ def test_each_client_has_its_own(client: EmbeddedClient) -> None:
 
 def held(client: gcma_shm.Client) -> int:
     return sum(area.held for area in client.areas())
-
-
-def test_a_child_killed_before_its_first_instruction(client: EmbeddedClient) -> None:
-    """Nobody knows its process: its record says FORKED, and its lock has gone."""
-    with client.alloc_contig(1 << 20):
-        for _ in range(5):
-            pid = os.fork()
-            if pid == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            os.waitpid(pid, 0)
-        assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
-    assert held(client) == 0
-
-
-def test_a_client_that_becomes_another_program(client: EmbeddedClient) -> None:
-    """Its process lives on under the same number, and is no client any more."""
-    code = HOLD.replace("sys.stdin.read()", "import os; sys.stdin.readline(); os.execv('/bin/cat', ['cat'])")
-    process = start_python(code, client.endpoint)
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        number = int(process.stdout.readline())
-        assert held(client) == 1 << 20
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        assert eventually(lambda: held(client) == 0)
-        assert process.poll() is None
-        assert str(number) not in client.stats()["clients"]
-        assert client.swap(0, 16).load(3) == b"n" * client.page_size
-    finally:
-        process.kill()
-        process.communicate()
 
 
 # --- containers: one /dev/shm, two PID namespaces
