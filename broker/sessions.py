@@ -15,18 +15,25 @@ from dataclasses import dataclass
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
-from gcma_shm.errors import ProtocolError
+from gcma_shm.broker.rights import Sender
+from gcma_shm.errors import ProtocolError, QuotaExceeded
 from gcma_shm.process import open_pidfd
 from gcma_shm.records import Record, Records, State
 
 log = logging.getLogger(__name__)
 
 FORK_COMPLETION_S = 60.0  # what a child may take from the fork to its first instruction before its record is taken for that of a failed fork
+# What a session over TCP may be silent for, should its connection's end not be told. It holds nothing but its record, and who is
+# taken for gone too early says hello again with the next request.
+REMOTE_SILENCE_S = 300.0
+NOBODY = Sender()
 
 
 @dataclass
 class Client:
-    """A client that the broker knows. `pidfd` -1: its process has not begun. `peer` None: it has said no hello."""
+    """A client that the broker knows. `pidfd` -1: its process has not begun, or is on another host (`sender.remote`).
+    `peer` None: it has said no hello.
+    """
 
     number: int
     pid: int
@@ -35,6 +42,8 @@ class Client:
     peer: bytes | None = None
     mapped: bool = True
     under_way: int = 0  # requests on worker threads
+    sender: Sender = NOBODY  # who said hello
+    heard_at: float = 0.0  # of a remote one
 
 
 class Sessions:
@@ -54,20 +63,37 @@ class Sessions:
         self._by_peer: dict[bytes, Client] = {}
         self.by_pidfd: dict[int, Client] = {}
 
-    def find(self, peer: bytes) -> Client | None:
-        """Whose messages these are; None: a peer that has not said hello."""
-        return self._by_peer.get(peer)
+    def has_session(self, peer: bytes) -> bool:
+        """Whether anybody has said hello there."""
+        return peer in self._by_peer
 
-    def hello(self, peer: bytes, pid: int, start: int, mapped: bool, number: int | None) -> Client:
-        """A client introduces itself: a new one, or, by its `number`, one that forked or lost its socket. Raises
-        ProtocolError, QuotaExceeded.
+    def find(self, peer: bytes, sender: Sender = NOBODY) -> Client | None:
+        """Whose messages these are; None: a peer that has not said hello. A peer chooses its address itself, so one that came
+        after the session's is told from it by who it is.
+        """
+        client = self._by_peer.get(peer)
+        if client is None or client.sender != sender:
+            return None
+        if sender.remote:
+            client.heard_at = time.monotonic()
+        return client
+
+    def hello(
+        self, peer: bytes, pid: int, start: int, mapped: bool, number: int | None, sender: Sender = NOBODY
+    ) -> Client:
+        """A client introduces itself: a new one, or, by its `number`, one that forked or lost its socket. A remote one has no
+        process here, and its connection is all that it is known by. Raises ProtocolError, QuotaExceeded.
         """
         known = self._by_peer.get(peer)
+        if known is not None and known.sender != sender:
+            raise ProtocolError("hello from an address that is another's; connect again")
         if known is not None and number in (None, known.number):
             return known  # its first hello was answered too late
         if known is not None:
             raise ProtocolError("hello in another name from a peer that has a session already; say bye first")
-        if number is not None:
+        if sender.remote:
+            client = self._take_remote()
+        elif number is not None:
             record = self._records.read(number)
             if (record.state, record.pid, record.start) != (State.ALIVE, pid, start) or number not in self.clients:
                 raise ProtocolError(f"client {number} is not process {pid}; say hello without a number")
@@ -88,9 +114,33 @@ class Sessions:
             client = Client(number, pid, time.monotonic())
             self._watch(client, pidfd)
             self.clients[number] = client
-        client.peer, client.mapped = peer, mapped
+        client.peer, client.mapped, client.sender = peer, mapped, sender
         self._by_peer[peer] = client
         return client
+
+    def _take_remote(self) -> Client:
+        # Peers on other hosts never leave the processes of this one without a record.
+        remote_max = max((self._plane.geometry.clients_max - 1) // 2, 1)
+        if sum(client.sender.remote for client in self.clients.values()) >= remote_max:
+            raise QuotaExceeded(f"{remote_max} clients are connected over TCP; start the broker with more --clients")
+        number = self._records.take(layout.BROKER)
+        self._records.fill(number, State.ALIVE, 0, 0)  # no process: to a later broker it is dead
+        client = Client(number, 0, time.monotonic(), heard_at=time.monotonic())
+        self.clients[number] = client
+        return client
+
+    def remote(self) -> list[Client]:
+        """Those that came over TCP."""
+        return [client for client in self.clients.values() if client.sender.remote]
+
+    def gone(self, peer: bytes) -> list[Client]:
+        """A connection has ended: a remote client ends with it; a process of this host may come by another."""
+        client = self._by_peer.get(peer)
+        return [client] if client is not None and client.sender.remote else []
+
+    def silent(self) -> list[Client]:
+        """Remote clients that have not been heard of for too long."""
+        return [client for client in self.remote() if time.monotonic() - client.heard_at > REMOTE_SILENCE_S]
 
     def adopt_forked(self, look_anyway: bool = False) -> list[Client]:
         """Takes in the children that clients have forked since the last look; returns those found dead. Cheap when
@@ -108,7 +158,11 @@ class Sessions:
                 record = new.pop(next((n for n, r in new.items() if r.parent not in new), next(iter(new))))
                 self.clients[record.number] = Client(record.number, record.pid, time.monotonic())
                 self._inherit(record.parent, record.number)
-        return [client for client in self.clients.values() if client.pidfd < 0 and self._is_stillborn(client)]
+        return [
+            client
+            for client in self.clients.values()
+            if client.pidfd < 0 and not client.sender.remote and self._is_stillborn(client)
+        ]
 
     def _is_stillborn(self, client: Client) -> bool:
         record = self._records.read(client.number)
