@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 
 import zmq
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 ZAP_VERSION = b"1.0"
 LOOK_MS = 500  # for changes of the file
+REFUSALS_TOLD_S = 10.0  # at least so long from one line of the log to the next
 AUTHORIZED_BYTES_MAX = 1 << 20
 
 
@@ -38,6 +40,8 @@ class Admission:
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], authorized: Path | None) -> None:
         self._authorized = authorized
         self._seen: tuple[int, ...] = ()
+        self._trouble = ""
+        self._refused, self._told = 0, -REFUSALS_TOLD_S
         self._by_key: dict[str, Rights] = {}  # replaced as a whole, so that any thread may read it
         self._ended = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread: threading.Thread | None = None
@@ -75,8 +79,9 @@ class Admission:
             try:
                 self._read(authorized)
             except (OSError, ValueError) as error:
-                self._seen = ()
-                log.warning("%s cannot be used, so its former content holds: %s", authorized, error)
+                if str(error) != self._trouble:  # once, and not twice a second
+                    log.warning("%s cannot be used, so its former content holds: %s", authorized, error)
+                self._trouble = str(error)
             if self._zap in ready:
                 self._zap.send_multipart(self._answer(self._zap.recv_multipart()))
 
@@ -93,7 +98,7 @@ class Admission:
             self._by_key = parse_authorized(authorized.read_text())
         except ValueError as error:
             raise ValueError(f"{authorized}: {error}") from None
-        self._seen = seen
+        self._seen, self._trouble = seen, ""
         log.info("%s: %d keys", authorized, len(self._by_key))
 
     def _answer(self, question: list[bytes]) -> list[bytes]:
@@ -102,7 +107,10 @@ class Admission:
         key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
         known = self._by_key.get(key) if version == ZAP_VERSION else None
         if known is None:
-            log.warning("%s from %s is not let in: its key %s is not in the file", mechanism, address, key)
+            self._refused += 1
+            if time.monotonic() - self._told >= REFUSALS_TOLD_S:  # nobody is to fill the log with it
+                log.warning("not let in: %d since the last such line, now %s with key %s", self._refused, address, key)
+                self._told, self._refused = time.monotonic(), 0
             return [ZAP_VERSION, number, b"400", b"this key is not authorized", b"", b""]
         log.info("%s is let in from %s", known.name, address)
         return [ZAP_VERSION, number, b"200", b"OK", key.encode(), b""]

@@ -74,6 +74,8 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         if not separator or name in areas:
             raise ValueError(f"--area {text}: expected NAME=SIZE, each name once, such as frames=512M")
         areas[name] = parse_area(spec)
+    doorway = Doorway(tuple(parsed.listen), parsed.curve_key, parsed.authorized, parsed.insecure)
+    doorway.check(parsed.endpoint)
     return Settings(
         endpoint=parsed.endpoint,
         size=parse_size(parsed.size),
@@ -84,7 +86,7 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         quota=parse_size(parsed.quota) if parsed.quota else None,
         spill_dir=parsed.spill_dir,
         owner_pidfd=parsed.owner_pidfd,
-        doorway=Doorway(tuple(parsed.listen), parsed.curve_key, parsed.authorized, parsed.insecure),
+        doorway=doorway,
     )
 
 

@@ -11,16 +11,16 @@ from collections.abc import Callable
 
 
 class Connections:
-    """Those that are open and are to stay, by descriptor, in the order in which they came. `has_session(peer)` says whether messages from there
-    belong to somebody.
+    """Those that are open and are to stay, by descriptor, in the order in which they came. `has_session(peer)` says whether messages
+    from there belong to somebody.
     """
 
     def __init__(self, connections_max: int, has_session: Callable[[bytes], bool] = lambda _: False) -> None:
         self.connections_max = connections_max
-        self.ended = 0  # how many were too many, for statistics
         self._has_session = has_session
+        self._turn = 0
         self._strange: dict[int, bytes | None] = {}  # the peer that sends there, if it has sent anything
-        self._known: dict[int, bytes] = {}
+        self._known: dict[int, tuple[bytes, int]] = {}  # the peer, and the turn in which it was heard
         self._ending: dict[int, bytes | None] = {}  # told to end, and not closed yet
 
     def __len__(self) -> int:
@@ -33,47 +33,58 @@ class Connections:
 
     def closed(self, fd: int) -> bytes | None:
         """A connection has ended; the peer that it was, if it ever sent anything."""
-        return self._known.pop(fd, None) or self._strange.pop(fd, None) or self._ending.pop(fd, None)
+        if fd in self._known:
+            return self._known.pop(fd)[0]
+        return self._strange.pop(fd, None) or self._ending.pop(fd, None)
 
     def heard(self, fd: int, peer: bytes) -> None:
         """A message came by it, and was served."""
-        if fd not in self._strange:
-            return
-        if self._has_session(peer):
-            del self._strange[fd]
-            self._known[fd] = peer
-        else:
-            self._strange[fd] = peer
+        if fd in self._known:
+            self._known[fd] = peer, self._turn
+        elif fd in self._strange:
+            if self._has_session(peer):
+                del self._strange[fd]
+                self._known[fd] = peer, self._turn
+            else:
+                self._strange[fd] = peer
+
+    def turn(self) -> None:
+        """Time passes: `to_blame` looks at what was heard since."""
+        self._turn += 1
 
     def too_many(self) -> list[int]:
-        """Those to be ended now."""
-        return self._end(len(self) - self.connections_max)
-
-    def strangers(self) -> list[int]:
-        """Those that no session is heard from, whatever their number, to be ended now."""
-        return self._end(len(self))
-
-    def all(self) -> list[int]:
-        """Every one, to be ended now."""
-        self._strange |= self._known
-        self._known.clear()
-        return self._end(len(self))
-
-    def _end(self, count: int) -> list[int]:
+        """Those to be ended now, because there are more than `connections_max`."""
+        count = len(self) - self.connections_max
         if count <= 0:
             return []
         if len(self._strange) < count:
-            for fd, peer in list(self._known.items()):  # sessions that have ended since
-                if not self._has_session(peer):
-                    self._strange[fd] = self._known.pop(fd)
+            self._estrange(lambda peer, _: not self._has_session(peer))  # sessions that have ended since
+        return self._end(count)
+
+    def to_blame(self) -> list[int]:
+        """Those to be ended now, because somebody sends what has no end: whoever has no session; if there is none such, whoever was not
+        heard in the last turn, or this one, for such a message is never heard; if there is none such either, everybody.
+        """
+        self._estrange(lambda peer, _: not self._has_session(peer))
+        if not self._strange:
+            self._estrange(lambda _, turn: turn < self._turn - 1)
+        if not self._strange:
+            self._estrange(lambda *_: True)
+        return self._end(len(self._strange))
+
+    def _estrange(self, which: Callable[[bytes, int], bool]) -> None:
+        for fd, (peer, turn) in list(self._known.items()):
+            if which(peer, turn):
+                self._strange[fd] = self._known.pop(fd)[0]
+
+    def _end(self, count: int) -> list[int]:
         chosen = list(self._strange)[:count]
         for fd in chosen:
             self._ending[fd] = self._strange.pop(fd)
-        self.ended += len(chosen)
         return chosen
 
     def _check(self) -> None:
         """Raises AssertionError when an invariant is broken."""
-        assert len({*self._strange, *self._known, *self._ending}) == len(self) + len(self._ending), (
-            "one that counts twice"
-        )
+        together = {*self._strange, *self._known, *self._ending}
+        assert len(together) == len(self) + len(self._ending), "a connection that counts twice"
+        assert all(turn <= self._turn for _, turn in self._known.values()), "one heard in a turn to come"

@@ -32,6 +32,7 @@ from gcma_shm.messages import Frame
 log = logging.getLogger(__name__)
 
 FRAMES_MAX = 1 + messages.PAGES_MAX
+FRAMES_ENDED = 1000  # a message of more ends its connection
 BACKLOG = 512  # connections that the kernel keeps until ZeroMQ accepts them
 EVENTS_MAX = 256  # of connections, taken in one turn of the loop
 _QUEUE = 1000  # ZeroMQ's own bound of its side of the monitor
@@ -140,20 +141,23 @@ class Door:
 
     def receive(self) -> tuple[bytes, list[Frame], Sender, int]:
         """One message that is there: its peer's address, its frames, who sent it, and by which connection. Of a message with
-        too many frames one more than allowed is kept, to be refused for it.
+        too many frames one more than allowed is kept, to be refused for it; a peer that sends very many has to come again.
         """
         peer = self.socket.recv()
-        frames: list[Frame] = []
-        sender, fd = Sender(remote=True), -1
-        while self.socket.getsockopt(zmq.RCVMORE):
-            # A page stays in ZeroMQ's memory until a worker has stored it.
+        # A page stays in ZeroMQ's memory until a worker has stored it.
+        first = frame = self.socket.recv(copy=False)
+        frames: list[Frame] = [first.bytes]
+        count = 1
+        while frame.more:  # ZeroMQ has no way to pass over the rest of a message
             frame = self.socket.recv(copy=False)
-            if not frames:
-                sender, fd = _sender(str(frame.get("Peer-Address")), self._key(frame)), int(frame.get(zmq.SRCFD))
-                frames.append(frame.bytes)
-            elif len(frames) <= FRAMES_MAX:
+            count += 1
+            if count <= FRAMES_MAX + 1:
                 frames.append(frame.buffer)
-        return peer, frames, sender, fd
+        fd = int(first.get(zmq.SRCFD))
+        if count > FRAMES_ENDED:
+            log.warning("a message of %d frames: ended its connection", count)
+            self.end([fd])
+        return peer, frames, _sender(str(first.get("Peer-Address")), self._key(first)), fd
 
     def _key(self, frame: zmq.Frame) -> str:
         if self._admission is None:

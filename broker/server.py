@@ -43,8 +43,8 @@ class Server:
         self._socket = door.socket
         self._growth_max = growth_max
         self._size_at_start = private_bytes()
-        self._too_large = 0  # looks in a row
         self._looked = 0.0
+        self._ended = 0
         self._answers: deque[tuple[Peer, Reply]] = deque()
         self._epoll = select.epoll()
         self._epoll.register(stop.fd, select.EPOLLIN)
@@ -85,6 +85,14 @@ class Server:
             if now - ticked >= TICK_S:
                 service.tick()
                 ticked = now
+                if self._ended:
+                    log.warning(
+                        "ended %d connections: beyond %d of them, or the process had grown by %d bytes",
+                        self._ended,
+                        connections.connections_max,
+                        self._growth_max,
+                    )
+                    self._ended = 0
         return self._stop.reason
 
     def close(self) -> None:
@@ -98,24 +106,25 @@ class Server:
                 connections.opened(fd)
             elif (peer := connections.closed(fd)) is not None:
                 service.peer_gone(peer)
-        if too_many := connections.too_many():
-            log.warning("%d connections are too many: ended the oldest without a session", len(too_many))
-            self._door.end(too_many)
+        self._end(connections.too_many())
 
     def _look(self, connections: Connections) -> None:
-        """When the process is too large, whoever has no session goes, and if that does not help, everybody: a message that has not
-        ended belongs to nobody yet. Clients come again by themselves.
+        """When the process is too large, some connections are ended: a message that has not ended belongs to nobody yet. Clients come
+        again by themselves.
         """
-        if private_bytes() - self._size_at_start <= self._growth_max:
-            self._too_large = 0
+        connections.turn()
+        if self._is_small():
             return
         give_back()
-        if private_bytes() - self._size_at_start <= self._growth_max:
-            return
-        self._too_large += 1
-        fds = connections.strangers() if self._too_large == 1 else connections.all()
-        log.warning("grown beyond %d bytes: ended %d connections", self._growth_max, len(fds))
+        if not self._is_small():
+            self._end(connections.to_blame())
+
+    def _end(self, fds: list[int]) -> None:
+        self._ended += len(fds)  # told once in a tick: nobody is to fill the log with it
         self._door.end(fds)
+
+    def _is_small(self) -> bool:
+        return private_bytes() - self._size_at_start <= self._growth_max
 
     def _serve(self, connections: Connections, service: Service) -> None:
         for _ in range(DRAIN_MAX):
