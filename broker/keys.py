@@ -26,7 +26,7 @@ def keygen(directory: Path, names: list[str]) -> dict[str, str]:
     made: dict[str, str] = {}
     with contextlib.ExitStack() as undo:
         for name in names:
-            pair = KeyPair(*(key.decode() for key in zmq.curve_keypair()))
+            pair = _new_pair()
             for suffix, content in (
                 (SECRET, _certificate(name, pair, True)),
                 (PUBLIC, _certificate(name, pair, False)),
@@ -37,6 +37,15 @@ def keygen(directory: Path, names: list[str]) -> dict[str, str]:
             made[name] = pair.public
         undo.pop_all()
     return made
+
+
+def _new_pair() -> KeyPair:
+    while True:
+        pair = KeyPair(*(key.decode() for key in zmq.curve_keypair()))
+        if (
+            pair.public[0] not in "-#"
+        ):  # it stands on command lines, where the one begins an option, and the other a comment
+            return pair
 
 
 def _certificate(name: str, pair: KeyPair, secret: bool) -> str:
