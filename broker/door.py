@@ -153,19 +153,12 @@ class Door:
             count += 1
             if count <= FRAMES_MAX + 1:
                 frames.append(frame.buffer)
-        fd = int(first.get(zmq.SRCFD))
+        fd = int(_told(first, "__fd") or -1)  # what zmq.SRCFD reads
         if count > FRAMES_ENDED:
             log.warning("a message of %d frames: ended its connection", count)
             self.end([fd])
-        return peer, frames, _sender(str(first.get("Peer-Address")), self._key(first)), fd
-
-    def _key(self, frame: zmq.Frame) -> str:
-        if self._admission is None:
-            return ""
-        try:
-            return str(frame.get("User-Id"))  # what Admission has answered: the key
-        except zmq.ZMQError:
-            return ""  # ipc, or without keys
+        key = _told(first, "User-Id") if self._admission is not None else ""  # what Admission has answered: the key
+        return peer, frames, _sender(_told(first, "Peer-Address"), key), fd
 
     def changes(self) -> Iterator[tuple[bool, int]]:
         """Connections that have come (True) and gone since, in order, by descriptor; at most EVENTS_MAX."""
@@ -201,6 +194,14 @@ class Door:
         if self._admission is not None:
             self._admission.close()
         self._context.term()
+
+
+def _told(frame: zmq.Frame, name: str) -> str:
+    """What ZeroMQ knows of a frame's sender; empty: nothing, as of a peer that speaks the first versions of its protocol."""
+    try:
+        return str(frame.get(name))
+    except zmq.ZMQError:
+        return ""
 
 
 @functools.lru_cache(maxsize=1024)

@@ -93,6 +93,7 @@ class Server:
                         self._growth_max,
                     )
                     self._ended = 0
+                    give_back()  # what they had sent
         return self._stop.reason
 
     def close(self) -> None:

@@ -40,8 +40,8 @@ class Raw:
             self.socket = socket.create_connection(tcp_address(endpoint), WAIT_S)
         else:
             self.socket = socket.socket(socket.AF_UNIX)
+            self.socket.connect(str(socket_path(endpoint)))  # waits while the broker's backlog is full
             self.socket.settimeout(WAIT_S)
-            self.socket.connect(str(socket_path(endpoint)))
 
     def greet(self, identity: bytes = b"") -> Self:
         """The whole handshake."""
