@@ -61,15 +61,14 @@ class Connections:
             self._estrange(lambda peer, _: not self._has_session(peer))  # sessions that have ended since
         return self._end(count)
 
-    def to_blame(self) -> list[int]:
-        """Those to be ended now, because somebody sends what has no end: whoever has no session; if there is none such, whoever was not
-        heard in the last turn, or this one, for such a message is never heard; if there is none such either, everybody.
+    def to_blame(self, looks: int) -> list[int]:
+        """Those to be ended now, because somebody sends what has no end: whoever has no session; at the second look in a row, also
+        whoever was not heard in the last turn, or this one, for such a message is never heard; at the third, everybody. It is the look
+        that counts, for innocent strangers are there again by then.
         """
-        self._estrange(lambda peer, _: not self._has_session(peer))
-        if not self._strange:
-            self._estrange(lambda _, turn: turn < self._turn - 1)
-        if not self._strange:
-            self._estrange(lambda *_: True)
+        self._estrange(
+            lambda peer, turn: not self._has_session(peer) or looks > 2 or (looks > 1 and turn < self._turn - 1)
+        )
         return self._end(len(self._strange))
 
     def _estrange(self, which: Callable[[bytes, int], bool]) -> None:

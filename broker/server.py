@@ -44,6 +44,7 @@ class Server:
         self._growth_max = growth_max
         self._size_at_start = private_bytes()
         self._looked = 0.0
+        self._looks = 0  # in a row, that found the process too large
         self._ended = 0
         self._answers: deque[tuple[Peer, Reply]] = deque()
         self._epoll = select.epoll()
@@ -114,11 +115,13 @@ class Server:
         again by themselves.
         """
         connections.turn()
-        if self._is_small():
-            return
-        give_back()
         if not self._is_small():
-            self._end(connections.to_blame())
+            give_back()
+        if self._is_small():
+            self._looks = 0
+            return
+        self._looks += 1
+        self._end(connections.to_blame(self._looks))
 
     def _end(self, fds: list[int]) -> None:
         self._ended += len(fds)  # told once in a tick: nobody is to fill the log with it
