@@ -12,7 +12,10 @@ from typing import Any
 
 from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.broker.ask import ask
+from gcma_shm.broker.door import Doorway
+from gcma_shm.broker.keys import keygen
 from gcma_shm.broker.process import Settings, run
+from gcma_shm.curve import credentials_of
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import GcmaError
 from gcma_shm.sizes import format_size, parse_size
@@ -71,6 +74,8 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         if not separator or name in areas:
             raise ValueError(f"--area {text}: expected NAME=SIZE, each name once, such as frames=512M")
         areas[name] = parse_area(spec)
+    doorway = Doorway(tuple(parsed.listen), parsed.curve_key, parsed.authorized, parsed.insecure)
+    doorway.check(parsed.endpoint)
     return Settings(
         endpoint=parsed.endpoint,
         size=parse_size(parsed.size),
@@ -81,14 +86,31 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         quota=parse_size(parsed.quota) if parsed.quota else None,
         spill_dir=parsed.spill_dir,
         owner_pidfd=parsed.owner_pidfd,
+        doorway=doorway,
     )
+
+
+# --- gcma keygen
+
+
+def _keygen(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    made = keygen(parsed.directory, [parsed.name] if parsed.name else ["server", "client"])
+    for name, public in made.items():
+        print(f"{name} {public}")  # a line for the file of authorized keys
+    return 0
 
 
 # --- gcma area, gcma quota
 
 
+def _ask(parsed: argparse.Namespace, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    return ask(
+        parsed.endpoint, operation, parameters, credentials_of(parsed.endpoint, parsed.curve_key, parsed.server_key)
+    )
+
+
 def _area_list(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
-    results = ask(parsed.endpoint, "areas", {})
+    results = _ask(parsed, "areas", {})
     _print_areas(results["areas"], results if parsed.json else None)
     if not parsed.json and results["spare"]:
         print(f"\nin no area: {format_size(results['spare'])}")
@@ -101,7 +123,7 @@ def _area_change(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -
     if parsed.action in ("grow", "shrink"):
         parameters["by"] = parse_size(parsed.size) * (1 if parsed.action == "grow" else -1)
         operation = "area_resize"
-    info = ask(parsed.endpoint, operation, parameters)
+    info = _ask(parsed, operation, parameters)
     _print_areas([info], info if parsed.json else None)
     return 0
 
@@ -125,7 +147,7 @@ def _quota(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     parameters = {"client": parsed.client}
     if parsed.size is not None:
         parameters["nbytes"] = 0 if parsed.size == "none" else parse_size(parsed.size)
-    told = ask(parsed.endpoint, "quota", parameters)
+    told = _ask(parsed, "quota", parameters)
     if parsed.json:
         print(json.dumps(told))
     else:
@@ -161,12 +183,31 @@ def _parser() -> argparse.ArgumentParser:
     broker.add_argument("--quota", help="what each client may hold in buffers and reservations (default: no bound)")
     broker.add_argument("--spill-dir", type=Path, help="a directory on a disk (default: in the user's cache directory)")
     broker.add_argument("--endpoint", default=default_endpoint(), help="where to listen (default %(default)s)")
+    broker.add_argument(
+        "--listen",
+        action="append",
+        default=[],
+        metavar="tcp://ADDRESS:PORT",
+        help="listen there, too; may be repeated; port 0: any. Needs keys",
+    )
+    broker.add_argument("--curve-key", type=Path, metavar="FILE", help="the broker's secret key, made by `gcma keygen`")
+    broker.add_argument(
+        "--authorized",
+        type=Path,
+        metavar="FILE",
+        help="who may come over TCP: lines of NAME KEY [types=3,7-9] [alloc=no] [admin=yes]",
+    )
+    broker.add_argument("--insecure", action="store_true", help="over TCP on a loopback address, without keys")
     broker.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     broker.add_argument("--owner-pidfd", type=int, default=-1, help=argparse.SUPPRESS)
     broker.add_argument("--ready-fd", type=int, default=-1, help=argparse.SUPPRESS)
 
     asking = argparse.ArgumentParser(add_help=False)
     asking.add_argument("--endpoint", default=default_endpoint(), help="of the broker (default %(default)s)")
+    asking.add_argument("--curve-key", metavar="FILE", help="over TCP: our secret key (default $GCMA_CURVE_KEY)")
+    asking.add_argument(
+        "--server-key", metavar="KEY", help="over TCP: the broker's public key (default $GCMA_SERVER_KEY)"
+    )
     asking.add_argument("--json", action="store_true", help="figures in bytes, for programs")
     area = commands.add_parser("area", help="the areas of a running broker: list, drain, resume, grow, shrink")
     actions = area.add_subparsers(dest="action", required=True)
@@ -186,6 +227,10 @@ def _parser() -> argparse.ArgumentParser:
     quota.set_defaults(run=_quota)
     quota.add_argument("client", type=int, metavar="CLIENT", help="its number, as errors and statistics tell it")
     quota.add_argument("size", nargs="?", metavar="SIZE", help="its new quota; `none`: no bound")
+    keys = commands.add_parser("keygen", help="make keys for connections over TCP; never writes over a file")
+    keys.set_defaults(run=_keygen)
+    keys.add_argument("directory", type=Path, metavar="DIRECTORY")
+    keys.add_argument("name", nargs="?", metavar="NAME", help="of the one pair to be made (default: server and client)")
     return parser
 
 

@@ -17,13 +17,15 @@ from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane, scheduler_slice
 from gcma_shm.areas import LENT, SHARE_WHOLE, Area, AreaSpec
+from gcma_shm.broker.door import Door, Doorway
+from gcma_shm.broker.growth import growth_max
 from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.recovery import forget_announcements
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.server import STOP_S, Server
 from gcma_shm.broker.service import Service
 from gcma_shm.broker.stop import StopSignals
-from gcma_shm.endpoint import arena_name, default_spill_dir, private_dir, socket_path
+from gcma_shm.endpoint import arena_name, check_endpoint, default_spill_dir, is_tcp, private_dir, socket_path
 from gcma_shm.errors import ArenaError
 from gcma_shm.presence import Presence
 from gcma_shm.process import start_time
@@ -53,6 +55,7 @@ class Settings:
     quota: int | None = None
     spill_dir: Path | None = None
     owner_pidfd: int = -1
+    doorway: Doorway = field(default_factory=Doorway)
 
 
 def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> None:
@@ -68,20 +71,19 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
     geometry, areas = layout.plan(
         settings.size, settings.page_size, settings.areas, settings.slots, settings.clients_max
     )
-    path = socket_path(settings.endpoint)
+    check_endpoint(settings.endpoint)
+    settings.doorway.check(settings.endpoint)
+    path = None if is_tcp(settings.endpoint) else socket_path(settings.endpoint)
     with StopSignals() as stop, contextlib.ExitStack() as undo:
-        made_dir = not path.parent.exists()
-        private_dir(path.parent)
-        if made_dir:
-            undo.callback(_remove_empty, path.parent)
+        if path is not None:
+            _make_socket_dir(path.parent, undo)
         arena = arenas.acquire(arena_name(settings.endpoint), geometry, areas)
         undo.callback(arena.let_go)
         estate = undo.enter_context(contextlib.ExitStack())  # what is removed in the end
         try:
             estate.callback(arena.unlink)
-            estate.callback(
-                path.unlink, missing_ok=True
-            )  # the lock is ours, so a socket there is a dead broker's, or ours
+            if path is not None:  # the lock is ours, so a socket there is a dead broker's, or ours
+                estate.callback(path.unlink, missing_ok=True)
             spill_dir = _make_spill_dir(settings) if arena.fresh else _find_spill_dir(arena, settings)
             estate.callback(shutil.rmtree, spill_dir, ignore_errors=True)
             if not arena.fresh and arena.geometry != geometry:
@@ -92,11 +94,15 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             forget_announcements(plane)
             _sign(plane, arena, spill_dir)
             scheduler_slice(SLICE_S)  # of this thread, and of ZeroMQ's, which is started here
-            server = Server(settings.endpoint, arena.geometry.page_size, stop)
+            page_size, clients_max = arena.geometry.page_size, arena.geometry.clients_max
+            door = Door(settings.endpoint, settings.doorway, page_size, clients_max)
+            undo.callback(door.close)
+            server = Server(door, stop, growth_max(page_size, clients_max))
             undo.callback(server.close)
             registry = TypeRegistry(plane, spill_dir)
+            rights = door.admission.rights if door.admission is not None else lambda _: None
             service = Service(
-                plane, arena, registry, str(spill_dir), server.answer, server.watch, settings.quota, arena.fresh
+                plane, arena, registry, str(spill_dir), server.answer, server.watch, settings.quota, rights
             )
             if not arena.fresh:
                 service.recover()
@@ -106,12 +112,20 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             raise
         reclaim = ReclaimThread(plane, service.health)
         try:
-            ready(describe(arena, settings.endpoint, spill_dir, plane.read(layout.EPOCH_AT)))
+            over_tcp = [at for at in door.endpoints if is_tcp(at)]
+            ready(describe(arena, settings.endpoint, spill_dir, plane.read(layout.EPOCH_AT), over_tcp))
             log.info("stopping: %s", server.run(service, settings.owner_pidfd))
         finally:
             plane.write(layout.STOPPED_AT, 1)
             service.stop(STOP_S)
             reclaim.stop()
+
+
+def _make_socket_dir(path: Path, undo: contextlib.ExitStack) -> None:
+    is_new = not path.exists()
+    private_dir(path)
+    if is_new:
+        undo.callback(_remove_empty, path)
 
 
 def _raise_descriptor_limit() -> None:
@@ -121,7 +135,7 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path, epoch: int) -> str:
+def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path, epoch: int, over_tcp: list[str]) -> str:
     """What an operator wants to know of a broker that has started."""
     geometry = arena.geometry
     slot_bytes = geometry.slots * layout.SLOT_BYTES
@@ -140,6 +154,7 @@ def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path, epoch: int) ->
         ),
         *((f"area {area.name}", _describe_area(area, geometry.page_size)) for area in arena.areas),
         ("spill files", f"{spill_dir}"),
+        *(("over tcp", at) for at in over_tcp),
         ("endpoint", endpoint),
     ]
     width = max(len(name) for name, _ in rows)

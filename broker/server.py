@@ -1,8 +1,8 @@
-"""The control loop: one thread, one ROUTER socket, and an epoll of everything else that can happen.
+"""The control loop: one thread, one socket, and an epoll of everything else that can happen.
 
 It touches no file and decides nothing: frames go to `Service.request`, replies go out. Answers from worker threads
 arrive in a queue, with a pipe to wake the loop. A peer that does not read its replies loses them once its pipe is full;
-nobody waits for it.
+nobody waits for it. Connections that are too many are ended, and those that make the process grow beyond its bound.
 """
 
 from __future__ import annotations
@@ -17,41 +17,38 @@ from typing import cast
 import zmq
 
 from gcma_shm import messages
+from gcma_shm.broker.connections import Connections
+from gcma_shm.broker.door import Door
+from gcma_shm.broker.growth import give_back, private_bytes
 from gcma_shm.broker.service import Peer, Service
 from gcma_shm.broker.stop import StopSignals
-from gcma_shm.errors import ArenaError
-from gcma_shm.messages import Frame, Reply
+from gcma_shm.messages import Reply
 
 log = logging.getLogger(__name__)
 
 TICK_S = 1.0
+LOOK_S = (
+    0.1  # at the process's own size: what a message of endless frames adds in between is what ZeroMQ reads in that time
+)
 DRAIN_MAX = 64  # requests served before answers, deaths and signals get their turn
-FRAMES_MAX = 1 + messages.PAGES_MAX
 STOP_S = 5.0  # for one worker to end; four of them and their owner's patience are in clients/embedded.py
 
 
 class Server:
-    """Serves one endpoint until `run` returns."""
+    """Serves one door until `run` returns. `growth_max`: bytes that the process may grow by meanwhile."""
 
-    def __init__(self, endpoint: str, page_size: int, stop: StopSignals) -> None:
+    def __init__(self, door: Door, stop: StopSignals, growth_max: int) -> None:
         self._stop = stop
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # a full pipe is told, not passed over in silence
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max(page_size, messages.HEADER_BYTES_MAX))
-        self._socket.setsockopt(zmq.RCVHWM, 2 * messages.WINDOW)
-        # libzmq learns in batches of half of this how much a peer has read, so the rest must hold a window and its
-        # refusals.
-        self._socket.setsockopt(zmq.SNDHWM, 4 * messages.WINDOW)
+        self._door = door
+        self._socket = door.socket
+        self._growth_max = growth_max
+        self._size_at_start = private_bytes()
+        self._looked = 0.0
+        self._looks = 0  # in a row, that found the process too large
+        self._ended = 0
         self._answers: deque[tuple[Peer, Reply]] = deque()
         self._epoll = select.epoll()
         self._epoll.register(stop.fd, select.EPOLLIN)
-        try:
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
-            self.close()
-            raise ArenaError(error.errno, f"cannot listen on {endpoint}: {error.strerror}") from None
 
     def answer(self, peer: Peer, reply: Reply) -> None:
         """Sends a reply, from any thread."""
@@ -66,47 +63,80 @@ class Server:
         """Serves until a signal or the end of the owner's process; returns the reason."""
         if owner_pidfd >= 0:
             self._epoll.register(owner_pidfd, select.EPOLLIN)
+        connections = Connections(self._door.connections_max, service.sessions.has_session)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._door.monitor, zmq.POLLIN)
         poller.register(self._epoll.fileno(), zmq.POLLIN)
         ticked = time.monotonic()
         while not self._stop.reason:
-            ready = dict(poller.poll(0 if service.busy else int(TICK_S * 1000)))
+            ready = dict(poller.poll(0 if service.busy else int(LOOK_S * 1000)))
+            if self._door.monitor in ready:
+                self._count(connections, service)
             if self._socket in ready:
-                self._serve(service)
+                self._serve(connections, service)
             if self._epoll.fileno() in ready:
                 self._other(service, owner_pidfd)
             if service.busy:
                 service.advance()
-            if time.monotonic() - ticked >= TICK_S:
+            now = time.monotonic()
+            if now - self._looked >= LOOK_S:
+                self._looked = now
+                self._look(connections)
+            if now - ticked >= TICK_S:
                 service.tick()
-                ticked = time.monotonic()
+                ticked = now
+                if self._ended:
+                    log.warning(
+                        "ended %d connections: beyond %d of them, or the process had grown by %d bytes",
+                        self._ended,
+                        connections.connections_max,
+                        self._growth_max,
+                    )
+                    self._ended = 0
+                    give_back()  # what they had sent
         return self._stop.reason
 
     def close(self) -> None:
-        """Sends what is still to be sent, for a moment, and closes the socket."""
+        """Sends what is still to be sent, for a moment; the door is closed by who opened it."""
         self._send_answers(None)
-        self._socket.close()
-        self._context.term()
         self._epoll.close()
 
-    def _serve(self, service: Service) -> None:
+    def _count(self, connections: Connections, service: Service) -> None:
+        for opened, fd in self._door.changes():
+            if opened:
+                connections.opened(fd)
+            elif (peer := connections.closed(fd)) is not None:
+                service.peer_gone(peer)
+        self._end(connections.too_many())
+
+    def _look(self, connections: Connections) -> None:
+        """When the process is too large, some connections are ended: a message that has not ended belongs to nobody yet. Clients come
+        again by themselves.
+        """
+        connections.turn()
+        if not self._is_small():
+            give_back()
+        if self._is_small():
+            self._looks = 0
+            return
+        self._looks += 1
+        self._end(connections.to_blame(self._looks))
+
+    def _end(self, fds: list[int]) -> None:
+        self._ended += len(fds)  # told once in a tick: nobody is to fill the log with it
+        self._door.end(fds)
+
+    def _is_small(self) -> bool:
+        return private_bytes() - self._size_at_start <= self._growth_max
+
+    def _serve(self, connections: Connections, service: Service) -> None:
         for _ in range(DRAIN_MAX):
             if not cast(int, self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
                 return
-            peer = self._socket.recv()
-            frames: list[Frame] = []
-            process = ""
-            while self._socket.getsockopt(zmq.RCVMORE):
-                # A page stays in ZeroMQ's memory until a worker has stored it. Of a message with too many parts one
-                # more than allowed is kept, to be refused for it.
-                frame = self._socket.recv(copy=False)
-                if not frames:
-                    process = str(frame.get("Peer-Address"))
-                    frames.append(frame.bytes)
-                elif len(frames) <= FRAMES_MAX:
-                    frames.append(frame.buffer)
-            reply = service.request(peer, frames, process)
+            peer, frames, sender, fd = self._door.receive()
+            reply = service.request(peer, frames, sender)
+            connections.heard(fd, peer)
             if reply is not None:
                 self._send(peer, reply)
 

@@ -25,10 +25,11 @@ from gcma_shm.broker.health import Health
 from gcma_shm.broker.line import Line
 from gcma_shm.broker.recovery import recover
 from gcma_shm.broker.registry import TypeRegistry
-from gcma_shm.broker.sessions import Client, Sessions
+from gcma_shm.broker.rights import LOCAL, Rights, Sender
+from gcma_shm.broker.sessions import NOBODY, Client, Sessions
 from gcma_shm.broker.table import Allocation
 from gcma_shm.broker.workers import Job, Worker
-from gcma_shm.errors import ArenaError, Closed, GcmaError, ProtocolError, SlotBusy
+from gcma_shm.errors import ArenaError, Closed, Forbidden, GcmaError, ProtocolError, SlotBusy
 from gcma_shm.messages import Frame, Reply, Request
 from gcma_shm.process import pid_namespace
 
@@ -55,6 +56,11 @@ Answer = Callable[[Peer, Reply], None]
 Results = tuple[dict[str, Any], list[bytes]]
 
 
+def window_of(page_size: int) -> int:
+    """How many requests of the kinds pages, types and sync one session may have under way."""
+    return max(4, min(messages.WINDOW, WINDOW_BYTES // page_size))
+
+
 def _refuse_unmapped(client: Client) -> None:
     if not client.mapped:
         raise ArenaError(
@@ -74,19 +80,21 @@ class Service:
         answer: Answer,
         watch: Callable[[int], None] = lambda _: None,
         quota: int | None = None,
-        fresh: bool = True,
+        rights: Callable[[Sender], Rights | None] = lambda _: None,
     ) -> None:
+        """`rights(sender)` of a remote sender; None: none, and whatever it has ends."""
+        self._remote_rights = rights
         self.plane = plane
         self._arena = arena
         self._answer = answer
         self._spill_dir = spill_dir
         self._epoch = plane.read(layout.EPOCH_AT)
         self._registry = registry
-        self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory), fresh), quota)
+        self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory), arena.fresh), quota)
         self.line = Line(self.allocations, plane.wake)
         self.sessions = Sessions(plane, self._inherit, watch, arena.presence)
         self.health = Health(time.time())
-        self.window = max(4, min(messages.WINDOW, WINDOW_BYTES // arena.geometry.page_size))
+        self.window = window_of(arena.geometry.page_size)
         jobs_max = arena.geometry.clients_max * messages.WINDOW
         self._page_workers = [Worker(f"pages-{n}", jobs_max) for n in range(PAGE_WORKERS)]
         self._type_worker = Worker("types", jobs_max)
@@ -131,9 +139,9 @@ class Service:
         }
         assert {*self._control, *self._open, *self._jobs, "hello", "sync"} == set(messages.OPERATIONS)
 
-    def request(self, peer: bytes, frames: list[Frame], process: str = "") -> Reply | None:
+    def request(self, peer: bytes, frames: list[Frame], sender: Sender = NOBODY) -> Reply | None:
         """Serves one message: the reply; None when it comes later from a worker, or to nobody (not even a number could
-        be read). `process`: who sent it, in ZeroMQ's words, as the kernel knows it.
+        be read).
         """
         try:
             request = messages.decode_request(frames, self._arena.geometry.page_size)
@@ -143,18 +151,22 @@ class Service:
         try:
             self._bury(self.sessions.adopt_forked())
             self._requests[request.operation] += 1
-            return self._serve(peer, process, request)
+            return self._serve(peer, sender, request)
         except Exception as error:  # one request must not end the broker
             return self._refuse(request.number, error)
         finally:
             self.advance()
 
-    def _serve(self, peer: bytes, process: str, request: Request) -> Reply | None:
-        client = self.sessions.find(peer)
+    def _serve(self, peer: bytes, sender: Sender, request: Request) -> Reply | None:
+        rights = self._remote_rights(sender) if sender.remote else LOCAL
+        if rights is None:
+            raise Forbidden("this key is not authorized, or is not any more")
+        rights.check(request.operation, request.parameters)
+        client = self.sessions.find(peer, sender)
         if request.operation in self._open:
             return Reply(request.number, "ok", self._open[request.operation](client, request))
         if request.operation == "hello":
-            return Reply(request.number, "ok", self._hello(peer, process, request.parameters))
+            return Reply(request.number, "ok", self._hello(peer, sender, request.parameters))
         if client is None:
             return Reply(request.number, HELLO_NEEDED, {"message": "no session: say hello first"})
         if request.operation in self._control:
@@ -174,10 +186,22 @@ class Service:
             log.exception("the end of a client was not served; trying again")
         self.advance()
 
+    def peer_gone(self, peer: bytes) -> None:
+        """A connection has ended. A client of this host may connect again; with a remote one, its session ends."""
+        try:
+            gone = self.sessions.gone(peer)
+            for client in gone:
+                log.info("client %d is gone: its connection over TCP has ended", client.number)
+            self._bury(gone)
+        except Exception:
+            log.exception("the end of a connection was not served; its session ends when it has been silent for long")
+
     def tick(self) -> None:
         """Once a second or so: whatever no message and no pidfd tells."""
         try:
             self._bury(self.sessions.adopt_forked(look_anyway=True))
+            self._bury(self.sessions.silent())
+            self._bury([c for c in self.sessions.remote() if self._remote_rights(c.sender) is None])
             self.allocations.expire()
             self.line.expire()
         except Exception:
@@ -250,29 +274,29 @@ class Service:
     def _inherit(self, parent: int, child: int) -> None:
         self.allocations.inherit(parent, child, but_for=self.line.uncollected(parent))
 
-    def _hello(self, peer: bytes, process: str, p: dict[str, Any]) -> dict[str, Any]:
+    def _hello(self, peer: bytes, sender: Sender, p: dict[str, Any]) -> dict[str, Any]:
         if p.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
             raise Closed("the arena that this client knows has ended with its broker; connect again")
-        # `localhost:<uid>:<gid>:<pid>` on an ipc socket: who connected, by SO_PEERCRED, whatever the message says.
-        word = process.rpartition(":")[2]
-        sender = int(word) if word.isdigit() else 0
         pidns = p.get("pidns", 0)
-        if pidns in (0, pid_namespace()) and sender not in (0, p["pid"]):
-            raise ProtocolError(f"hello in the name of process {p['pid']} from process {sender}")
-        client = self.sessions.hello(peer, p["pid"], p["start"], p["mapped"], p.get("client"), pidns, sender)
+        if pidns in (0, pid_namespace()) and sender.pid not in (0, p["pid"]):
+            raise ProtocolError(f"hello in the name of process {p['pid']} from process {sender.pid}")
+        if sender.remote and (p["mapped"] or "client" in p):
+            raise ArenaError(
+                "over TCP nobody maps the arena, or takes up a session: say hello with mapped false and no number, or use the ipc endpoint"
+            )
+        client = self.sessions.hello(peer, p["pid"], p["start"], p["mapped"], p.get("client"), sender, pidns)
         if "buffers" in p:  # whatever it does not know of was allocated for a reply that it never got
             known = [*p["buffers"], *self.line.uncollected(client.number)]
             self.allocations.reconcile(client.number, known, p.get("claims", ()), p.get("made", 0))
-        log.info("client %d is process %d%s", client.number, client.pid, "" if client.mapped else ", by messages")
-        geometry = self._arena.geometry
-        return {
+        whence = "comes over TCP" if sender.remote else f"is process {client.pid}"
+        log.info("client %d %s%s", client.number, whence, "" if client.mapped else ", by messages")
+        here = {} if sender.remote else {"arena": self._arena.name, "spill_dir": self._spill_dir}
+        return here | {
             "client": client.number,
-            "arena": self._arena.name,
             "arena_id": self._arena.arena_id,
             "epoch": self._epoch,
-            "page_size": geometry.page_size,
+            "page_size": self._arena.geometry.page_size,
             "window": self.window,
-            "spill_dir": self._spill_dir,
         }
 
     def _bye(self, client: Client, _request: Request) -> dict[str, Any]:

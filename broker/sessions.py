@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
-from gcma_shm.errors import ProtocolError
+from gcma_shm.broker.rights import Sender
+from gcma_shm.errors import ProtocolError, QuotaExceeded
 from gcma_shm.presence import Presence
 from gcma_shm.process import open_pidfd, pid_namespace, start_time
 from gcma_shm.records import Record, Records, State
@@ -23,11 +24,16 @@ from gcma_shm.records import Record, Records, State
 log = logging.getLogger(__name__)
 
 LOCK_S = 60.0  # what a client that we do not see may take to lock its record
+# What a session over TCP may be silent for, should its connection's end not be told. It holds nothing but its record, and who is
+# taken for gone too early says hello again with the next request.
+REMOTE_SILENCE_S = 300.0
+NOBODY = Sender()
 
 
 @dataclass
 class Client:
-    """A client that the broker knows. `pidfd` -1: its process has not begun, or lives in a PID namespace that we do not see.
+    """A client that the broker knows. `pidfd` -1: its process has not begun, or lives in a PID namespace that we do not see, or on
+    another host (`sender.remote`).
     `peer` None: it has said no hello.
     """
 
@@ -38,6 +44,8 @@ class Client:
     peer: bytes | None = None
     mapped: bool = True
     under_way: int = 0  # requests on worker threads
+    sender: Sender = NOBODY  # who said hello
+    heard_at: float = 0.0  # of a remote one
 
 
 class Sessions:
@@ -82,29 +90,50 @@ class Sessions:
                     self._complete(client, record)
         return burying
 
-    def find(self, peer: bytes) -> Client | None:
-        """Whose messages these are; None: a peer that has not said hello."""
-        return self._by_peer.get(peer)
+    def has_session(self, peer: bytes) -> bool:
+        """Whether anybody has said hello there."""
+        return peer in self._by_peer
+
+    def find(self, peer: bytes, sender: Sender = NOBODY) -> Client | None:
+        """Whose messages these are; None: a peer that has not said hello. A peer chooses its address itself, so one that came
+        after the session's is told from it by who it is.
+        """
+        client = self._by_peer.get(peer)
+        if client is None or client.sender != sender:
+            return None
+        if sender.remote:
+            client.heard_at = time.monotonic()
+        return client
 
     def hello(
-        self, peer: bytes, pid: int, start: int, mapped: bool, number: int | None, pidns: int = 0, seen: int = 0
+        self,
+        peer: bytes,
+        pid: int,
+        start: int,
+        mapped: bool,
+        number: int | None,
+        sender: Sender = NOBODY,
+        pidns: int = 0,
     ) -> Client:
-        """A client introduces itself: a new one, or, by its `number`, one that forked, or lost its socket or its broker.
+        """A client introduces itself: a new one, or, by its `number`, one that forked, or lost its socket or its broker. A remote
+        one has no process here, and its connection is all that it is known by.
 
-        `pid` and `start` are as the client sees them, in its PID namespace `pidns` (0: in ours); `seen` is its pid as we
-        see it, 0: we do not. Raises ProtocolError, QuotaExceeded.
+        `pid` and `start` are as the client sees them, in its PID namespace `pidns` (0: in ours); `sender.pid` is its pid as we
+        see it. Raises ProtocolError, QuotaExceeded.
         """
         known = self._by_peer.get(peer)
+        if known is not None and known.sender != sender:
+            raise ProtocolError("hello from an address that is another's; connect again")
         if known is not None and number in (None, known.number):
             return known  # its first hello was answered too late
         if known is not None:
             raise ProtocolError("hello in another name from a peer that has a session already; say bye first")
         pidns = pidns or self._pidns
-        client = self._known(number, pid, start, pidns, seen, mapped) if number is not None else None
+        client = self._known(number, pid, start, pidns, sender.pid, mapped) if number is not None else None
         if client is None:
-            client = self._enter(pid, start, pidns, seen, mapped)
+            client = self._take_remote() if sender.remote else self._enter(pid, start, pidns, sender.pid)
         self._by_peer.pop(client.peer or b"", None)
-        client.peer, client.mapped = peer, mapped
+        client.peer, client.mapped, client.sender = peer, mapped, sender
         self._by_peer[peer] = client
         return client
 
@@ -119,7 +148,7 @@ class Sessions:
             raise ProtocolError(f"client {number} is not process {pid}; say hello without a number")
         return client
 
-    def _enter(self, pid: int, start: int, pidns: int, seen: int, mapped: bool) -> Client:
+    def _enter(self, pid: int, start: int, pidns: int, seen: int) -> Client:
         if pidns == self._pidns:
             seen, seen_start = pid, start
         else:
@@ -133,12 +162,35 @@ class Sessions:
             if pidfd >= 0:
                 os.close(pidfd)
             raise
-        self._plane.write(self._geometry.client_at(number) + layout.CLIENT_MAPPED_AT, int(mapped))
         self._records.fill(number, State.ALIVE, pid, start, pidns)
         client = self.clients[number] = Client(number, seen, known_at=time.monotonic())
         if pidfd >= 0:
             self._watch(client, pidfd)
         return client
+
+    def _take_remote(self) -> Client:
+        # Peers on other hosts never leave the processes of this one without a record.
+        remote_max = max((self._plane.geometry.clients_max - 1) // 2, 1)
+        if sum(client.sender.remote for client in self.clients.values()) >= remote_max:
+            raise QuotaExceeded(f"{remote_max} clients are connected over TCP; start the broker with more --clients")
+        number = self._records.take(layout.BROKER)
+        self._records.fill(number, State.ALIVE, 0, 0)  # no process: to a later broker it is dead
+        client = Client(number, 0, heard_at=time.monotonic())
+        self.clients[number] = client
+        return client
+
+    def remote(self) -> list[Client]:
+        """Those that came over TCP."""
+        return [client for client in self.clients.values() if client.sender.remote]
+
+    def gone(self, peer: bytes) -> list[Client]:
+        """A connection has ended: a remote client ends with it; a process of this host may come by another."""
+        client = self._by_peer.get(peer)
+        return [client] if client is not None and client.sender.remote else []
+
+    def silent(self) -> list[Client]:
+        """Remote clients that have not been heard of for too long."""
+        return [client for client in self.remote() if time.monotonic() - client.heard_at > REMOTE_SILENCE_S]
 
     def adopt_forked(self, look_anyway: bool = False) -> list[Client]:
         """Takes in the children that clients have forked since the last look; returns those of all clients that are found dead
@@ -158,7 +210,9 @@ class Sessions:
         return [
             client
             for client in self.clients.values()
-            if (client.pidfd < 0 or look_anyway) and self._has_gone(client, self._records.read(client.number))
+            if (client.pidfd < 0 or look_anyway)
+            and not client.sender.remote
+            and self._has_gone(client, self._records.read(client.number))
         ]
 
     def _adopt(self, record: Record) -> None:

@@ -22,9 +22,9 @@ from typing import Any, Protocol
 
 import zmq
 
-from gcma_shm import messages
+from gcma_shm import curve, messages
 from gcma_shm._core import Trying, scheduler_slice
-from gcma_shm.endpoint import refuse_strangers, socket_path
+from gcma_shm.endpoint import check_endpoint, is_tcp, refuse_strangers, socket_path
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
@@ -63,13 +63,20 @@ class Channel:
     """
 
     def __init__(
-        self, endpoint: str, timeout: float, wait_for_broker: float, introduce: Callable[[], dict[str, Any]]
+        self,
+        endpoint: str,
+        timeout: float,
+        wait_for_broker: float,
+        introduce: Callable[[], dict[str, Any]],
+        credentials: curve.Credentials | None = None,
     ) -> None:
+        check_endpoint(endpoint)
         self.endpoint = endpoint
         self.timeout = timeout
         self._wait_for_broker = wait_for_broker
         self._introduce = introduce
-        self._path = socket_path(endpoint)
+        self._path = None if is_tcp(endpoint) else socket_path(endpoint)
+        self._credentials = credentials
         self.closed = False
         self.greeting: dict[str, Any] = {}
         # What this process holds, by number and claim (0: the buffer or reservation itself), and how often: under the lock, which
@@ -101,6 +108,8 @@ class Channel:
         self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a broker that is not there
         self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._socket.setsockopt(zmq.RCVTIMEO, max(int(min(self.timeout, PROBE_S) * 1000), 1))
+        if self._path is None:
+            curve.prepare(self._socket, self.endpoint, self._credentials)
         self._socket.connect(self.endpoint)
         # Not left to the collector, which may take the context first, and that waits for its sockets.
         self._goodbye = weakref.finalize(self, _say_goodbye, self._socket, self._context)
@@ -278,7 +287,7 @@ class Channel:
 
     def _hello(self, deadline: float) -> None:
         self._greeted = False
-        if not self._path.exists() and self._wait_for_broker <= 0:
+        if self._path is not None and not self._path.exists() and self._wait_for_broker <= 0:
             raise BrokerUnavailable(
                 f"no broker listens on {self.endpoint}: start one with `gcma broker --endpoint {self.endpoint} --size …`, "
                 "or use gcma_shm.embedded()"
@@ -371,7 +380,7 @@ class Channel:
     def _unavailable(self, request: Request) -> BrokerUnavailable:
         return BrokerUnavailable(
             f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
-            "is it running, and not stopped?"
+            f"is it running, and not stopped?{'' if self._path is not None else ' Over TCP: does it know our key, and we its own?'}"
         )
 
 

@@ -17,7 +17,8 @@ from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import clients
 from gcma_shm.clients.reservation import Claims
 from gcma_shm.clients.swap import MappedSwap, MessageSwap, Swap
-from gcma_shm.endpoint import default_endpoint
+from gcma_shm.curve import Credentials, credentials_of
+from gcma_shm.endpoint import default_endpoint, is_tcp
 from gcma_shm.errors import ArenaError
 from gcma_shm.presence import Presence
 from gcma_shm.process import pid_namespace, start_time
@@ -32,12 +33,22 @@ class Client(Allocator):
     """
 
     def __init__(
-        self, endpoint: str, mapped: bool | None, prefault: bool, timeout: float, wait_for_broker: float
+        self,
+        endpoint: str,
+        mapped: bool | None,
+        prefault: bool,
+        timeout: float,
+        wait_for_broker: float,
+        credentials: Credentials | None = None,
     ) -> None:
         check_seconds("timeout", timeout, 0.001)
         check_seconds("wait_for_broker", wait_for_broker)
+        if mapped and is_tcp(endpoint):
+            raise ValueError(
+                "over TCP a client maps nothing: pages go in messages; use the ipc endpoint on the broker's host"
+            )
         self.endpoint = endpoint
-        self._mapped = mapped is not False
+        self._mapped = mapped is not False and not is_tcp(endpoint)
         self._plane: Plane | None = None
         self._claims: Claims | None = None
         self._presence: Presence | None = None
@@ -46,7 +57,9 @@ class Client(Allocator):
         self._spans: weakref.WeakSet[Span] = weakref.WeakSet()
         self._swaps: weakref.WeakSet[MappedSwap | MessageSwap] = weakref.WeakSet()
         owner = weakref.ref(self)
-        self._channel = Channel(endpoint, timeout, wait_for_broker, lambda: cast(Client, owner())._introduce())
+        self._channel = Channel(
+            endpoint, timeout, wait_for_broker, lambda: cast(Client, owner())._introduce(), credentials
+        )
         try:
             self._channel.request("ping")
             self.page_size: int = self._channel.greeting["page_size"]
@@ -221,6 +234,8 @@ def connect(
     prefault: bool = False,
     timeout: float = 5.0,
     wait_for_broker: float = 0.0,
+    curve_key: str | os.PathLike[str] | None = None,
+    server_key: str | os.PathLike[str] | None = None,
 ) -> Client:
     """Connects to the broker on `endpoint`, by default `$GCMA_ENDPOINT` or this user's default one.
 
@@ -229,6 +244,13 @@ def connect(
     `timeout`: seconds that one request, or one store, may wait. `wait_for_broker`: seconds to wait for a broker that
     is not there yet.
 
-    Raises BrokerUnavailable, ArenaError, QuotaExceeded (too many clients), ValueError for a malformed endpoint.
+    Over `tcp://`: `curve_key` is the file with this client's secret key, by default `$GCMA_CURVE_KEY`; `server_key` the broker's
+    public key, 40 characters or a file, by default `$GCMA_SERVER_KEY` (both made by `gcma keygen`). Such a client sends its pages
+    in messages, encrypted, and may do what the broker's file of authorized keys says: anything else raises Forbidden.
+
+    Raises BrokerUnavailable (also when the keys do not fit), ArenaError (also for a key file that others may read),
+    QuotaExceeded (too many clients), ValueError for a malformed endpoint or key, FileNotFoundError.
     """
-    return Client(endpoint or default_endpoint(), mapped, prefault, timeout, wait_for_broker)
+    where = endpoint or default_endpoint()
+    credentials = credentials_of(where, curve_key, server_key)
+    return Client(where, mapped, prefault, timeout, wait_for_broker, credentials)

@@ -56,8 +56,7 @@ def _prepare(fork: Fork) -> None:
     fork.presence.take(fork.number)
     claimed = plane.read(plane.geometry.client_at(plane.number) + layout.CLIENT_CLAIMS_AT)
     plane.write(record + layout.CLIENT_INHERITED_AT, claimed)
-    for at in (layout.CLIENT_LOCKED_AT, layout.CLIENT_MAPPED_AT):
-        plane.write(record + at, 1)
+    plane.write(record + layout.CLIENT_LOCKED_AT, 1)
     records.fill(fork.number, State.FORKED, 0, 0)
     fork.word = records.word(fork.number)
     plane.add(layout.FORKS_AT, 1)

@@ -164,8 +164,7 @@ cdef struct ClientRecord:  # in the arena
     uint64_t locked
     uint64_t inherits
     uint64_t quota
-    uint64_t mapped
-    uint64_t spare[4]
+    uint64_t spare[5]
 
 cdef struct Slot:
     uint64_t word

@@ -6,6 +6,7 @@ A broker started again on the same endpoint finds by them what an earlier one le
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import os
 import stat
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from gcma_shm.errors import ArenaError
 
 IPC = "ipc://"
+TCP = "tcp://"
 IPC_PATH_MAX = 107  # sockaddr_un.sun_path less the final zero
 
 
@@ -44,10 +46,51 @@ def socket_path(endpoint: str) -> Path:
     return Path(path)
 
 
+def is_tcp(endpoint: str) -> bool:
+    """Whether `endpoint` is reached over TCP: by whoever has the keys, and from other hosts."""
+    return isinstance(endpoint, str) and endpoint.startswith(TCP)
+
+
+def tcp_address(endpoint: str) -> tuple[str, int]:
+    """Host and port of a `tcp://` endpoint; port 0, also written `*`: any that is free. An IPv6 address stands in brackets.
+    Raises ValueError for any other endpoint.
+    """
+    host, separator, port_text = endpoint.removeprefix(TCP).rpartition(":")
+    port = 0 if port_text == "*" else int(port_text) if port_text.isascii() and port_text.isdigit() else -1
+    if not (is_tcp(endpoint) and separator and host and not set(host) & set("/ ;")) or not 0 <= port <= 0xFFFF:
+        raise ValueError(f"endpoint {endpoint!r}: expected 'tcp://', a host, ':' and a port")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"endpoint {endpoint!r}: an IPv6 address stands in brackets")
+    return host, port
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Whether a `tcp://` endpoint is an address that only this host reaches. A name is not: what it means is decided elsewhere."""
+    host, _ = tcp_address(endpoint)
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_endpoint(endpoint: str) -> None:
+    """Raises ValueError or TypeError for what is no endpoint to connect to, or to name an arena by."""
+    if not is_tcp(endpoint):
+        socket_path(endpoint)
+    elif tcp_address(endpoint)[1] == 0:
+        raise ValueError(f"endpoint {endpoint!r}: expected a port")
+
+
 def arena_name(endpoint: str) -> str:
-    """The POSIX shared-memory name of the arena behind `endpoint`: one socket has one, however its path is written."""
-    path = socket_path(endpoint)
-    real = os.fsencode(path.parent.resolve() / path.name)
+    """The POSIX shared-memory name of the arena behind `endpoint`: one socket has one, however its path is written; of a
+    `tcp://` endpoint the text counts.
+    """
+    check_endpoint(endpoint)
+    if is_tcp(endpoint):
+        real = endpoint.encode()
+    else:
+        path = socket_path(endpoint)
+        real = os.fsencode(path.parent.resolve() / path.name)
     return f"/gcma-{os.getuid()}-{hashlib.sha256(real).hexdigest()[:16]}"
 
 
@@ -80,7 +123,11 @@ def private_dir(path: Path) -> Path:
 
 
 def refuse_strangers(endpoint: str) -> None:
-    """Pages must not go to whoever was first to make a directory of the right name in /tmp. Raises ArenaError."""
+    """Pages must not go to whoever was first to make a directory of the right name in /tmp. Raises ArenaError. Over TCP the
+    keys say who is who.
+    """
+    if is_tcp(endpoint):
+        return
     try:
         found = socket_path(endpoint).parent.stat()
     except FileNotFoundError:

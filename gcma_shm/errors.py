@@ -12,6 +12,7 @@ __all__ = [
     "BrokerUnavailable",
     "BufferExists",
     "Closed",
+    "Forbidden",
     "GcmaError",
     "NoSuchArea",
     "NoSuchBuffer",
@@ -66,6 +67,10 @@ class NurseryFull(GcmaError, TimeoutError):
 
 class Closed(GcmaError, ValueError):
     """The client, type or broker of this object has ended."""
+
+
+class Forbidden(GcmaError, PermissionError):
+    """The key that this client has shown to the broker gives no right to this; or its right was taken away."""
 
 
 class NoSuchType(GcmaError, LookupError):

@@ -96,7 +96,6 @@ CLIENT_COUNTERS_AT = 0x40
 CLIENT_LOCKED_AT = 0x1C0  # 1: its process holds a lock on the record, see presence.py
 CLIENT_INHERITS_AT = 0x1C8  # 1: of a forked child: the broker has let it inherit
 CLIENT_QUOTA_AT = 0x1D0  # 0: the default; NO_QUOTA; or bytes
-CLIENT_MAPPED_AT = 0x1D8  # 1: it maps the arena
 NO_QUOTA = (1 << 64) - 1
 NOBODY = 0
 BROKER = 1

@@ -23,7 +23,7 @@ from gcma_shm.errors import QuotaExceeded
 
 _PARENT_SHIFT = 8
 _GENERATION_SHIFT = 24
-_OWN = (layout.CLIENT_LOCKED_AT, layout.CLIENT_INHERITS_AT, layout.CLIENT_QUOTA_AT, layout.CLIENT_MAPPED_AT)
+_OWN = (layout.CLIENT_LOCKED_AT, layout.CLIENT_INHERITS_AT, layout.CLIENT_QUOTA_AT)
 
 
 class State(IntEnum):
@@ -51,7 +51,6 @@ class Record:
     start: int
     pidns: int
     is_locked: bool
-    is_mapped: bool
     has_inherited: bool
 
 
@@ -78,7 +77,6 @@ class Records:
             self._plane.read(at + layout.CLIENT_START_AT),
             self._plane.read(at + layout.CLIENT_PIDNS_AT),
             bool(self._plane.read(at + layout.CLIENT_LOCKED_AT)),
-            bool(self._plane.read(at + layout.CLIENT_MAPPED_AT)),
             bool(self._plane.read(at + layout.CLIENT_INHERITS_AT)),
         )
 

@@ -167,7 +167,7 @@ def test_a_second_broker_on_the_same_socket_written_otherwise(endpoint: str) -> 
         (["--size", "4M", "--slots", "many"], 2, "slots"),
         (["--size", "4M", "--clients", "1"], 1, "clients"),
         (["--size", "8T"], 1, "too little shared memory"),
-        (["--size", "4M", "--endpoint", "tcp://127.0.0.1:5"], 1, "ipc://"),
+        (["--size", "4M", "--endpoint", "nonsense"], 1, "ipc://"),
         (["--size", "4M", "--endpoint", "ipc:///" + "x" * 120], 1, "at most"),
         (["--size", "4M", "--spill-dir", "/dev/shm/here"], 1, "shared memory"),
         (["--size", "4M", "--spill-dir", "/proc/here"], 1, "/proc/here"),

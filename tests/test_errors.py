@@ -15,6 +15,7 @@ HIERARCHY = {
     "QuotaExceeded": MemoryError,
     "NurseryFull": TimeoutError,
     "Closed": ValueError,
+    "Forbidden": PermissionError,
     "NoSuchType": LookupError,
     "NoSuchArea": LookupError,
     "NoSuchBuffer": LookupError,

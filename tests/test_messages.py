@@ -260,6 +260,7 @@ EXAMPLES: list[Exception] = [
     errors.BrokerUnavailable("late"),
     errors.BufferExists("taken"),
     errors.Closed("closed"),
+    errors.Forbidden("no right"),
     errors.GcmaError("something"),
     errors.NoSuchArea("area"),
     errors.NoSuchBuffer("buffer"),

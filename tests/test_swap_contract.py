@@ -1,12 +1,16 @@
-"""The rules of frontswap, for every way to reach a swap type: mapped and by messages, written through and behind, small and large pages."""
+"""The rules of frontswap, for every way to reach a swap type: mapped, by messages over ipc and over TCP, written through and behind, small
+and large pages.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +19,9 @@ import pytest
 
 import gcma_shm
 from gcma_shm import Client, Closed, SpillError, Swap
-from tests.processes import files_refuse_writes, in_fork, run_python
+from gcma_shm.sizes import parse_size
+from tests.keys import KeyArguments, Keys, tcp_of
+from tests.processes import broker, files_refuse_writes, in_fork, run_python
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*multi-threaded.*:DeprecationWarning"
@@ -26,26 +32,61 @@ Write = Literal["through", "behind"]
 _types = itertools.cycle(range(256))
 
 
+WAYS = ("mapped", "messages", "tcp")
+
+
 @dataclass
 class Place:
-    """A broker, and one client for each way in."""
+    """A broker, and the keys that its clients over TCP show."""
 
     endpoint: str
+    tcp: str
+    keys: KeyArguments
+    broker_pid: int
     spill_dir: Path
     size: int
-    clients: dict[bool, Client] = field(default_factory=dict)
+
+    def connect(self, way: str, timeout: float = 5.0) -> Client:
+        """A client that goes this way."""
+        if way == "tcp":
+            client = gcma_shm.connect(self.tcp, timeout=timeout, **self.keys)
+        else:
+            client = gcma_shm.connect(self.endpoint, mapped=way == "mapped", timeout=timeout)
+        assert client.mapped is (way == "mapped")
+        return client
+
+
+@contextlib.contextmanager
+def served(directory: Path, size: str, page_size: str, *options: str) -> Iterator[Place]:
+    """A broker that listens everywhere, whose files are in `directory`."""
+    keys = Keys(directory / "keys")
+    ours = keys.make("tests")
+    keys.authorize(tests="")
+    options = (
+        "--log-level",
+        "warning",
+        "--page-size",
+        page_size,
+        "--spill-dir",
+        str(directory / "spill"),
+        *options,
+        *keys.broker_options(),
+    )
+    with broker(
+        f"ipc://{tempfile.gettempdir()}/contract-{os.getpid()}/s-{directory.name}", *options, size=size
+    ) as running:
+        yield Place(running.endpoint, tcp_of(running), ours, running.pid, directory / "spill", parse_size(page_size))
 
 
 @pytest.fixture(scope="module", params=["4K", "64K"])
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    spill_dir = tmp_path_factory.mktemp("spill")
-    with gcma_shm.embedded("16M", page_size=request.param, slots=1000, clients=12, spill_dir=spill_dir) as owner:
-        yield Place(owner.endpoint, spill_dir, owner.page_size)
+    with served(tmp_path_factory.mktemp("place"), "16M", request.param, "--slots", "1000", "--clients", "12") as place:
+        yield place
 
 
-@pytest.fixture(params=[True, False], ids=["mapped", "messages"])
-def mapped(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(params=["through", "behind"])
@@ -54,16 +95,15 @@ def write(request: pytest.FixtureRequest) -> Write:
 
 
 @pytest.fixture
-def client(place: Place, mapped: bool) -> Iterator[Client]:
-    with gcma_shm.connect(place.endpoint, mapped=mapped) as client:
-        assert client.mapped is mapped
+def client(place: Place, way: str) -> Iterator[Client]:
+    with place.connect(way) as client:
         yield client
 
 
 @pytest.fixture
-def other(place: Place, mapped: bool) -> Iterator[Client]:
-    """A client that goes the other way."""
-    with gcma_shm.connect(place.endpoint, mapped=not mapped) as client:
+def other(place: Place, way: str) -> Iterator[Client]:
+    """A client that goes another way."""
+    with place.connect("messages" if way == "mapped" else "mapped") as client:
         yield client
 
 
@@ -211,8 +251,8 @@ def test_a_closed_handle_leaves_the_type_alone(
     assert client.swap(type_, SLOTS, write).load(1) == page_of(1, place.size)
 
 
-def test_a_closed_client(place: Place, mapped: bool, type_: int, write: Write) -> None:
-    client = gcma_shm.connect(place.endpoint, mapped=mapped)
+def test_a_closed_client(place: Place, way: str, type_: int, write: Write) -> None:
+    client = place.connect(way)
     swap = client.swap(type_, SLOTS, write)
     swap.store(1, page_of(1, place.size))
     client.close()
@@ -224,8 +264,8 @@ def test_a_closed_client(place: Place, mapped: bool, type_: int, write: Write) -
     client.close()  # a second time has no effect
 
 
-def test_what_a_client_stored_outlives_it(place: Place, mapped: bool, type_: int, write: Write, other: Client) -> None:
-    with gcma_shm.connect(place.endpoint, mapped=mapped) as client:
+def test_what_a_client_stored_outlives_it(place: Place, way: str, type_: int, write: Write, other: Client) -> None:
+    with place.connect(way) as client:
         client.swap(type_, SLOTS, write).store(1, page_of(1, place.size))
     assert other.swap(type_, SLOTS, write).load(1) == page_of(1, place.size)
 
@@ -389,7 +429,7 @@ def test_a_batch_is_refused_before_it_begins(swap: Swap, place: Place) -> None:
 
 
 def test_an_error_in_a_batch_tells_how_many_were_served(
-    client: Client, other: Client, type_: int, place: Place, mapped: bool
+    client: Client, other: Client, type_: int, place: Place, way: str
 ) -> None:
     swap = client.swap(type_, SLOTS, "through")
     swap.store_many(range(4), b"".join(page_of(n, place.size) for n in range(4)))
@@ -433,21 +473,23 @@ def test_values_are_seen_across_a_fork(swap: Swap, place: Place) -> None:
     assert swap.load(1) is None
 
 
-def test_values_are_seen_by_a_stranger(swap: Swap, type_: int, write: Write, place: Place, mapped: bool) -> None:
+def test_values_are_seen_by_a_stranger(swap: Swap, type_: int, write: Write, place: Place, way: str) -> None:
     swap.store(1, page_of(1, place.size))
     stored = run_python(
         "import sys, gcma_shm\n"
-        "endpoint, mapped, type_, slots, write = sys.argv[1:]\n"
-        "with gcma_shm.connect(endpoint, mapped=bool(int(mapped))) as client:\n"
+        "endpoint, mapped, type_, slots, write, *keys = sys.argv[1:]\n"
+        "keys = dict(zip(('curve_key', 'server_key'), keys))\n"
+        "with gcma_shm.connect(endpoint, mapped=bool(int(mapped)), **keys) as client:\n"
         "    swap = client.swap(int(type_), int(slots), write)\n"
         "    page = swap.load(1)\n"
         "    swap.store(2, page[::-1])\n"
         "    print(len(swap))\n",
-        place.endpoint,
-        str(int(mapped)),
+        place.tcp if way == "tcp" else place.endpoint,
+        str(int(way == "mapped")),
         str(type_),
         str(SLOTS),
         write,
+        *([str(key) for key in place.keys.values()] if way == "tcp" else []),
     )
     assert stored.split() == ["2"]
     assert swap.load(2) == page_of(1, place.size)[::-1]
@@ -457,17 +499,17 @@ def test_values_are_seen_by_a_stranger(swap: Swap, type_: int, write: Write, pla
 
 
 def test_a_failed_store_leaves_no_older_value_as_if_it_were_new(
-    place: Place, mapped: bool, type_: int, write: Write, tmp_path: Path
+    place: Place, way: str, type_: int, write: Write, tmp_path: Path
 ) -> None:
     """No file takes a page: whatever a store answers, the slot then holds the new value, or what it held before."""
     with (
-        gcma_shm.embedded("4M", page_size=place.size, slots=400, clients=4, spill_dir=tmp_path / "spill") as owner,
-        gcma_shm.connect(owner.endpoint, mapped=mapped, timeout=20.0) as client,
+        served(tmp_path, "4M", str(place.size), "--slots", "400", "--clients", "4") as fresh,
+        fresh.connect(way, timeout=20.0) as client,
     ):
         swap = client.swap(type_, 300, write)
         last: dict[int, bytes | None] = {}
         failed = 0
-        with files_refuse_writes(os.getpid(), owner.broker_pid):
+        with files_refuse_writes(os.getpid(), fresh.broker_pid):
             for value in range(120):
                 slot, page = value % 10, page_of(value, place.size)
                 try:

@@ -73,7 +73,8 @@ def test_clients_import_no_broker(path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "extents", "areas", "table", "holders", "claims", "allocations", "line", "sessions", "registry", "service", "messages",
+        "extents", "areas", "table", "holders", "claims", "allocations", "line", "sessions", "rights", "connections", "registry", "service",
+        "messages",
         "layout", "records",
     ],
 )  # fmt: skip
@@ -92,7 +93,7 @@ def test_every_file_says_what_it_is(path: Path) -> None:
 
 PUBLIC = {
     "": [
-        "ArenaError", "ArenaExhausted", "BrokerUnavailable", "Closed", "GcmaError", "NoSuchArea", "NoSuchBuffer", "NoSuchType",
+        "ArenaError", "ArenaExhausted", "BrokerUnavailable", "Closed", "Forbidden", "GcmaError", "NoSuchArea", "NoSuchBuffer", "NoSuchType",
         "NurseryFull", "ProtocolError", "QuotaExceeded", "SlotBusy", "SpillCorrupt", "SpillError", "StaleHandle", "connect", "embedded", "errors",
     ],
     "Client": ["endpoint", "page_size", "areas", "stats", "close", "swap", "alloc_contig", "__enter__", "__exit__"],
@@ -126,7 +127,7 @@ def test_what_is_public_is_documented() -> None:
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        ("connect", ["endpoint", "mapped", "prefault", "timeout", "wait_for_broker"]),
+        ("connect", ["endpoint", "mapped", "prefault", "timeout", "wait_for_broker", "curve_key", "server_key"]),
         ("embedded", ["size", "areas", "page_size", "slots", "spill_dir"]),
         ("Client.swap", ["self", "type", "slots", "write"]),
         ("Client.alloc_contig", ["self", "nbytes", "area", "offset", "align", "zero"]),
@@ -150,3 +151,41 @@ def test_the_three_parts_are_one_package() -> None:
         link = ROOT / "gcma_shm" / part
         assert link.is_symlink()
         assert link.resolve() == ROOT / part
+
+
+# --- what comes over a socket is never run
+
+RUNS_CODE = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "yaml", "jsonpickle", "dbm"}
+SOCKET_CODE = [path for part in PARTS for path in modules(part) if path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", SOCKET_CODE, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
+    """Neither by name, nor by pyzmq's shortcuts for it. (Handles are pickled by whoever has pickled them, between processes of one
+    user; no module of ours loads a pickle.)
+    """
+    assert not {name.partition(".")[0] for name in imports(path)} & RUNS_CODE
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = node.func
+            name = (
+                called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+            )
+            assert name not in {"recv_pyobj", "send_pyobj", "recv_serialized", "__import__", "import_module"}, (
+                f"{path}: {name}"
+            )
+            assert not (isinstance(called, ast.Name) and name in {"eval", "exec", "compile"}), f"{path}: {name}"
+
+
+def test_messages_have_no_extension_types() -> None:
+    """msgpack makes objects only of what a hook makes of them: there is none, and one place that unpacks."""
+    unpacking: list[ast.Call] = []
+    for path in SOCKET_CODE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "msgpack":
+                assert node.attr in {"packb", "unpackb", "UnpackException"}, f"{path}: msgpack.{node.attr}"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "unpackb":
+                unpacking.append(node)
+    (call,) = unpacking
+    given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+    assert given == {"max_ext_len": 0, "strict_map_key": True}, "no ext_hook, object_hook, timestamps, or list_hook"

@@ -175,7 +175,7 @@ def lives(arena: Arena, plane: Plane, random_: random.Random, stop: threading.Ev
         swap = arena.open(mortal, THROUGH)
         swap.store(3, page_of(THROUGH, 3, 1))
         assert mortal.close(TIMEOUT_S)
-        plane.bury(MORTAL)
+        plane.bury([MORTAL])
         arena.done["lives"] += 1
         time.sleep(random_.random() * 0.005)
 

@@ -1,0 +1,35 @@
+"""How much this process has grown: ZeroMQ bounds the frames that it takes, and how many messages it keeps, but not a message of endless
+frames.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from gcma_shm.broker.service import window_of
+
+GROWTH_BYTES = 64 << 20  # whatever the clients do
+# A session's pages under way, at most: the window, ZeroMQ's queues of twice and four times that, and one of each kind in the kernel.
+WINDOWS_A_CLIENT = 8
+_PAGE = os.sysconf("SC_PAGESIZE")
+_STATM = Path("/proc/self/statm")
+
+
+def growth_max(page_size: int, clients_max: int) -> int:
+    """What a broker may grow by, in bytes, before somebody abuses it."""
+    return GROWTH_BYTES + clients_max * WINDOWS_A_CLIENT * window_of(page_size) * page_size
+
+
+def private_bytes() -> int:
+    """The memory of this process that is no file's and not shared: the arena does not count."""
+    _size, resident, shared, *_ = map(int, _STATM.read_text().split())
+    return (resident - shared) * _PAGE
+
+
+def give_back() -> None:
+    """Memory that was freed goes back to the system, so that `private_bytes` tells what is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    if trim is not None:
+        trim(0)
