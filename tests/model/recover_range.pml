@@ -14,7 +14,7 @@
  * Bounds: one page, one load, one promotion of each broker, two deaths of brokers, one of a client; in scenes:
  *   SCENE_LOAD     a client claims and lends, and may be killed; and a load
  *   SCENE_TURNS    two clients claim and lend, the first may be killed
- *   SCENE_RELEASE  the reservation is released, and a buffer allocated in its place; a client whose session is over claims it still
+ *   SCENE_RELEASE  the reservation is released; a client whose session is over claims it still, and may be killed
  *   SCENE_ALLOC    a buffer is allocated and freed; and a load
  *   SCENE_STOP     one claim; the successor may stop for ever at any step, and there is no third
  * Abstracted: a page holds a value whole; where slot 0 is when it is not in the area (load.pml); two threads in the successor
@@ -57,7 +57,7 @@
 #define CLIENT_DIES SCENE(true, true, true, false, false)       /* the first client claims */
 #define HOLDS       SCENE(false, true, false, false, true)      /* the second client claims */
 #define RELEASES    SCENE(false, false, true, false, false)
-#define RENTS       SCENE(false, false, true, true, false)
+#define RENTS       SCENE(false, false, false, true, false)
 #define STOPS       SCENE(false, false, false, false, true)
 #define DEATHS      SCENE(1, 2, 2, 2, 1)    /* of brokers */
 #define PROMOTERS   SCENE(2, 1, 3, 3, 1)    /* brokers that promote */
@@ -81,10 +81,11 @@ bool  written;          /* ghost: a claimer's bytes are there, and the life has 
 
 #define ENDED_BROKER (signature < ended)
 #define DEAD(who) ((who) == FIRST && killed_client && gone_client)
+#define UNHELD (held == 0 || DEAD(held))
 
 /* These are used inside a d_step. */
 inline hold(who) {
-    assert(held == 0 || held == who || DEAD(held));
+    assert(UNHELD || held == who);
     held = who
 }
 
@@ -173,13 +174,13 @@ inline promote(other) {
         fi;
         if
         :: won ->
-            d_step { assert(held == 0); CAS(won, life, l, ADVANCE(l, GRANTED, OWNER(l))); l = life }    /* @promote.grant */
+            d_step { assert(UNHELD); CAS(won, life, l, ADVANCE(l, GRANTED, OWNER(l))); l = life }    /* @promote.grant */
         :: !won
         fi;
         if
         :: won ->
-            d_step { assert(held == 0); key = other }
-            d_step { assert(held == 0); page_value = (other -> OTHER : VALUE) }         /* @promote.copy */
+            d_step { assert(UNHELD); key = other }
+            d_step { assert(UNHELD); page_value = (other -> OTHER : VALUE) }         /* @promote.copy */
             d_step { assert(life == l); set_life(KEPT_PUBLISHED(l)) }                   /* @promote.publish */
             if
             :: !other ->
@@ -257,16 +258,12 @@ inline claim_use_lend(me) {
     od;
     if
 #ifdef FAULT_SEIZED_YIELDS
-    :: won && filling && !ENDED_BROKER && !STOPS ->
+    :: won && (seized || filling) && !STOPS ->
 #else
     :: won && !seized && filling && !STOPS ->
 #endif
         d_step { hand(LENT) }           /* @claim.yield */
-#ifdef FAULT_SEIZED_YIELDS
-    :: won && (!filling || ENDED_BROKER) ->
-#else
     :: won && (seized || !filling || ENDED_BROKER) ->           /* @claim.wait */
-#endif
         d_step { hold(me); assert(OWNER(life) == ENTRY) }
         d_step { page_value = GUEST(me); written = true }
         assert(page_value == GUEST(me));
@@ -426,6 +423,15 @@ inline put_right() {
     d_step { won = false; l = 0 }
 }
 
+/* What the dead broker had in its hands. */
+#if defined(FAULT_RECOVER_KEEPS_CLAIM)
+#define IN_HAND(c) false
+#elif defined(FAULT_RECOVER_SEIZES_LENT)
+#define IN_HAND(c) (CLAIMER(c) == BROKER || CLAIMER(c) == LENT)
+#else
+#define IN_HAND(c) (CLAIMER(c) == BROKER)
+#endif
+
 inline take_over() {
     /* Before the signature: a claimer that finds a living broker waits for the copy that `filling` tells of. */
 #ifdef FAULT_RECOVER_SIGNS_FIRST
@@ -440,16 +446,8 @@ inline take_over() {
     signature = ended;                  /* @recover.sign */
     put_right();
     c = claim;
-#if defined(FAULT_RECOVER_KEEPS_CLAIM)
-    c = LENT;
-#elif defined(FAULT_RECOVER_SEIZES_LENT)
-    c = (CLAIMER(c) == LENT -> BROKER : CLAIMER(c));
-#endif
     if
-    :: reserved && CLAIMER(c) == BROKER ->
-#ifdef FAULT_RECOVER_SEIZES_LENT
-        c = claim;
-#endif
+    :: reserved && IN_HAND(c) ->
 #ifdef FAULT_RECOVER_WITHOUT_SEIZE
         won = true;
 #else
@@ -464,7 +462,7 @@ inline take_over() {
             d_step { held = 0; hand(LENT); assert(won) }
         :: !won                         /* a client has seized it first */
         fi
-    :: !reserved || CLAIMER(c) != BROKER
+    :: !reserved || !IN_HAND(c)
     fi;
 #ifndef FAULT_RECOVER_KEEPS_ENTRY
     if
