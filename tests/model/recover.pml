@@ -283,6 +283,9 @@ inline work() {
     :: evictions < MOVES && CLEAN_PAGE(AREA) -> evictions++; evict(AREA)
     :: DEAD(1) -> bury()
     :: IDLE -> break
+#ifdef PROGRESS
+    :: else         /* looks again */
+#endif
     od
 }
 
