@@ -240,10 +240,10 @@ inline claim_use_lend(me) {
         :: CLAIMER(c) == BROKER ->
             if
             :: ENDED_BROKER ->
-                d_step { hand(me); seized = won }               /* @claim.seize */
+                d_step { hand(me); seized = won }               /* from a dead broker */
 #ifndef FAULT_SEIZE_WITHOUT_STATE
                 if
-                :: seized && !reserved -> won = false; break    /* @claim.seized */
+                :: seized && !reserved -> won = false; break    /* the second look */
                 :: !seized || reserved
                 fi
 #endif
@@ -352,9 +352,9 @@ inline rent() {
     known[RENTED] = true;
     take(BUFFER, RENTED)
 #else
-    rented = true;              /* @take.entry */
+    rented = true;              /* the entry says so before its pages do */
     take(BUFFER, RENTED);
-    known[RENTED] = true        /* @take.holder */
+    known[RENTED] = true        /* and the holder comes last */
 #endif
 }
 
@@ -368,7 +368,7 @@ inline duty() {
 #ifdef FAULT_RELEASE_BEFORE_HOLDER
     :: RELEASES && reserved -> release(); known[ENTRY] = false
 #else
-    :: RELEASES && reserved -> known[ENTRY] = false; release()          /* @release.holder */
+    :: RELEASES && reserved -> known[ENTRY] = false; release()          /* the last holder, then the release */
 #endif
     :: !RELEASES || !reserved
     fi;
@@ -466,7 +466,7 @@ inline take_over() {
     fi;
 #ifndef FAULT_RECOVER_KEEPS_ENTRY
     if
-    :: reserved && !known[ENTRY] -> release()       /* @recover.entries */
+    :: reserved && !known[ENTRY] -> release()       /* cut off: once more */
     :: rented && !known[RENTED] -> give()
     :: !(reserved && !known[ENTRY]) && !(rented && !known[RENTED])
     fi;

@@ -164,7 +164,7 @@ inline take_over() {
     file_value[0] = GONE;
     file_value[1] = GONE
 #else
-    file_value[FILE(OLD_LIFE)] = (type_life > OLD_LIFE -> GONE : file_value[FILE(OLD_LIFE)])    /* @recover.files */
+    file_value[FILE(OLD_LIFE)] = (type_life > OLD_LIFE -> GONE : file_value[FILE(OLD_LIFE)])    /* removed */
 #endif
 }
 

@@ -105,7 +105,7 @@ inline clean(me, n) {
 #endif
                 d_step { side[n] = SIDE(WRITER_OF(mine), value); mine = side[n]; check() }
                 d_step { CAS(won, word[n], w, NEXT(w, CACHED, 0, PAGE(w))); check() }
-            :: told == UNWRITTEN        /* @clean.failed */
+            :: told == UNWRITTEN        /* given back, DIRTY as before */
             fi
         :: !IS_DIRTY(w)
         fi;
@@ -148,7 +148,7 @@ inline reclaim(page) {
     d_step { l = life[page]; n = key[page]; w = word[n]; told = STORED }
     if
     :: LIFE_STATE(l) == PUBLISHED && NAMES(w, page) && IS_DIRTY(w) ->
-        clean_at_once(n)        /* @clean.failed */
+        clean_at_once(n)        /* given back, DIRTY as before */
 #ifdef FAULT_EVICT_UNWRITTEN
         ;
         if
@@ -194,7 +194,7 @@ proctype storer() {
 #ifdef FAULT_FULL_WAITS
     :: !ROOM ->
 #else
-    :: !ROOM && tries == TRIES -> told = FULL; break    /* @store.full */
+    :: !ROOM && tries == TRIES -> told = FULL; break    /* NurseryFull */
     :: !ROOM && tries < TRIES ->
         tries++;
 #endif
@@ -228,7 +228,7 @@ proctype storer() {
         :: THROUGH && word[0] == stored && WRITER_OF(side[0]) == 0 ->
             clean(1, 0);
             if
-            :: told == UNWRITTEN -> break       /* @store.unwritten */
+            :: told == UNWRITTEN -> break       /* SpillError */
             :: told != UNWRITTEN
             fi
 #ifndef FAULT_WAITS_FOR_WRITER
@@ -247,15 +247,11 @@ proctype storer() {
 /* Client 2 has the claim of slot 0's place for a while, or for ever. */
 proctype cleaner() {
     short c;
-    {
-        if
-        :: CLEANS ->
-            d_step { WRITER_OF(side[0]) == 0 -> c = side[0]; side[0] = SIDE(WRITER(2, 0), CRC(c)) }
-            side[0] = SIDE(0, CRC(c))
-        :: CLEANS
-        :: !CLEANS
-        fi
-    } unless { stopped };
+    d_step { WRITER_OF(side[0]) == 0 -> c = side[0]; side[0] = SIDE(WRITER(2, 0), CRC(c)) }
+    if
+    :: side[0] = SIDE(0, CRC(c))
+    :: stopped = true
+    fi;
     atomic { c = 0; gone[2] = true }
 }
 
@@ -272,7 +268,6 @@ proctype other() {
             d_step { CAS(won, word[1], w, NEXT(w, EMPTY, 0, 0)); latest[1] = (won -> NOTHING : latest[1]); check() }
         :: won -> break
        od
-    :: !INVALIDATES && !LOADS
     :: LOADS ->
        before = latest[0];
        do
@@ -323,8 +318,11 @@ proctype disk() {
 /* The broker's reclaim thread: page after page, again and again. */
 active proctype sweeper() {
     short w, l;
-    byte value, told, n;
-    bool won, failed[PAGES];
+    byte value, told, n, at;
+    bool won;
+#ifdef FAULT_NEVER_AGAIN
+    bool failed[PAGES];
+#endif
     d_step {
         life[0] = LIFE(0, PUBLISHED, 0); page_value[0] = 1; latest[0] = 1; word[0] = WORD(0, CACHED, 1, 0);
         key[1] = 1
@@ -335,37 +333,33 @@ active proctype sweeper() {
     fi;
     atomic {
         run storer();
-        run cleaner();
-        run other();
+        if
+        :: CLEANS -> run cleaner()
+        :: !CLEANS -> gone[2] = true
+        fi;
+        if
+        :: INVALIDATES || LOADS -> run other()
+        :: !INVALIDATES && !LOADS -> gone[3] = true
+        fi;
         run disk()
     }
     do
-    :: !failed[0] && LIFE_STATE(life[0]) == PUBLISHED ->
-        reclaim(0);
+    :: !IDLE ->
 #ifdef FAULT_NEVER_AGAIN
-        failed[0] = (told == UNWRITTEN)
+        if
+        :: !failed[at] -> reclaim(at); failed[at] = (told == UNWRITTEN)
+        :: failed[at]
+        fi;
+#else
+        reclaim(at);
 #endif
-    :: !failed[1] && LIFE_STATE(life[1]) == PUBLISHED ->
-        reclaim(1);
-#ifdef FAULT_NEVER_AGAIN
-        failed[1] = (told == UNWRITTEN)
-#endif
+        at = 1 - at
     :: IDLE -> break
-#ifdef PROGRESS
-    :: else         /* looks again */
-#endif
     od;
     assert(LIFE_STATE(life[0]) == FREE || NAMES(word[0], 0) || NAMES(word[1], 0));
     assert(LIFE_STATE(life[1]) == FREE || NAMES(word[0], 1) || NAMES(word[1], 1));
     assert(WRITER_OF(side[0]) == 0 || HELD_BY_STOPPED(0));
     check()
-}
-
-active proctype stopper() {
-    if
-    :: CLEANS -> stopped = true
-    :: true
-    fi
 }
 
 #ifdef PROGRESS
