@@ -30,7 +30,7 @@ MEMORY_MAX_MIB = 1_000
 VERIFIER_TIMEOUT_S = 300
 JOBS_MAX = 2
 
-ROW = "{:12} {:13} {:26} {:9} {:19} {:>9} {:>7}"
+ROW = "{:13} {:13} {:26} {:9} {:19} {:>9} {:>7}"
 STEP = re.compile(r"@([a-z]+\.[a-z_]+)")
 ERRORS = ("assertion violated", "invalid end state", "acceptance cycle")  # what a planted fault may end in
 LIVENESS = "PROGRESS"  # the scene of this name is checked against the model's formula, under weak fairness
@@ -142,6 +142,64 @@ MODELS = (
             "DEATH_KEEPS_CLAIM": "SCENE_TURNS",
             "DEATH_IGNORES_FILLING": "SCENE_TURNS",
             "DEATH_WITHOUT_LIFE": "SCENE_DEATH",
+        },
+    ),
+    Model(
+        "recover",
+        scenes=("SCENE_CLEAN", "SCENE_ASK", "SCENE_PROMOTE", LIVENESS),
+        faults={
+            "RECOVER_DROPS_CRC": "SCENE_ASK",
+            "RECOVER_FREES_ALL_GRANTS": "SCENE_ASK",
+            "RECOVER_KEEPS_AREA_GRANT": "SCENE_PROMOTE",
+            "RECOVER_KEEPS_GRANTS": "SCENE_ASK",
+            "RECOVER_KEEPS_WRITER": LIVENESS,
+            "RECOVER_TAKES_ANY_WRITER": "SCENE_ASK",
+        },
+    ),
+    Model(
+        "recover_type",
+        faults={
+            "RECOVER_CLOSES_LIVING": "",
+            "RECOVER_EMPTIES_LIVING": "",
+            "RECOVER_FILE_FIRST": "",
+            "RECOVER_KEEPS_EMPTY": "",
+            "RECOVER_KEEPS_WORDS": "",
+        },
+    ),
+    Model(
+        "recover_range",
+        scenes=("SCENE_LOAD", "SCENE_TURNS", "SCENE_RELEASE", "SCENE_ALLOC", "SCENE_STOP"),
+        faults={
+            "HOLDER_BEFORE_LIFE": "SCENE_ALLOC",
+            "RECOVER_ANY_OWNER": "SCENE_RELEASE",
+            "RECOVER_KEEPS_CLAIM": "SCENE_TURNS",
+            "RECOVER_KEEPS_ENTRY": "SCENE_ALLOC",
+            "RECOVER_KEEPS_FILLING": "SCENE_STOP",
+            "RECOVER_KEEPS_GRANT": "SCENE_STOP",
+            "RECOVER_KEEPS_TAKING": "SCENE_RELEASE",
+            "RECOVER_LENDS_AS_IS": "SCENE_RELEASE",
+            "RECOVER_PASSES_CLAIMED": "SCENE_RELEASE",
+            "RECOVER_SEIZES_LENT": "SCENE_STOP",
+            "RECOVER_SIGNS_FIRST": "SCENE_STOP",
+            "RECOVER_WITHOUT_SEIZE": "SCENE_RELEASE",
+            "RELEASE_BEFORE_HOLDER": "SCENE_RELEASE",
+            "RELEASE_STATE_LAST": "SCENE_RELEASE",
+            "SEIZED_YIELDS": "SCENE_TURNS",
+            "SEIZE_WITHOUT_STATE": "SCENE_RELEASE",
+        },
+    ),
+    Model(
+        "unwritable",
+        scenes=("SCENE_FULL", "SCENE_LOAD", "SCENE_STOP", LIVENESS),
+        faults={
+            "ERROR_KEEPS_CLAIM": LIVENESS,
+            "ERROR_TAKES_DIRTY_OFF": "SCENE_STOP",
+            "EVICT_UNWRITTEN": "SCENE_STOP",
+            "FULL_WAITS": LIVENESS,
+            "NEVER_AGAIN": LIVENESS,
+            "TELLS_NOTHING": "SCENE_STOP",
+            "WAITS_FOR_WRITER": LIVENESS,
+            "WORD_BEFORE_PAGE": "SCENE_FULL",
         },
     ),
 )
