@@ -50,7 +50,7 @@ class Chaos:
 
     def __init__(self, targets: Targets, kinds: frozenset[str], seed: str, counts: Counter[str]) -> None:
         self._targets = targets
-        self._rng = random.Random(seed)
+        self._rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
         self._counts = counts
         acts: dict[str, Callable[[], None]] = {
             "kill": self._kill,

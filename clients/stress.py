@@ -13,7 +13,7 @@ import itertools
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from gcma_shm.clients.chaos import KINDS, OFF_BY_DEFAULT
 from gcma_shm.clients.stress_round import Rage, Result, Round, scratch
@@ -62,29 +62,27 @@ def parse_chaos(words: str) -> frozenset[str]:
     return kinds
 
 
-def stress(rages: itertools.chain[Rage] | list[Rage], seconds: float, teller: Teller) -> None:
+def stress(rages: Iterable[Rage], seconds: float, teller: Teller) -> None:
     """Round after round until the time is over, or something was wrong."""
     deadline = time.monotonic() + seconds
     for rage in rages:
         left = deadline - time.monotonic()
         if left <= 0 or teller.total.losses:
             return
-        result = Result()
-        with scratch(lambda: result.losses > 0) as directory, Round(rage, directory) as running:
+        with scratch() as directory, Round(rage, directory) as running:
             running.rage(min(ROUND_S, left), teller.meanwhile(running))
             result = running.judge()
-            for words in result.lost:
-                print(f"seed {rage.seed}, pages of {format_size(rage.page_size)}: {words}", flush=True)
             if result.losses:
+                running.keep()
                 print(f"the logs of that round are in {directory}", flush=True)
+        for words in result.lost:
+            print(f"seed {rage.seed}, pages of {format_size(rage.page_size)}: {words}", flush=True)
         teller.total.merge(result)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the stress; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="gcma stress", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="gcma stress", description=__doc__)
     parser.add_argument("--seconds", type=float, default=60.0, help="for how long (default %(default)s)")
     parser.add_argument("--workers", type=int, default=6, metavar="N", help="at once (default %(default)s)")
     parser.add_argument(
@@ -119,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing is left then, either
     try:
-        stress(itertools.chain(rages), options.seconds, teller)
+        stress(rages, options.seconds, teller)
     finally:
         signal.signal(signal.SIGTERM, before)
         print(teller.line(teller.total), flush=True)

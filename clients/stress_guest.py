@@ -48,11 +48,11 @@ class Guest:
         patience_s: float = 0.0,
         kinds: frozenset[str] = frozenset({"alloc", "claim"}),
         tell: Callable[[str], None] = _raise,
-        count: Count = lambda what: None,
+        count: Count = lambda _: None,
     ) -> None:
         self._client = client
         self._plan = plan
-        self._rng = random.Random(seed)
+        self._rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
         self._alone = alone
         self._sure = frozenset(range(len(plan.area_pages))) if sure is None else sure
         self._patience_s = patience_s
@@ -147,7 +147,7 @@ class Operator:
         self._client = client
         self._plan = plan
         self._log = log
-        self._rng = random.Random(seed)
+        self._rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
         self._acts = [act for kind, act in (("drain", self._drain), ("type", self._end)) if kind in kinds]
         self._count = count
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import random
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from gcma_shm.clients.stress_work import Worker, read_all
 OPERATIONS_MAX = 50_000  # of one process; then another takes its place
 LOST_MAX = 20  # that are told of one round
 WAIT_S = 90.0  # for what must come, never a measure; longer than a record waits for a forked child
+KEPT = "kept"  # a file beside logs that somebody is to look at
 CHECKERS = 2  # processes that check a history
 WORKER_S = 2.0  # what a worker lets the broker, or a busy slot, take
 
@@ -82,7 +84,7 @@ class Round:
         self._rage = rage
         self.plan = rage.plan()
         self._directory = directory
-        self._rng = random.Random(f"{rage.seed} round")
+        self._rng = random.Random(f"{rage.seed} round")  # noqa: S311 - to be repeated, not to be secret
         self.result = Result()
         self.children: list[Child] = []
         self.logs: list[Log] = []
@@ -135,7 +137,7 @@ class Round:
         """Acts so far, whoever did them."""
         return self.result.counts + Counter(self._shared.counted())
 
-    def judge(self, at_rest: Callable[[str, Path], None] = lambda name, spill_dir: None) -> Result:
+    def judge(self, at_rest: Callable[[str, Path], None] = lambda _name, _spill_dir: None) -> Result:
         """Looks at everything that must hold now. `at_rest`: more that must, of the arena of that name and its spill directory; raises AssertionError."""
         if self.broker.pid:
             log = self._log(self.plan.types * self.plan.wide)
@@ -162,6 +164,10 @@ class Round:
             for wrong in lost:
                 self.wrong(wrong)
         return self.result
+
+    def keep(self) -> None:
+        """The round's logs are to stay where they are."""
+        (self._directory / KEPT).touch()
 
     # --- for Chaos
 
@@ -236,13 +242,11 @@ def _check_part(logs: list[tuple[Path, int]], part: int) -> tuple[int, list[str]
 
 
 @contextlib.contextmanager
-def scratch(keep: Callable[[], bool]) -> Iterator[Path]:
-    """A directory for one round's logs, which is left when `keep` says so in the end."""
+def scratch() -> Iterator[Path]:
+    """A directory for one round's logs; what is marked to be kept (`Round.keep`) is left there."""
     path = Path(tempfile.mkdtemp(prefix="gcma-stress-"))
     try:
         yield path
     finally:
-        if not keep():
-            for file in path.iterdir():
-                file.unlink()
-            path.rmdir()
+        if not (path / KEPT).exists():
+            shutil.rmtree(path)

@@ -46,13 +46,13 @@ class Worker:
     """One process's loop of operations. `tell`: is given what is wrong, the moment that it is found."""
 
     def __init__(
-        self, client: Client, plan: Plan, log: Log, seed: int | str, tell: Callable[[str], None] = lambda wrong: None
+        self, client: Client, plan: Plan, log: Log, seed: int | str, tell: Callable[[str], None] = lambda _: None
     ) -> None:
         self._client = client
         self._plan = plan
         self._log = log
         self._tell = tell
-        self._rng = random.Random(seed)
+        self._rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
         self._swaps: list[RecordedSwap | None] = [None] * plan.types
         self._sequence = 0
         self._page = bytearray(plan.page_size)
