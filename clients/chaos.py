@@ -29,7 +29,7 @@ FULL_MAX_S = 0.4
 AWAY_MAX_S = 0.5  # between a broker's end and the next one's start
 BROKER_SHARE = 0.15  # of the stops
 PROGRESS = 20  # operations that each mapped worker does while there is no broker
-PROGRESS_S = 30.0  # a bound on what must come, never a measure
+PROGRESS_S = 60.0  # a bound on what must come, never a measure
 
 
 class Targets(Protocol):

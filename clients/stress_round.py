@@ -34,6 +34,7 @@ LOST_MAX = 20  # that are told of one round
 WAIT_S = 90.0  # for what must come, never a measure; longer than a record waits for a forked child
 KEPT = "kept"  # a file beside logs that somebody is to look at
 CHECKERS = 2  # processes that check a history
+OWNER_S = 5.0  # what the client that is forked lets the broker take
 WORKER_S = 2.0  # what a worker lets the broker, or a busy slot, take
 
 
@@ -96,7 +97,7 @@ class Round:
             stack.callback(self._shared.close)
             self.broker = BrokerProcess(self.plan, self._directory / "broker.log")
             stack.callback(self.broker.close)
-            self.owner = stack.enter_context(connect(self.broker.endpoint, mapped=True, timeout=self.plan.timeout_s))
+            self.owner = stack.enter_context(connect(self.broker.endpoint, mapped=True, timeout=OWNER_S))
             stack.callback(self._end_children)
             self._chaos = Chaos(self, self._rage.kinds, f"{self._rage.seed} chaos", self.result.counts)
             stack.callback(self._chaos.calm)

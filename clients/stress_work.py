@@ -32,6 +32,8 @@ EXPECTED = (
     SpillError,
 )  # bounds that a stopped process, or a full disk, may use up
 
+ASK_AGAIN = 200  # operations on other types, before a broker that did not answer is asked for a type again
+
 
 @dataclass
 class Report:
@@ -54,6 +56,7 @@ class Worker:
         self._tell = tell
         self._rng = random.Random(seed)  # noqa: S311 - to be repeated, not to be secret
         self._swaps: list[RecordedSwap | None] = [None] * plan.types
+        self._asked: list[int] = [-ASK_AGAIN] * plan.types  # operations done when the broker was last asked for it
         self._sequence = 0
         self._page = bytearray(plan.page_size)
         self.report = Report()
@@ -82,6 +85,8 @@ class Worker:
 
     def _do(self, step: Callable[[RecordedSwap, int], None]) -> None:
         type_ = self._rng.randrange(self._plan.types)
+        if self._swaps[type_] is None and self.report.operations - self._asked[type_] < ASK_AGAIN:
+            return
         offset = self._rng.randrange(self._plan.hot if self._rng.random() < 0.5 else self._plan.wide)
         try:
             step(self._swap(type_), offset)
@@ -96,11 +101,12 @@ class Worker:
             if type_ not in self._plan.mortal:
                 raise
             self.report.refused[type(error).__name__] += 1
-            self._swaps[type_] = None  # whoever comes first declares it anew
+            self._swaps[type_], self._asked[type_] = None, -ASK_AGAIN  # whoever comes first declares it anew
 
     def _swap(self, type_: int) -> RecordedSwap:
         found = self._swaps[type_]
         if found is None:
+            self._asked[type_] = self.report.operations
             swap = self._client.swap(type_, self._plan.wide, TYPES[type_])
             found = self._swaps[type_] = RecordedSwap(swap, self._log, type_ * TYPE_STEP)
         return found
