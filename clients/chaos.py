@@ -150,6 +150,7 @@ class Chaos:
             assert child.log is not None
             while child.log.progress < goal and child.log.progress and child.alive:
                 if time.monotonic() > deadline:
+                    child.where()
                     self._targets.wrong(f"a worker ({child.how}) stands still while there is no broker")
                     return
                 time.sleep(0.001)

@@ -7,12 +7,14 @@ while it speaks leaves no half of a word.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import fcntl
 import mmap
 import multiprocessing
 import os
 import select
 import signal
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from gcma_shm.errors import BrokerUnavailable, QuotaExceeded
 
 WORDS_MAX = select.PIPE_BUF - 8  # bytes of what a child says at once
 READ_MAX = 1 << 20
+WHERE_S = 0.5  # for a child to say what it is doing
 COUNTED = ("allocations", "claims", "drains", "ends")
 _OVER = 8 * len(COUNTED)
 
@@ -110,7 +113,12 @@ class Child:
         """A signal, if it lives."""
         if self.alive:
             os.kill(self.pid, number)
-            self.stopped = number == signal.SIGSTOP
+            self.stopped = self.stopped and number != signal.SIGCONT or number == signal.SIGSTOP
+
+    def where(self) -> None:
+        """Has it say on standard error what it is doing."""
+        self.send(signal.SIGUSR1)
+        time.sleep(WHERE_S)
 
     def kill(self) -> None:
         """SIGKILL, and waits for the end."""
@@ -127,6 +135,7 @@ def fork(role: Role, how: How, shared: Shared, work: Callable[[], object], log: 
         begun[0] = 1
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        faulthandler.register(signal.SIGUSR1)
         try:
             work()
         except BaseException:

@@ -223,6 +223,7 @@ class Round:
             child.process.join(max(deadline - time.monotonic(), 0))
             self._hear()
             if child.alive:
+                child.where()
                 self.wrong(f"a {child.role} ({child.how}) stands still")
             elif child.process.exitcode:
                 self.wrong(f"a {child.role} ({child.how}) ended with status {child.process.exitcode}")
