@@ -113,7 +113,7 @@ class Child:
         """A signal, if it lives."""
         if self.alive:
             os.kill(self.pid, number)
-            self.stopped = self.stopped and number != signal.SIGCONT or number == signal.SIGSTOP
+            self.stopped = (self.stopped and number != signal.SIGCONT) or number == signal.SIGSTOP
 
     def where(self) -> None:
         """Has it say on standard error what it is doing."""
