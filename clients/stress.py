@@ -70,8 +70,9 @@ def stress(rages: Iterable[Rage], seconds: float, teller: Teller) -> None:
         if left <= 0 or teller.total.losses:
             return
         with scratch() as directory, Round(rage, directory) as running:
-            running.rage(min(ROUND_S, left), teller.meanwhile(running))
-            result = running.judge()
+            tell = teller.meanwhile(running)
+            running.rage(min(ROUND_S, left), tell)
+            result = running.judge(meanwhile=tell)
             if result.losses:
                 running.keep()
                 print(f"the logs of that round are in {directory}", flush=True)

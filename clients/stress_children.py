@@ -7,6 +7,7 @@ while it speaks leaves no half of a word.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import fcntl
 import mmap
@@ -29,6 +30,7 @@ from gcma_shm.errors import BrokerUnavailable, QuotaExceeded
 
 WORDS_MAX = select.PIPE_BUF - 8  # bytes of what a child says at once
 READ_MAX = 1 << 20
+PR_SET_PDEATHSIG = 1  # prctl(2)
 WHERE_S = 0.5  # for a child to say what it is doing
 COUNTED = ("allocations", "claims", "drains", "ends")
 _OVER = 8 * len(COUNTED)
@@ -48,8 +50,14 @@ class Shared:
         fcntl.fcntl(self._write_end, fcntl.F_SETPIPE_SZ, READ_MAX)
 
     def stop(self) -> bool:
-        """In a child: whether to stop, also because nobody would tell any more."""
-        return self._memory[_OVER] != 0 or os.getppid() != self._parent
+        """In a child: whether to stop."""
+        return self._memory[_OVER] != 0
+
+    def end_with_parent(self) -> None:
+        """In a child: SIGKILL when the parent ends, however that ends, and also while the child is stopped."""
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != self._parent:  # it had ended before
+            os._exit(1)
 
     def end(self) -> None:
         """Tells all of them to stop."""
@@ -132,6 +140,7 @@ def fork(role: Role, how: How, shared: Shared, work: Callable[[], object], log: 
     begun = mmap.mmap(-1, 1)
 
     def run() -> None:
+        shared.end_with_parent()
         begun[0] = 1
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -34,7 +34,8 @@ LOST_MAX = 20  # that are told of one round
 WAIT_S = 90.0  # for what must come, never a measure; longer than a record waits for a forked child
 KEPT = "kept"  # a file beside logs that somebody is to look at
 CHECKERS = 2  # processes that check a history
-OWNER_S = 5.0  # what the client that is forked lets the broker take
+CHECKED_S = 0.5  # between two looks whether they have
+OWNER_S = 5.0  # what the others, and the client that is forked, let the broker take
 WORKER_S = 2.0  # what a worker lets the broker, or a busy slot, take
 
 
@@ -138,7 +139,11 @@ class Round:
         """Acts so far, whoever did them."""
         return self.result.counts + Counter(self._shared.counted())
 
-    def judge(self, at_rest: Callable[[str, Path], None] = lambda _name, _spill_dir: None) -> Result:
+    def judge(
+        self,
+        at_rest: Callable[[str, Path], None] = lambda _name, _spill_dir: None,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> Result:
         """Looks at everything that must hold now. `at_rest`: more that must, of the arena of that name and its spill directory; raises AssertionError."""
         if self.broker.pid:
             log = self._log(self.plan.types * self.plan.wide)
@@ -156,11 +161,13 @@ class Round:
         if status or "Traceback" in self.broker.words():
             self.wrong(f"the broker ended with status {status}: {self.broker.words()}")
         # In processes of their own: a history is large, and whoever forks should be small.
+        logs = [(log.path, log.writer) for log in self.logs]
         with multiprocessing.get_context("fork").Pool(CHECKERS) as pool:
-            parts = pool.starmap(
-                _check_part, [([(log.path, log.writer) for log in self.logs], part) for part in range(CHECKERS)]
-            )
-        for operations, lost in parts:
+            parts = pool.starmap_async(_check_part, [(logs, part) for part in range(CHECKERS)])
+            while not parts.ready():
+                parts.wait(CHECKED_S)
+                meanwhile()
+        for operations, lost in parts.get():
             self.result.operations += operations
             for wrong in lost:
                 self.wrong(wrong)
@@ -187,7 +194,7 @@ class Round:
         seed = f"{self._rage.seed} {role} {self._rng.random()}"
 
         def work() -> None:
-            timeout_s = WORKER_S if role == "worker" else self.plan.timeout_s
+            timeout_s = WORKER_S if role == "worker" else OWNER_S
             with client_of(self.owner, how, timeout_s, shared.stop) as client:
                 if client is None:
                     return

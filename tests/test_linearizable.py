@@ -199,6 +199,18 @@ def test_what_takes_too_long_is_not_passed_over(monkeypatch: pytest.MonkeyPatch)
     assert "undecided" in wrong
 
 
+def test_stores_that_nobody_saw_are_no_possibilities() -> None:
+    """Six stopped workers with a batch each for the same slot, while others store zeros and load them."""
+    history = [store(value_id(2, n), 0, 1000) for n in range(36)]
+    history += [
+        operation
+        for n in range(20)
+        for operation in (store(ZEROS, 10 * n, 10 * n + 3), load(ZEROS, 10 * n + 5, 10 * n + 6))
+    ]
+    assert check(history) == []
+    assert len(check([*history, load(MISS, 500, 501)])) == 1
+
+
 def test_a_long_history_of_a_hot_slot_is_decided_in_time_that_grows_with_it() -> None:
     """Half a million operations are what a minute of a storm may come to."""
 
