@@ -113,13 +113,13 @@ class Round:
             log.close()
 
     def rage(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Lets all loose for so long. `meanwhile`: called many times a second."""
+        """Lets all loose for so long, or until something is wrong. `meanwhile`: called many times a second."""
         for number in range(self._rage.workers):
             self._start("worker", HOWS[number % len(HOWS)])
         self._start("guest", "mapped")
         self._start("operator", "mapped")
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and not self.result.losses:
             time.sleep(min(self._chaos.go_on(), max(deadline - time.monotonic(), 0)))
             self._hear()
             meanwhile()
