@@ -11,10 +11,9 @@ import mmap
 import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gcma_shm.clients.proof import MISS, ZEROS, read_page
 from gcma_shm.clients.swap import Swap
@@ -31,8 +30,7 @@ class Kind(IntEnum):
     REFUSED = 3  # a store that said that nothing has changed
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
+class Operation(NamedTuple):
     """One operation on one slot, by CLOCK_MONOTONIC, which all processes share."""
 
     kind: Kind
@@ -106,14 +104,16 @@ class Log:
         """For a log that is nothing but a word that several processes see."""
         self._words[0] = value
 
-    def operations(self) -> list[Operation]:
-        """All that was begun."""
+    def operations(self, part: int = 0, parts: int = 1) -> list[Operation]:
+        """All that was begun on every `parts`-th slot, from `part` on."""
         found = []
-        for place in range(5, 5 * (1 + self.operations_max), 5):
-            kind, slot, value, start, end = self._words[place : place + 5]
-            if not kind:
-                break
-            found.append(Operation(Kind(kind), slot, value, start, end or NEVER, self.writer))
+        kinds = {kind.value: kind for kind in Kind}
+        with memoryview(self._memory) as memory, memory[self._RECORD.size :] as records:
+            for kind, slot, value, start, end in self._RECORD.iter_unpack(records):
+                if not kind:
+                    break
+                if slot % parts == part:
+                    found.append(Operation(kinds[kind], slot, value, start, end or NEVER, self.writer))
         return found
 
     def close(self) -> None:

@@ -22,7 +22,6 @@ from __future__ import annotations
 import bisect
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import NamedTuple
 
 from gcma_shm.clients.history import NEVER, Kind, Operation
@@ -59,7 +58,7 @@ def check_slot(history: list[Operation]) -> list[str]:
     # A store that was seen has happened by the end of the first load that saw it; one that was not seen and did not end need not have
     # happened: so none of those has to be followed for ever.
     seen = [
-        replace(same[0], end_ns=min(operation.end_ns for operation in (*same, *loads[value])))
+        same[0]._replace(end_ns=min(operation.end_ns for operation in (*same, *loads[value])))
         for value, same in stores.items()
         if value >= UNIQUE
     ]

@@ -245,7 +245,7 @@ def _check_part(logs: list[tuple[Path, int]], part: int) -> tuple[int, list[str]
     history: list[Operation] = []
     for path, writer in logs:
         log = Log(path, writer)
-        history += [operation for operation in log.operations() if operation.slot % CHECKERS == part]
+        history += log.operations(part, CHECKERS)
         log.close()
     return len(history), linearizable.check(history)
 
