@@ -63,11 +63,11 @@ class Chaos:
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._next = time.monotonic()
         self._number = 0
+        self._full_until = 0.0
 
     def go_on(self) -> float:
         """Does what is due; returns for how many seconds nothing will be."""
-        while self._later and self._later[0][0] <= time.monotonic():
-            heapq.heappop(self._later)[2]()
+        self._do_due()
         if self._acts and self._next <= time.monotonic():
             (act,) = self._rng.choices(self._acts, self._weights)
             act()
@@ -78,6 +78,10 @@ class Chaos:
     def calm(self) -> None:
         """Undoes all that was done for a while only."""
         while self._later:
+            heapq.heappop(self._later)[2]()
+
+    def _do_due(self) -> None:
+        while self._later and self._later[0][0] <= time.monotonic():
             heapq.heappop(self._later)[2]()
 
     def _undo(self, seconds: float, how: Callable[[], None]) -> None:
@@ -120,9 +124,11 @@ class Chaos:
         self._counts["full"] += 1
         broker = self._targets.broker.pid
         workers = [child for child in self._targets.children if child.role == "worker"]
+        seconds = self._rng.uniform(0, FULL_MAX_S)
+        self._full_until = max(self._full_until, time.monotonic() + seconds)
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # ours, and so theirs
         self._limit(workers, broker, (0, limits[1]))
-        self._undo(self._rng.uniform(0, FULL_MAX_S), lambda: self._limit(workers, broker, limits))
+        self._undo(seconds, lambda: self._limit(workers, broker, limits))
 
     def _limit(self, workers: list[Child], broker: int, limits: tuple[int, int]) -> None:
         pids = [child.pid for child in workers if child.alive]
@@ -135,8 +141,12 @@ class Chaos:
         broker = self._targets.broker
         broker.kill()
         self._counts["restarts"] += 1
-        self._look_for_progress()
-        time.sleep(self._rng.uniform(0, AWAY_MAX_S))
+        back = time.monotonic() + self._rng.uniform(0, AWAY_MAX_S)
+        if time.monotonic() > self._full_until:  # else there may be no page to store into, as nothing can be written
+            self._look_for_progress()
+        while time.monotonic() < back:
+            self._do_due()
+            time.sleep(0.001)
         broker.start()
 
     def _look_for_progress(self) -> None:
@@ -153,4 +163,5 @@ class Chaos:
                     child.where()
                     self._targets.wrong(f"a worker ({child.how}) stands still while there is no broker")
                     return
+                self._do_due()
                 time.sleep(0.001)
