@@ -21,7 +21,17 @@ from gcma_shm.sizes import format_size, parse_size
 
 ROUND_S = 10.0
 TOLD_EVERY_S = 60.0
-COUNTS = ("kills", "stops", "restarts", "allocations", "claims", "drains", "ends", "full")  # in the order of the report
+COUNTS = (
+    "kills",
+    "stops",
+    "restarts",
+    "allocations",
+    "claims",
+    "drains",
+    "ends",
+    "full",
+    "spill_failures",
+)  # in this order
 
 
 class Teller:

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from gcma_shm.clients.embedded import STOP_S, Leftovers, first_line
+from gcma_shm.clients.stress_children import signal_at_parents_end
 from gcma_shm.clients.stress_plan import Plan
 from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.errors import ArenaError
@@ -60,6 +61,8 @@ class BrokerProcess:
                     env=environment,
                     cwd="/",
                     start_new_session=True,
+                    # It ends with us by its pidfd of us; where we had stopped it, it has to be woken for that.
+                    preexec_fn=lambda: signal_at_parents_end(signal.SIGCONT),  # noqa: PLW1509 - one system call
                 )
         finally:
             os.close(owner)

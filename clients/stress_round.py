@@ -151,11 +151,12 @@ class Round:
                 self.wrong(wrong)
             for wrong in Rest(self.owner, self.plan, WAIT_S).wrong():
                 self.wrong(wrong)
+            stats = self.owner.stats()
+            self.result.counts["spill_failures"] = stats["counters"]["spill_failures"]
             try:
-                at_rest(self.owner.stats()["arena"]["name"], self.broker.spill_dir)
+                at_rest(stats["arena"]["name"], self.broker.spill_dir)
             except AssertionError as error:
                 self.wrong(f"at rest: {error}")
-        self.result.counts = self.counts()
         self.owner.close()
         status = self.broker.stop()
         if status or "Traceback" in self.broker.words():
@@ -171,6 +172,7 @@ class Round:
             self.result.operations += operations
             for wrong in lost:
                 self.wrong(wrong)
+        self.result.counts = self.counts()
         return self.result
 
     def keep(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 
 import gcma_shm
+from gcma_shm.clients import chaos as chaos_module
 from gcma_shm.clients import stress
 from gcma_shm.clients.chaos import KINDS, OFF_BY_DEFAULT, Chaos
 from gcma_shm.clients.embedded import EmbeddedClient
@@ -35,7 +37,7 @@ from gcma_shm.clients.stress_round import Rage, Result, Round
 from gcma_shm.clients.stress_work import Worker, read_all
 from tests.faults.builds import ROOT
 from tests.invariants import check_at_rest
-from tests.processes import WAIT_S, eventually
+from tests.processes import WAIT_S, Said, eventually, forked
 
 SEED = int(os.environ.get("GCMA_SEED", time.time_ns() & 0xFFFFFFFF))
 SECONDS = 4.0  # of one round
@@ -56,7 +58,7 @@ def test_everything_at_once(page_size: int, tmp_path: Path) -> None:
         result = running.judge(check_at_rest)
     assert not result.lost, f"seed {SEED}: {result.lost}"
     assert result.operations > 1000
-    assert not [what for what in OCCURRED if not result.counts[what]], f"did not occur: {result.counts}"
+    assert not [what for what in (*OCCURRED, "spill_failures") if not result.counts[what]], f"{result.counts}"
 
 
 def test_a_recorded_history_that_is_altered_is_found(tmp_path: Path) -> None:
@@ -178,11 +180,31 @@ class Targets:
     class Broker:
         pid = 0
 
+        def __init__(self, done: list[tuple[int, str]]) -> None:
+            self.done = done
+
+        def kill(self) -> None:
+            self.done.append((0, "broker killed"))
+
+        def start(self) -> None:
+            self.done.append((0, "broker started"))
+
     class Fake:
-        role, how, begun, alive, log = "worker", "mapped", True, False, None
+        role, how, begun, alive, stopped = "worker", "mapped", True, True, False
+        pid = 1 << 22  # nobody's
 
         def __init__(self, name: int, done: list[tuple[int, str]]) -> None:
-            self.name, self.done = name, done
+            self.name, self.done, self.log = name, done, self
+            self.speed = 1
+            self.done_before = 1
+
+        @property
+        def progress(self) -> int:
+            self.done_before += self.speed
+            return self.done_before
+
+        def where(self) -> None:
+            self.done.append((self.name, "asked where"))
 
         def kill(self) -> None:
             self.done.append((self.name, "killed"))
@@ -192,15 +214,47 @@ class Targets:
                 self.done.append((self.name, "stopped"))
 
     def __init__(self) -> None:
-        self.broker = Targets.Broker()
         self.done: list[tuple[int, str]] = []
+        self.broker = Targets.Broker(self.done)
+        self.lost: list[str] = []
         self.children = [Targets.Fake(n, self.done) for n in range(6)]
 
     def replace(self, child: object) -> None:
         pass
 
     def wrong(self, words: str) -> None:
-        raise AssertionError(words)
+        self.lost.append(words)
+
+
+def act_of(targets: Targets, kind: str) -> Chaos:
+    counts = Counter[str]()
+    chaos = Chaos(targets, frozenset({kind}), "1", counts)  # type: ignore[arg-type]
+    chaos.go_on()
+    assert counts.total() == 1
+    return chaos
+
+
+def test_a_broker_is_started_again_once_mapped_workers_have_gone_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = Targets()
+    act_of(targets, "restart")
+    assert targets.done == [(0, "broker killed"), (0, "broker started")]
+    assert not targets.lost
+    monkeypatch.setattr(chaos_module, "PROGRESS_S", 0.05)
+    targets.children[3].speed = 0
+    targets.children[4].speed, targets.children[4].how = 0, "messages"
+    act_of(targets, "restart")
+    assert targets.lost == ["a worker (mapped) stands still while there is no broker"]
+    assert (3, "asked where") in targets.done
+
+
+def test_the_disk_is_full_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with forked(lambda said: said.hear()) as child:
+        before = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
+        monkeypatch.setattr(Targets.Fake, "pid", child.pid)
+        chaos = act_of(Targets(), "full")
+        assert resource.prlimit(child.pid, resource.RLIMIT_FSIZE) == (0, before[1])
+        chaos.calm()
+        assert resource.prlimit(child.pid, resource.RLIMIT_FSIZE) == before
 
 
 def acts(seed: str) -> list[tuple[int, str]]:
@@ -306,6 +360,20 @@ def test_a_broker_that_is_killed_is_started_again_on_its_endpoint(tmp_path: Path
     finally:
         broker.close()
     assert not broker.spill_dir.exists()
+
+
+def test_a_broker_that_was_stopped_ends_with_who_started_it(tmp_path: Path) -> None:
+    def start(said: Said) -> None:
+        broker = BrokerProcess(PLAN, tmp_path / "words")
+        os.kill(broker.pid, signal.SIGSTOP)
+        said.say(broker.pid)
+        said.hear()
+
+    with forked(start) as child:
+        pid = child.receive()
+        assert eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        child.kill()
+        assert eventually(lambda: not _alive(pid))
 
 
 def test_results_add_up() -> None:
