@@ -12,10 +12,13 @@ import tempfile
 from pathlib import Path
 
 from gcma_shm.clients.embedded import STOP_S, Leftovers, first_line
-from gcma_shm.clients.stress_children import signal_at_parents_end
 from gcma_shm.clients.stress_plan import Plan
 from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.errors import ArenaError
+
+# The broker ends with us by its pidfd of us; where we had stopped it, it has to be woken for that (PR_SET_PDEATHSIG outlives exec). Not by
+# `preexec_fn`: that would do in the child what a client does after a fork, and what that opens is closed under its feet.
+_WAKE = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, int(sys.argv[1])); os.execv(sys.argv[2], sys.argv[2:])"
 
 
 class BrokerProcess:
@@ -26,6 +29,7 @@ class BrokerProcess:
         self.endpoint = f"ipc://{self._directory}/broker"
         self._log = log
         self._command = [
+            *(sys.executable, "-P", "-c", _WAKE, str(signal.SIGCONT.value)),
             *(sys.executable, "-P", "-m", "gcma_shm.broker.cli", "broker"),
             *("--log-level", "warning", "--endpoint", self.endpoint, "--size", str(plan.size())),
             *("--page-size", str(plan.page_size), "--slots", str(plan.slots), "--clients", str(plan.clients)),
@@ -61,8 +65,6 @@ class BrokerProcess:
                     env=environment,
                     cwd="/",
                     start_new_session=True,
-                    # It ends with us by its pidfd of us; where we had stopped it, it has to be woken for that.
-                    preexec_fn=lambda: signal_at_parents_end(signal.SIGCONT),  # noqa: PLW1509 - one system call
                 )
         finally:
             os.close(owner)

@@ -34,14 +34,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 WHERE_S = 0.5  # for a child to say what it is doing
 COUNTED = ("allocations", "claims", "drains", "ends")
 _OVER = 8 * len(COUNTED)
-_LIBC = ctypes.CDLL(None)
-
 Role = Literal["worker", "guest", "operator"]
-
-
-def signal_at_parents_end(number: int) -> None:
-    """Has the kernel send this process a signal when its parent ends."""
-    _LIBC.prctl(PR_SET_PDEATHSIG, number)
 
 
 class Shared:
@@ -61,7 +54,7 @@ class Shared:
 
     def end_with_parent(self) -> None:
         """In a child: SIGKILL when the parent ends, however that ends, and also while the child is stopped."""
-        signal_at_parents_end(signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != self._parent:  # it had ended before
             os._exit(1)
 
