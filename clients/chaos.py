@@ -19,6 +19,7 @@ from typing import Protocol
 
 from gcma_shm.clients.stress_broker import BrokerProcess
 from gcma_shm.clients.stress_children import Child
+from gcma_shm.errors import ArenaError
 
 KINDS = ("kill", "stop", "alloc", "claim", "drain", "type", "full", "restart")
 OFF_BY_DEFAULT = frozenset({"restart"})
@@ -147,7 +148,10 @@ class Chaos:
         while time.monotonic() < back:
             self._do_due()
             time.sleep(0.001)
-        broker.start()
+        try:
+            broker.start()
+        except ArenaError as error:
+            self._targets.wrong(str(error))
 
     def _look_for_progress(self) -> None:
         goals = {

@@ -127,7 +127,6 @@ class Round:
                 self.replace(child)
             if not self.broker.pid:
                 self.wrong(f"the broker has ended by itself: {self.broker.words()}")
-                return
         self._end()
 
     @property

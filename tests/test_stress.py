@@ -179,6 +179,7 @@ class Targets:
 
     class Broker:
         pid = 0
+        refuses = False
 
         def __init__(self, done: list[tuple[int, str]]) -> None:
             self.done = done
@@ -188,6 +189,8 @@ class Targets:
 
         def start(self) -> None:
             self.done.append((0, "broker started"))
+            if self.refuses:
+                raise gcma_shm.ArenaError("planted")
 
     class Fake:
         role, how, begun, alive, stopped = "worker", "mapped", True, True, False
@@ -245,6 +248,20 @@ def test_a_broker_is_started_again_once_mapped_workers_have_gone_on_without(monk
     act_of(targets, "restart")
     assert targets.lost == ["a worker (mapped) stands still while there is no broker"]
     assert (3, "asked where") in targets.done
+
+
+def test_a_broker_that_does_not_start_again_is_a_loss() -> None:
+    targets = Targets()
+    targets.broker.refuses = True
+    act_of(targets, "restart")
+    assert targets.lost == ["planted"]
+
+
+def test_a_broker_that_ends_by_itself_is_a_loss(tmp_path: Path) -> None:
+    with Round(Rage(kinds=frozenset(), seed=SEED), tmp_path) as running:
+        running.rage(30.0, running.broker.kill)
+        result = running.judge()
+    assert any("the broker has ended by itself" in words for words in result.lost), result.lost
 
 
 def test_the_disk_is_full_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
