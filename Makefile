@@ -35,9 +35,13 @@ model: all
 	$(BIN)/python tests/model/run.py
 	$(BIN)/python tests/model/steps.py --check
 
-# The concurrency tests for an hour, or as long as GCMA_SOAK_S says.
+# Everything goes wrong for an hour, or as long as GCMA_SOAK_S says; figures every minute. SOAK has more options: `gcma stress --help`.
 soak: all
-	GCMA_SOAK_S=$${GCMA_SOAK_S:-3600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
+	$(BIN)/gcma stress --seconds $${GCMA_SOAK_S:-3600} $(SOAK)
+
+# The concurrency tests, each one for that long.
+storms: all
+	GCMA_SOAK_S=$${GCMA_SOAK_S:-600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
 
 # The core under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer: each run for a minute, or as long as GCMA_SANITIZE_S
 # says, and other tests of the core under the second and third.
@@ -53,4 +57,4 @@ bench: all
 clean:
 	rm -rf .venv build dist *.egg-info gcma_shm/_core.c gcma_shm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
 
-.PHONY: all run test lint types check model soak sanitize bench clean
+.PHONY: all run test lint types check model soak storms sanitize bench clean

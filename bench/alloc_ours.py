@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-import stress
 from _common import Crew, Floor, address_of, crew
 from alloc_job import NAN, PAUSE_S, Job, Sample
 from echo import WARM_UP
+from stress_work import Load, make_worker
 
 import gcma_shm
 from gcma_shm.clients.embedded import EmbeddedClient
@@ -76,8 +76,8 @@ def stage(sizes_max: int, workers: int, directory: Path, floor: Floor, seed: int
             slots = (
                 2 * area * len(LENT_AREAS) // PAGE
             )  # twice what the areas hold: there is always something to lend to
-            load = stress.Load(client.endpoint, workers, slots, "behind", (50.0, 50.0, 0.0), 0.0, 1, seed)
-            team = stack.enter_context(crew(workers, stress.make_worker, load))
+            load = Load(client.endpoint, workers, slots, "behind", (50.0, 50.0, 0.0), 0.0, 1, seed)
+            team = stack.enter_context(crew(workers, make_worker, load))
             for connection in team.connections:
                 connection.send(("run", 1e9))
             stack.callback(_end_load, team)

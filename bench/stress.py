@@ -3,7 +3,8 @@
 Worker processes store, load and invalidate pages of one swap type as fast as they can; the parent may allocate contiguous buffers meanwhile.
 Each page carries its slot, its writer and a sequence, spread over all of its bytes; every load checks that the page is whole, of this slot, and
 not older than what this process has seen of the same writer there before. Exit status 1 on any wrong page, lost page, failed allocation or
-changed byte of a buffer.
+changed byte of a buffer. With `--record`, every operation is noted with its start and end, and at the end each slot must have behaved as an atomic
+register; the times are then with the noting. (`gcma stress` does that while processes die and the disk is full.)
 """
 
 from __future__ import annotations
@@ -11,261 +12,21 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from array import array
-from collections import Counter
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from _common import OUT, Histogram, crew, describe_machine, machine, scratch, table, write_json
+from stress_work import OPERATIONS, TOLD_MAX, TYPE, WRITER_BITS, Load, Report, log_of, make_worker
 
 import gcma_shm
+from gcma_shm.clients import linearizable
+from gcma_shm.clients.history import Log, gather
 from gcma_shm.sizes import format_size, parse_size
 
-OPERATIONS = ("store", "load", "invalidate")
 PLACES = ("hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses")
-TOLD_MAX = 20  # errors that are told in full
-DRAW = 8192  # operations that are drawn at once, before they are timed
-TYPE = 0
-WRITER_BITS = 12
-MASK = (1 << 64) - 1
-MULTIPLIERS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F)  # odd, so that every bit of a stamp reaches the words
 GUEST_MIN_BYTES = 64 << 10
-
-Words = npt.NDArray[np.uint64]
-
-
-@dataclass(frozen=True)
-class Load:
-    """What each worker does."""
-
-    endpoint: str
-    workers: int
-    slots: int
-    write: str
-    mix: tuple[float, float, float]
-    zipf: float
-    batch: int
-    seed: int
-    mapped: bool = True
-
-
-@dataclass
-class Report:
-    """What one worker, or all, came to."""
-
-    pages: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-    times: dict[str, Histogram] = field(default_factory=dict)
-    errors: int = 0
-    told: list[str] = field(default_factory=list)
-
-    def wrong(self, words: str) -> None:
-        """Counts an error of content."""
-        self.errors += 1
-        if len(self.told) < TOLD_MAX:
-            self.told.append(words)
-
-    def merge(self, other: Report) -> None:
-        """Adds another one's."""
-        self.pages.update(other.pages)
-        self.seconds = max(self.seconds, other.seconds)
-        for name, times in other.times.items():
-            self.times.setdefault(name, Histogram()).merge(times)
-        self.errors += other.errors
-        self.told = (self.told + other.told)[:TOLD_MAX]
-
-
-class Stamp:
-    """Makes pages that tell what they are in every word, and reads them.
-
-    The first word is the slot and the writer, the second the sequence; every other one is noise of its place and of the two.
-    """
-
-    def __init__(self, page_size: int, seed: int) -> None:
-        self._base: Words = np.random.default_rng(seed).integers(1, 1 << 64, page_size // 8, np.uint64)
-        self._base[:2] = 0
-
-    def write(self, page: Words, slot: int, writer: int, sequence: int) -> None:
-        """Fills `page`."""
-        who = slot << WRITER_BITS | writer
-        np.bitwise_xor(self._base, self._noise(who, sequence), out=page)
-        page[0], page[1] = who, sequence
-
-    def read(self, page: Words) -> tuple[int, int, int] | None:
-        """Slot, writer and sequence; None: the page is not whole."""
-        who, sequence = int(page[0]), int(page[1])
-        if not np.array_equal(page[2:] ^ self._noise(who, sequence), self._base[2:]):
-            return None
-        return who >> WRITER_BITS, who & (1 << WRITER_BITS) - 1, sequence
-
-    @staticmethod
-    def _noise(who: int, sequence: int) -> np.uint64:
-        return np.uint64(who * MULTIPLIERS[0] + sequence * MULTIPLIERS[1] & MASK)
-
-
-class Draws:
-    """Operations and slots in random order from a seed, drawn many at once."""
-
-    def __init__(self, load: Load, index: int) -> None:
-        self._rng = np.random.default_rng([load.seed, index])
-        self._mix = np.cumsum(load.mix) / sum(load.mix)
-        self._slots = load.slots
-        self._zipf: npt.NDArray[np.float64] | None = None
-        if load.zipf > 0:
-            self._zipf = np.cumsum(1.0 / np.arange(1, load.slots + 1, dtype=np.float64) ** load.zipf)
-            # The same slots are popular with all workers, and not neighbours.
-            self._order = np.random.default_rng(load.seed).permutation(load.slots)
-
-    def operations(self, count: int) -> list[int]:
-        """Indices into OPERATIONS."""
-        operations: list[int] = np.searchsorted(self._mix, self._rng.random(count), side="right").tolist()
-        return operations
-
-    def slots(self, count: int) -> list[int]:
-        """By the skew."""
-        if self._zipf is None:
-            drawn: list[int] = self._rng.integers(0, self._slots, count).tolist()
-        else:
-            ranks = np.searchsorted(self._zipf, self._rng.random(count) * self._zipf[-1], side="right")
-            drawn = self._order[ranks].tolist()
-        return drawn
-
-
-class Worker:
-    """One process's part."""
-
-    def __init__(self, index: int, stack: ExitStack, load: Load) -> None:
-        self._index = index
-        self._load = load
-        self._client = stack.enter_context(gcma_shm.connect(load.endpoint, mapped=load.mapped))
-        self._swap = self._client.swap(TYPE, load.slots, write="behind" if load.write == "behind" else "through")
-        self._draws = Draws(load, index)
-        self._stamp = Stamp(self._client.page_size, load.seed)
-        self._pages: list[Words] = [np.zeros(self._client.page_size // 8, np.uint64)]
-        self._many: Words = np.zeros((load.batch, self._client.page_size // 8), np.uint64)
-        self._sequence = 0
-        # The newest sequence seen, of each writer and slot, and whether the slot was seen to hold a page at all.
-        self._seen = [array("Q", bytes(8 * load.slots)) for _ in range(load.workers)]
-        self._held = bytearray(load.slots)
-        self._report = Report()
-        self._lost_counts = load.mix[2] == 0  # without invalidations, a page that was there stays there
-
-    def act(self, verb: str, *arguments: Any) -> Any:
-        """Does what the parent asks: `fill`, `run` or `check`."""
-        action: Callable[..., Any] = getattr(self, verb)
-        return action(*arguments)
-
-    def fill(self) -> None:
-        """Stores this worker's share of all slots."""
-        for slot in range(self._index, self._load.slots, self._load.workers):
-            self._store(slot)
-
-    def run(self, seconds: float) -> Report:
-        """The mix, for so long."""
-        self._report = Report(times={name: Histogram() for name in OPERATIONS})
-        one = self._single if self._load.batch == 1 else self._batch
-        start = time.monotonic()
-        while (now := time.monotonic() - start) < seconds:
-            one(start + seconds)
-        self._report.seconds = now
-        return self._report
-
-    def check(self) -> Report:
-        """Loads this worker's share of all slots once more."""
-        self._report = Report()
-        for slot in range(self._index, self._load.slots, self._load.workers):
-            self._check(slot, self._swap.load_into(slot, self._pages[0]), self._pages[0], "at the end")
-        return self._report
-
-    def _single(self, end: float) -> None:
-        clock, page, swap = time.perf_counter_ns, self._pages[0], self._swap
-        times: tuple[array[int], ...] = (array("Q"), array("Q"), array("Q"))
-        for n, (operation, slot) in enumerate(zip(self._draws.operations(DRAW), self._draws.slots(DRAW), strict=True)):
-            if operation == 0:
-                took = self._store(slot)
-            elif operation == 1:
-                start = clock()
-                hit = swap.load_into(slot, page)
-                took = clock() - start
-                self._check(slot, hit, page, "")
-            else:
-                start = clock()
-                swap.invalidate_page(slot)
-                took = clock() - start
-            times[operation].append(took)
-            if n % 64 == 63 and time.monotonic() >= end:
-                break
-        for name, taken in zip(OPERATIONS, times, strict=True):
-            self._report.times[name].add(taken)
-            self._report.pages[name] += len(taken)
-
-    def _store(self, slot: int) -> int:
-        self._sequence += 1
-        page = self._pages[0]
-        self._stamp.write(page, slot, self._index, self._sequence)
-        start = time.perf_counter_ns()
-        self._swap.store(slot, page)
-        took = time.perf_counter_ns() - start
-        self._seen[self._index][slot] = self._sequence
-        self._held[slot] = 1
-        return took
-
-    def _batch(self, _end: float) -> None:
-        clock, size = time.perf_counter_ns, self._load.batch
-        operation, slots = self._draws.operations(1)[0], self._draws.slots(size)
-        if operation == 0:
-            for page, slot in zip(self._many, slots, strict=True):
-                self._sequence += 1
-                self._stamp.write(page, slot, self._index, self._sequence)
-            start = clock()
-            self._swap.store_many(slots, self._many)
-            took = clock() - start
-            for n, slot in enumerate(slots):  # of equal slots the last wins
-                self._seen[self._index][slot] = self._sequence - size + 1 + n
-                self._held[slot] = 1
-        elif operation == 1:
-            start = clock()
-            hits = self._swap.load_many(slots, self._many)
-            took = clock() - start
-            for page, slot, hit in zip(self._many, slots, hits, strict=True):
-                self._check(slot, hit, page, "in a batch")
-        else:
-            start = clock()
-            for slot in slots:
-                self._swap.invalidate_page(slot)
-            took = clock() - start
-        self._report.times[OPERATIONS[operation]].add([took / size])
-        self._report.pages[OPERATIONS[operation]] += size
-
-    def _check(self, slot: int, hit: bool, page: Words, where: str) -> None:
-        if not hit:
-            if self._lost_counts and self._held[slot]:
-                self._report.wrong(f"slot {slot} {where}: its page is lost")
-            return
-        read = self._stamp.read(page)
-        if read is None:
-            self._report.wrong(f"slot {slot} {where}: a page that is not whole, stamp {int(page[0]):#x}")
-            return
-        found, writer, sequence = read
-        if found != slot or writer >= self._load.workers:
-            self._report.wrong(f"slot {slot} {where}: the page of slot {found}, writer {writer}, sequence {sequence}")
-        elif sequence < self._seen[writer][slot]:
-            self._report.wrong(
-                f"slot {slot} {where}: sequence {sequence} of writer {writer} after {self._seen[writer][slot]} was seen"
-            )
-        else:
-            self._seen[writer][slot] = sequence
-            self._held[slot] = 1
-
-
-def make_worker(index: int, stack: ExitStack, load: Load) -> Callable[..., Any]:
-    """A worker process's ear."""
-    return Worker(index, stack, load).act
 
 
 class Guests:
@@ -341,6 +102,7 @@ def stress(options: argparse.Namespace, endpoint: str) -> tuple[Report, Report, 
             options.batch,
             options.seed,
             not options.messages,
+            stack.enter_context(scratch()) if options.record else None,
         )
         guests = Guests(endpoint, options.seed, stack)
         team = stack.enter_context(crew(options.workers, make_worker, load))
@@ -365,7 +127,18 @@ def stress(options: argparse.Namespace, endpoint: str) -> tuple[Report, Report, 
             report.errors += last.errors
             report.told = (report.told + last.told)[:TOLD_MAX]
         counters = {name: after[name] - before[name] for name in after}
+        if load.record is not None:
+            judge(load, report)
         return report, guests.report, guests.failures, {"counters": counters, "slots": slots, "sync_ms": sync_ms}
+
+
+def judge(load: Load, report: Report) -> None:
+    """Checks the history that the workers have recorded."""
+    assert load.record is not None
+    history = gather([Log(log_of(load.record, index), index + 1) for index in range(load.workers)])
+    print(f"checking the history of {len(history)} operations ...", flush=True)
+    for words in linearizable.check(history):
+        report.wrong(f"no atomic register: {words}")
 
 
 def tell(report: Report, guests: Report, failures: int, counted: dict[str, Any]) -> dict[str, Any]:
@@ -444,6 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--guests", type=float, default=0.0, metavar="PER_SECOND", help="contiguous allocations by the parent"
     )
+    parser.add_argument("--record", action="store_true", help="note every operation, and check the history at the end")
     parser.add_argument("--no-fill", action="store_true", help="do not store every slot once before")
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--out", type=Path, default=OUT / "stress.json", metavar="FILE")

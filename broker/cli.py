@@ -25,8 +25,11 @@ AREA_COLUMNS = ("size", "held", "reserved", "lent", "free", "largest_free")
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs `gcma` with these arguments, by default the process's own; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["stress"]:  # another program: what it does is a client's work
+        os.execv(sys.executable, [sys.executable, "-P", "-m", "gcma_shm.clients.stress", *given[1:]])  # noqa: S606 - our own module
     parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args(given)
     try:
         return int(parsed.run(parser, parsed))
     except (GcmaError, OSError, ValueError) as error:
@@ -223,6 +226,9 @@ def _parser() -> argparse.ArgumentParser:
         change.add_argument("name", metavar="NAME")
         if action in ("grow", "shrink"):
             change.add_argument("size", metavar="BY", help="64M, 1G, or bytes; rounded up to pages")
+    commands.add_parser(
+        "stress", help="whether an arena keeps its promises while everything goes wrong; on an arena of its own"
+    )
     quota = commands.add_parser("quota", parents=[asking], help="what a client holds and may hold")
     quota.set_defaults(run=_quota)
     quota.add_argument("client", type=int, metavar="CLIENT", help="its number, as errors and statistics tell it")

@@ -144,7 +144,7 @@ def _start(command: list[str], leftovers: Leftovers) -> subprocess.Popen[bytes]:
         os.close(owner)
         os.close(write_end)
     try:
-        words = _first_line(read_end)
+        words = first_line(read_end)
     except BaseException:  # Ctrl-C, too
         _end(broker, leftovers)
         raise
@@ -167,7 +167,7 @@ def _above_standard(fd: int) -> int:
     return higher
 
 
-def _first_line(fd: int) -> str:
+def first_line(fd: int) -> str:
     """What the broker says when it serves, or why it does not; empty when it ends, or says nothing in time.
 
     Up to the end of the line and not of the file: a child that another thread forks just now keeps the file open.

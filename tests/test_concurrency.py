@@ -1,6 +1,6 @@
 """Several processes on the same slots while buffers come and go over their pages, some of them stopped or killed meanwhile.
 
-Each load is checked to be a whole value that was current at some moment between its start and its end (tests/register.py), and no buffer's
+Each load is checked to be a whole value that was current at some moment between its start and its end (gcma_shm.clients.linearizable), and no buffer's
 bytes may change. Each test is one round over a fresh arena; GCMA_SOAK_S=600 makes it as many as fit into that many seconds.
 """
 

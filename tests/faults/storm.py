@@ -1,6 +1,6 @@
 """A storm over one small arena: workers store, load and invalidate the same few slots and a wide set, while buffers come and go.
 
-Every operation is logged (tests/register.py) and every page proves what it is, so that afterwards the whole history can be checked. Also a
+Every operation is logged (gcma_shm.clients.history) and every page proves what it is, so that afterwards the whole history can be checked. Also a
 command, for hours of it: `python -m tests.faults.storm --seconds 600 --page-size 65536 --seed 7`.
 """
 
@@ -14,275 +14,24 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import gcma_shm
-from gcma_shm import layout
 from gcma_shm.clients.client import Client
+from gcma_shm.clients.history import Log, gather
+from gcma_shm.clients.linearizable import check
+from gcma_shm.clients.stress_guest import Guest
+from gcma_shm.clients.stress_plan import BATCH_MAX, HOWS, TYPE_STEP, TYPES, How, Plan
+from gcma_shm.clients.stress_work import Report, Worker, read_all
 from gcma_shm.clients.swap import Swap
 from gcma_shm.records import Records
 from tests.processes import WAIT_S, Child, Said, eventually, forked
-from tests.register import ZEROS, Kind, Log, TornPage, check, make_page, read_page, value_id
 
-How = Literal[
-    "inherited", "mapped", "messages"
-]  # the forked owner's client; a client of its own; one that sends its pages
-HOWS: tuple[How, ...] = ("inherited", "mapped", "messages")
-TYPES: tuple[Literal["through", "behind"], ...] = ("through", "behind")
-TYPE_STEP = 1 << 32  # a register's number is type * TYPE_STEP + offset
-BATCH_MAX = 6
-EXPECTED = (
-    gcma_shm.NurseryFull,
-    gcma_shm.SlotBusy,
-    gcma_shm.BrokerUnavailable,
-)  # bounds that a stopped process may use up
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What the storm rages over."""
-
-    page_size: int = 4096
-    nursery_pages: int = 20
-    area_pages: tuple[int, ...] = (48, 24)
-    hot: int = 4  # slots of each type that all fight for
-    wide: int = 200  # slots of each type, hot ones included
-    clients: int = 14
-    timeout_s: float = 20.0
-    store_share: float = 0.35
-    types: int = 2
-    slots_spare: int = 0  # that no type has
-
-    def size(self) -> int:
-        """Bytes of an arena with such a nursery."""
-        pages = sum(self.area_pages) + self.nursery_pages
-        size = pages * self.page_size
-        areas = {f"a{n}": count * self.page_size for n, count in enumerate(self.area_pages)}
-        while True:
-            with contextlib.suppress(gcma_shm.ArenaError):
-                geometry, _ = layout.plan(size, self.page_size, areas, self.slots, self.clients)
-                if geometry.nursery_pages >= self.nursery_pages:
-                    return size
-            size += self.page_size
-
-    @property
-    def slots(self) -> int:
-        """All slots of the arena."""
-        return self.types * self.wide + self.slots_spare
-
-
-@dataclass
-class Report:
-    """What one worker says in the end."""
-
-    operations: int = 0
-    torn: list[str] = field(default_factory=list)
-    refused: Counter[str] = field(default_factory=Counter)
-
-
-class Worker:
-    """One process's loop of operations."""
-
-    def __init__(self, client: Client, plan: Plan, log: Log, seed: int) -> None:
-        self._plan = plan
-        self._log = log
-        self._rng = random.Random(seed)
-        self._swaps: list[Swap] = [client.swap(type_, plan.wide, TYPES[type_]) for type_ in range(plan.types)]
-        self._sequence = 0
-        self._scratch = bytearray(plan.page_size)
-        self.report = Report()
-
-    def run(self, operations: int, stop: Callable[[], bool] = lambda: False) -> Report:
-        """Does so many, or fewer when told to stop or a page was torn."""
-        share = self._plan.store_share
-        steps: list[tuple[Callable[[], None], float]] = [
-            (self._store, share * 0.75),
-            (self._store_many, share * 0.1),
-            (self._store_zeros, share * 0.15),
-            (self._load, (0.95 - share) * 0.6),
-            (self._load_into, (0.95 - share) * 0.3),
-            (self._load_many, (0.95 - share) * 0.1),
-            (self._invalidate, 0.045),
-            (self._sync, 0.005),
-        ]
-        done, weights = zip(*steps, strict=True)
-        while (
-            self.report.operations < operations and self._log.room > BATCH_MAX and not self.report.torn and not stop()
-        ):
-            (step,) = self._rng.choices(done, weights)
-            try:
-                step()
-            except EXPECTED as error:
-                self.report.refused[type(error).__name__] += 1
-            self.report.operations += 1
-        return self.report
-
-    def _place(self) -> tuple[Swap, int, int]:
-        type_ = self._rng.randrange(self._plan.types)
-        offset = self._rng.randrange(self._plan.hot if self._rng.random() < 0.5 else self._plan.wide)
-        return self._swaps[type_], offset, type_ * TYPE_STEP + offset
-
-    def _next(self) -> int:
-        self._sequence += 1
-        return value_id(self._log.writer, self._sequence)
-
-    def _read(self, slot: int, page: bytes, at: int) -> None:
-        try:
-            self._log.end(at, read_page(slot, page))
-        except TornPage as torn:
-            self.report.torn.append(str(torn))
-
-    def _store(self) -> None:
-        swap, offset, slot = self._place()
-        value = self._next()
-        # In one buffer that is used again and again, as callers do: whatever a failed store left under way must not see the next page.
-        self._scratch[:] = make_page(slot, value, self._plan.page_size)
-        at = self._log.begin(Kind.STORE, slot, value)
-        try:
-            swap.store(offset, self._scratch)
-        except gcma_shm.NurseryFull:
-            self._log.refused(at)
-            raise
-        self._log.end(at)
-
-    def _store_zeros(self) -> None:
-        swap, offset, slot = self._place()
-        at = self._log.begin(Kind.STORE, slot, ZEROS)
-        swap.store(offset, bytes(self._plan.page_size))
-        self._log.end(at)
-
-    def _store_many(self) -> None:
-        swap, first, slot = self._place()
-        count = min(self._rng.randint(1, BATCH_MAX), self._plan.wide - first)
-        step = self._rng.choice((0, 1, 1, 1))  # all into one slot, or neighbours
-        values = [self._next() for _ in range(count)]
-        slots = [slot + step * n for n in range(count)]
-        pages = b"".join(make_page(s, v, self._plan.page_size) for s, v in zip(slots, values, strict=True))
-        begun = [self._log.begin(Kind.STORE, s, v) for s, v in zip(slots, values, strict=True)]
-        try:
-            swap.store_many([first + step * n for n in range(count)], pages)
-        except EXPECTED as error:
-            for at in begun[: error.done]:
-                self._log.end(at)
-            raise
-        for at in begun:
-            self._log.end(at)
-
-    def _load(self) -> None:
-        swap, offset, slot = self._place()
-        at = self._log.begin(Kind.LOAD, slot)
-        page = swap.load(offset)
-        if page is None:
-            self._log.end(at)
-        else:
-            self._read(slot, page, at)
-
-    def _load_into(self) -> None:
-        swap, offset, slot = self._place()
-        out = bytearray(self._plan.page_size)
-        at = self._log.begin(Kind.LOAD, slot)
-        if swap.load_into(offset, out):
-            self._read(slot, bytes(out), at)
-        else:
-            self._log.end(at)
-
-    def _load_many(self) -> None:
-        swap, first, slot = self._place()
-        count = min(self._rng.randint(1, BATCH_MAX), self._plan.wide - first)
-        size = self._plan.page_size
-        out = bytearray(count * size)
-        begun = [self._log.begin(Kind.LOAD, slot + n) for n in range(count)]
-        hits = swap.load_many(range(first, first + count), out)
-        for n, (at, hit) in enumerate(zip(begun, hits, strict=True)):
-            if hit:
-                self._read(slot + n, bytes(out[n * size : (n + 1) * size]), at)
-            else:
-                self._log.end(at)
-
-    def _invalidate(self) -> None:
-        swap, offset, slot = self._place()
-        at = self._log.begin(Kind.STORE, slot)
-        swap.invalidate_page(offset)
-        self._log.end(at)
-
-    def _sync(self) -> None:
-        self._swaps[self._rng.randrange(self._plan.types)].sync(self._plan.timeout_s)
-
-
-class Guest:
-    """A client that allocates and reserves over the cache, fills its buffers, and proves that nobody else wrote into them."""
-
-    def __init__(self, client: Client, plan: Plan, seed: int, alone: bool) -> None:
-        self._alone = alone
-        self._client = client
-        self._plan = plan
-        self._rng = random.Random(seed)
-        self._held: list[tuple[gcma_shm.Buffer, bytes]] = []
-        self._reservations: list[gcma_shm.Reservation] = []
-        self._filled = 0
-        self.rounds = 0
-
-    def run(self, rounds: int, stop: Callable[[], bool] = lambda: False) -> int:
-        """Comes and goes so many times, or until told to stop; returns how many buffers it had."""
-        while self.rounds < rounds and not stop():
-            self.rounds += 1
-            if self._held and self._rng.random() < 0.5:
-                self._leave(self._rng.randrange(len(self._held)))
-            elif self._rng.random() < 0.3:
-                self._claim()
-            elif self._rng.random() < 0.2:
-                self._leave_all()
-                for area in range(len(self._plan.area_pages)):  # with nothing held every area is to be had as a whole
-                    with contextlib.nullcontext() if self._alone else contextlib.suppress(gcma_shm.ArenaExhausted):
-                        self._come(area, self._plan.area_pages[area])
-            else:
-                area = self._rng.randrange(len(self._plan.area_pages))
-                with contextlib.suppress(gcma_shm.ArenaExhausted):
-                    self._come(area, self._rng.randint(1, max(self._plan.area_pages[area] * 2 // 3, 1)))
-        self._leave_all()
-        return self._filled
-
-    def _claim(self) -> None:
-        """Claims a reservation of before, or makes one; which is lent for a while then."""
-        if len(self._reservations) > 3 and not any(
-            buffer.offset == self._reservations[0].offset for buffer, _ in self._held
-        ):
-            self._reservations.pop(0).release()
-        for reservation in self._reservations:
-            with contextlib.suppress(gcma_shm.ArenaExhausted):  # claimed already
-                self._fill(reservation.claim())
-                return
-        area = self._rng.randrange(len(self._plan.area_pages))
-        with contextlib.suppress(gcma_shm.ArenaExhausted):
-            pages = self._rng.randint(1, max(self._plan.area_pages[area] // 3, 1))
-            self._reservations.append(self._client.reserve(pages * self._plan.page_size, f"a{area}"))
-
-    def _come(self, area: int, pages: int) -> None:
-        self._fill(self._client.alloc_contig(pages * self._plan.page_size, f"a{area}"))
-
-    def _fill(self, buffer: gcma_shm.Buffer) -> None:
-        self._filled += 1
-        line = f"guest {os.getpid()} {self._filled}".encode().ljust(64, b"g")
-        with buffer.view as view:
-            view[:] = line * (buffer.nbytes // 64)
-        self._held.append((buffer, line))
-
-    def _leave_all(self) -> None:
-        while self._held:
-            self._leave(0)
-        while self._reservations:
-            self._reservations.pop().release()
-
-    def _leave(self, which: int) -> None:
-        buffer, line = self._held.pop(which)
-        with buffer.view as view:
-            assert view == line * (buffer.nbytes // 64), f"bytes of {buffer} have changed while it was held"
-        buffer.free()
+__all__ = ["HOWS", "TYPES", "TYPE_STEP", "How", "Plan", "Report", "Storm", "progress", "rage"]
 
 
 class Storm:
@@ -297,6 +46,7 @@ class Storm:
         self._logs: list[Log] = []
         self.children: list[Child] = []
         self.reports: list[Report] = []
+        self.lost: list[str] = []
         directory.mkdir(exist_ok=True)
         self._over = Log(directory / "over", 0, 1)  # a word that all processes see
 
@@ -357,11 +107,11 @@ class Storm:
 
     def end(self) -> None:
         """Tells workers and guests to stop."""
-        self._over._words[0] = 1
+        self._over.set_progress(1)
 
     def begin(self) -> None:
         """Takes `end` back."""
-        self._over._words[0] = 0
+        self._over.set_progress(0)
 
     def report(self, child: Child) -> Report:
         """Waits for a worker's last word, and its end."""
@@ -375,20 +125,16 @@ class Storm:
         """Loads each slot once more, now that nobody writes: what was acknowledged and not overwritten must be there."""
         log = Log(self._directory / f"log.{len(self._logs) + 1}", len(self._logs) + 1, self.plan.slots)
         self._logs.append(log)
-        for type_, swap in enumerate(self.swaps):
-            for offset in range(self.plan.wide):
-                slot = type_ * TYPE_STEP + offset
-                at = log.begin(Kind.LOAD, slot)
-                page = swap.load(offset)
-                log.end(at, read_page(slot, page) if page is not None else None)
+        self.lost += read_all(self.owner, self.plan, log)
 
     def check(self) -> int:
         """Raises AssertionError when a page was torn or a load wrong; returns how many operations were checked."""
         torn = [what for report in self.reports for what in report.torn]
         assert not torn, f"seed {self.seed}: torn pages: {torn[:5]}"
-        operations = [operation for log in self._logs for operation in log.operations()]
+        assert not self.lost, f"seed {self.seed}: {self.lost[:5]}"
+        operations = gather(self._logs)
         wrong = check(operations)
-        assert not wrong, f"seed {self.seed}: {len(wrong)} loads were wrong, such as {wrong[:5]}"
+        assert not wrong, f"seed {self.seed}: {len(wrong)} slots were no atomic registers: {wrong[:5]}"
         return len(operations)
 
     def spill_dir(self) -> Path:
