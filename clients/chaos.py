@@ -22,7 +22,6 @@ from gcma_shm.clients.stress_children import Child
 from gcma_shm.errors import ArenaError
 
 KINDS = ("kill", "stop", "alloc", "claim", "drain", "type", "full", "restart")
-OFF_BY_DEFAULT = frozenset({"restart"})
 _ACTS = {"kill": 10, "stop": 8, "full": 1, "restart": 1}  # how often, of those that are acts upon processes
 PAUSE_S = 0.03  # between two acts, in the mean
 STOPPED_MAX_S = 0.3

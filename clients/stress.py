@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 
-from gcma_shm.clients.chaos import KINDS, OFF_BY_DEFAULT
+from gcma_shm.clients.chaos import KINDS
 from gcma_shm.clients.stress_round import Rage, Result, Round, scratch
 from gcma_shm.sizes import format_size, parse_size
 
@@ -102,9 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--chaos",
         type=parse_chaos,
-        default=frozenset(KINDS) - OFF_BY_DEFAULT,
+        default=frozenset(KINDS),
         metavar="KIND[,KIND...]",
-        help=f"of {', '.join(KINDS)}; all; none (default: all but {', '.join(sorted(OFF_BY_DEFAULT))})",
+        help=f"of {', '.join(KINDS)}; all; none (default: all)",
     )
     parser.add_argument(
         "--seed", type=int, default=time.time_ns() & 0xFFFFFFFF, metavar="N", help="(default: the time)"

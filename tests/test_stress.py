@@ -23,7 +23,7 @@ import pytest
 import gcma_shm
 from gcma_shm.clients import chaos as chaos_module
 from gcma_shm.clients import stress
-from gcma_shm.clients.chaos import KINDS, OFF_BY_DEFAULT, Chaos
+from gcma_shm.clients.chaos import KINDS, Chaos
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.history import Kind, Log, Operation, gather
 from gcma_shm.clients.linearizable import check
@@ -41,14 +41,14 @@ from tests.processes import WAIT_S, Said, eventually, forked
 
 SEED = int(os.environ.get("GCMA_SEED", time.time_ns() & 0xFFFFFFFF))
 SECONDS = 4.0  # of one round
-OCCURRED = ("kills", "stops", "allocations", "claims", "drains", "ends", "full")
+OCCURRED = ("kills", "stops", "restarts", "allocations", "claims", "drains", "ends", "full")
 PLAN = Plan(nursery_pages=20, area_pages=(24,), wide=16, types=1)
 pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.mark.parametrize("page_size", [4096, 65536])
 def test_everything_at_once(page_size: int, tmp_path: Path) -> None:
-    rage = Rage(page_size, kinds=frozenset(KINDS) - OFF_BY_DEFAULT, seed=SEED)
+    rage = Rage(page_size, kinds=frozenset(KINDS), seed=SEED)
     print(f"seed {SEED}")
     with Round(rage, tmp_path) as running:
         for _ in range(10):
