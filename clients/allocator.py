@@ -11,8 +11,9 @@ from typing import Any, cast
 from gcma_shm import layout
 from gcma_shm._core import Plane, Span
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.channel import Channel, Hold
+from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import Handle, Reference
+from gcma_shm.clients.holds import Hold
 from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
 from gcma_shm.clients.reservation import Claims, Reservation
 from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, GcmaError, NoSuchBuffer, StaleHandle
@@ -266,7 +267,7 @@ class Allocator:
             place["hold"] = hold = Hold()
             give_up = weakref.finalize(span, self._give_up, number, claim, hold)
             give_up.atexit = False  # the broker sees the process end
-        self._channel.hold(number, claim)
+        self._channel.holds.add(number, claim)
         return place, span
 
     def _wait(self, ticket: int, deadline: float) -> tuple[dict[str, Any], Span]:

@@ -16,14 +16,15 @@ import contextlib
 import threading
 import time
 import weakref
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import zmq
 
 from gcma_shm import curve, messages
 from gcma_shm._core import Trying, scheduler_slice
+from gcma_shm.clients.holds import Hold, Holds
 from gcma_shm.endpoint import check_endpoint, is_tcp, refuse_strangers, socket_path
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
@@ -35,23 +36,6 @@ ONCE = {"store", "invalidate_page", "invalidate_area"}  # not to be done twice
 HELLO_NEEDED = "HelloNeeded"
 LOST = "Lost"  # stands for the reply to a request that a broker took with it
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
-
-
-class Claimed(Protocol):
-    """A claim that this process made."""
-
-    @property
-    def generation(self) -> int:
-        """Of the claim."""
-
-
-class Hold:
-    """One hold of this process, which is ended once, however often and by whomever it is given up."""
-
-    __slots__ = ("counted",)
-
-    def __init__(self) -> None:
-        self.counted = True
 
 
 Wanted = tuple[str, dict[str, Any], tuple[Frame, ...]]
@@ -79,13 +63,7 @@ class Channel:
         self._credentials = credentials
         self.closed = False
         self.greeting: dict[str, Any] = {}
-        # What this process holds, by number and claim (0: the buffer or reservation itself), and how often: under the lock, which
-        # a fork takes too.
-        self.held: Counter[tuple[int, int]] = Counter()
-        self.claims: Mapping[int, Claimed] = {}  # what this process has claimed itself, by number; see Claims
-        # Holds to be given back with the next request: nobody refers to them any more, or nobody knows how their free
-        # ended.
-        self._given_up: deque[tuple[int, int, Hold | None]] = deque()  # number, claim
+        self.holds = Holds()
         self._open()
 
     def reset(self) -> None:
@@ -195,15 +173,11 @@ class Channel:
             yield reply if reply.status == "ok" else messages.reply_error(reply)
             deadline = time.monotonic() + self.timeout + patience
 
-    def hold(self, number: int, claim: int = 0) -> None:
-        """Counts one hold more; for a `then`, which has the lock."""
-        self.held[number, claim] += 1
-
     def free(self, number: int, claim: int, hold: Hold | None) -> None:
         """Ends a hold of a buffer or reservation, or of our part in a shared claim; the broker is told of the last, and has done
         it when this returns. Should that fail, or be interrupted, it is told later. `hold`: see `give_up`. Raises BrokerUnavailable.
         """
-        self._given_up.append((number, claim, hold))
+        self.holds.give_up(number, claim, hold)
         with contextlib.suppress(Closed):  # an arena that has ended holds nothing
             with self.lock:
                 if self.closed:
@@ -220,17 +194,16 @@ class Channel:
 
     def give_up(self, number: int, claim: int, hold: Hold | None) -> None:
         """Ends a hold that nobody refers to any more, now or with the next request. For finalizers: waits for nobody, and
-        raises nothing. `hold`: a hold that was ended before is not ended again; None: one that was not counted, as the claim
-        that this process made itself.
+        raises nothing. `hold`: see `Holds.give_up`.
         """
         if self.closed:
             return
-        self._given_up.append((number, claim, hold))
+        self.holds.give_up(number, claim, hold)
         self._drain()
 
     def _drain(self) -> None:
         """Sends what was given up while the lock was held."""
-        while self._given_up and self._greeted and not self.closed:
+        while self.holds and self._greeted and not self.closed:
             with Trying(self.lock) as got:
                 if not got:
                     return  # its holder does this last
@@ -242,26 +215,15 @@ class Channel:
     def _flush(self, deadline: float) -> Request | None:
         """Sends what was given up, and waits for no reply: it says nothing that matters. Returns the last request."""
         last: Request | None = None
-        while self._given_up:
-            number, claim, hold = self._given_up[0]
-            if hold is None or hold.counted:
-                counted = 0 if hold is None else 1
-                if self._is_last(number, claim, counted):
-                    last = self._make(*_freeing(number, claim), ())
-                    self._send(last, deadline)
-                    self._late += 1
-                if hold is not None:
-                    hold.counted = False
-                self.held[number, claim] -= counted
-                if self.held[number, claim] <= 0:
-                    del self.held[number, claim]
-            self._given_up.popleft()
-        return last
 
-    def _is_last(self, number: int, claim: int, holds: int) -> bool:
-        """Whether nothing in this process holds it after so many holds less."""
-        own = self.claims.get(number) if claim else None
-        return self.held[number, claim] <= holds and (own is None or own.generation != claim)
+        def tell(operation: str, parameters: dict[str, Any]) -> None:
+            nonlocal last
+            last = self._make(operation, parameters, ())
+            self._send(last, deadline)
+            self._late += 1
+
+        self.holds.give_back(tell)
+        return last
 
     def close(self) -> None:
         """Says bye, if the broker still listens, and closes the socket."""
@@ -369,7 +331,7 @@ class Channel:
         if reply.status == HELLO_NEEDED:
             self._greeted = False
         if reply.status == "ok" and "buffer" in reply.results:
-            self._given_up.append((int(reply.results["buffer"]), int(reply.results.get("claim", 0)), None))
+            self.holds.give_up(int(reply.results["buffer"]), int(reply.results.get("claim", 0)), None)
 
     def _lost(self, request: Request) -> BrokerUnavailable:
         return BrokerUnavailable(
@@ -382,11 +344,6 @@ class Channel:
             f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
             f"is it running, and not stopped?{'' if self._path is not None else ' Over TCP: does it know our key, and we its own?'}"
         )
-
-
-def _freeing(number: int, claim: int) -> tuple[str, dict[str, Any]]:
-    """The request that ends a hold."""
-    return ("free_claim", {"buffer": number, "claim": claim}) if claim else ("free_contig", {"buffer": number})
 
 
 def _say_goodbye(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:

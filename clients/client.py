@@ -83,18 +83,20 @@ class Client(Allocator):
         }
         if self._channel.greeting:  # not the first time: no other arena will do
             who["arena_id"] = self._channel.greeting["arena_id"]
-            if self._greeted_pid == pid:  # not a forked child, which is a new client
+            if (
+                self._greeted_pid == pid and "client" in self._channel.greeting
+            ):  # not a forked child, which is a new client
                 who["client"] = self._channel.greeting["client"]
         self._greeted_pid = pid
         if self._plane is not None:  # a forked child, or one whose session was lost: say who we are and what we hold
-            held = self._channel.held
-            who |= {"client": self._plane.number, "buffers": [number for number, claim in held if not claim]}
+            holds = self._channel.holds
+            who |= {"client": self._plane.number, "buffers": holds.buffers()}
             with cast(Claims, self._claims).lock:  # after the channel's, as before a fork
                 own, made = (
                     list(cast(Claims, self._claims).live),
                     self._plane.read(self._record + layout.CLIENT_CLAIMS_AT),
                 )
-            who |= {"claims": [*own, *(number for number, claim in held if claim)], "made": made}
+            who |= {"claims": [*own, *holds.shares()], "made": made}
         return who
 
     @property

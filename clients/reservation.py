@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, Self, cast
 from gcma_shm import layout
 from gcma_shm._core import Plane, Span, Trying
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.channel import Channel, Hold
+from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import Handle, Reference, load_reservation
+from gcma_shm.clients.holds import Hold
 from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, StaleHandle
 from gcma_shm.layout import CLAIM_CLIENT, CLAIM_GENERATION_SHIFT
 from gcma_shm.presence import Presence
@@ -50,7 +51,7 @@ class Claims:
         self._presence = presence
         self._channel = channel
         self.live: dict[int, Claimed] = {}  # by number
-        channel.claims = self.live
+        channel.holds.claims = self.live
         self._given_up: deque[tuple[int, int]] = deque()
         self._shared: deque[tuple[int, int]] = deque()  # given up, and to be told to the broker
         self.lock = threading.Lock()
