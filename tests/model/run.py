@@ -189,6 +189,10 @@ MODELS = (
         },
     ),
     Model(
+        "share",
+        faults={"BITS_BEFORE_SEIZE": "", "LEND_KEEPS_BITS": "", "SEIZED_KEEPS_BITS": ""},
+    ),
+    Model(
         "unwritable",
         scenes=("SCENE_FULL", "SCENE_LOAD", "SCENE_STOP", LIVENESS),
         faults={
