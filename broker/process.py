@@ -21,7 +21,7 @@ from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.recovery import forget_announcements
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.server import STOP_S, Server
-from gcma_shm.broker.service import Service
+from gcma_shm.broker.service import Answer, Service
 from gcma_shm.broker.stop import StopSignals
 from gcma_shm.endpoint import arena_name, default_spill_dir, private_dir, socket_path
 from gcma_shm.errors import ArenaError
@@ -88,18 +88,11 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
                 log.warning(
                     "taking over an arena of another size, or with other areas, than asked for; it stays as it is"
                 )
-            plane = Plane(arena.memory, arena.geometry, layout.BROKER, os.fsencode(spill_dir))
-            forget_announcements(plane)
-            _sign(plane, arena, spill_dir)
+            plane = begin(arena, spill_dir)
             scheduler_slice(SLICE_S)  # of this thread, and of ZeroMQ's, which is started here
             server = Server(settings.endpoint, arena.geometry.page_size, stop)
             undo.callback(server.close)
-            registry = TypeRegistry(plane, spill_dir)
-            service = Service(
-                plane, arena, registry, str(spill_dir), server.answer, server.watch, settings.quota, arena.fresh
-            )
-            if not arena.fresh:
-                service.recover()
+            service = assemble(plane, arena, spill_dir, server.answer, server.watch, settings.quota)
         except BaseException:
             if not arena.fresh:
                 estate.pop_all()  # left for whoever finds out what is wrong with it
@@ -112,6 +105,30 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             plane.write(layout.STOPPED_AT, 1)
             service.stop(STOP_S)
             reclaim.stop()
+
+
+def begin(arena: arenas.Arena, spill_dir: Path) -> Plane:
+    """The broker's view of an arena that it has the lock of, with its signature."""
+    plane = Plane(arena.memory, arena.geometry, layout.BROKER, os.fsencode(spill_dir))
+    forget_announcements(plane)
+    _sign(plane, arena, spill_dir)
+    return plane
+
+
+def assemble(
+    plane: Plane,
+    arena: arenas.Arena,
+    spill_dir: Path,
+    answer: Answer,
+    watch: Callable[[int], None],
+    quota: int | None = None,
+) -> Service:
+    """What serves the arena, without a loop or a socket; what another broker left there is taken over. Raises ArenaError."""
+    registry = TypeRegistry(plane, spill_dir)
+    service = Service(plane, arena, registry, str(spill_dir), answer, watch, quota, arena.fresh)
+    if not arena.fresh:
+        service.recover()
+    return service
 
 
 def _raise_descriptor_limit() -> None:
