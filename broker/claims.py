@@ -87,7 +87,6 @@ class Claims:
         word = self._word(allocation.index)
         shared = word >> CLAIM_GENERATION_SHIFT == generation and word & CLAIM_SHARED
         if shared and self._plane.seize(allocation.index, word):
-            self._table.write_claimers(allocation)  # not before it is ours: no bits mean something else, see `meet`
             self._lend(allocation)
 
     def end(self, allocation: Allocation, client: int) -> None:
@@ -138,8 +137,8 @@ class Claims:
                 place.part.index, place.first, place.pages, place.area.lends, allocation.owner, claimed
             )
             self._plane.count_lent(index, word, 0 if claimed else lent)
-            if claimed and client not in clients:
-                self.end_own(allocation, client)
+            if claimed and client not in clients and not allocation.claim_generation and self._plane.seize(index, word):
+                self._lend(allocation)
         else:
             # The dead one was lending it, or releasing it. Taken again, since a client may have seen that broker's end, and be
             # about to take it from him: of the two one loses.
@@ -151,11 +150,14 @@ class Claims:
     def _lend(self, allocation: Allocation) -> None:
         """Ends the broker's own claim."""
         place, at = allocation.place, self._geometry.allocation_at(allocation.index)
+        # Not before the claim was ours: no bits mean something else while it is shared, see `meet`. And before anybody else's.
+        allocation.claimers.clear()
+        allocation.claim_generation = 0
+        self._table.write_claimers(allocation)
         place.area.offer(place.part, place.first, place.pages, allocation.owner)
         self._plane.write(at + layout.ALLOCATION_LENT_AT, 0)
         generation = self._word(allocation.index) >> CLAIM_GENERATION_SHIFT
         self._plane.write(at + layout.ALLOCATION_CLAIM_AT, generation + 1 << CLAIM_GENERATION_SHIFT)
-        allocation.claimers.clear()
 
     def _word(self, index: int) -> int:
         return self._plane.read(self._geometry.allocation_at(index) + layout.ALLOCATION_CLAIM_AT)

@@ -108,6 +108,11 @@ class Claims:
         written there: so there is nothing to wait for, and the only way back is to lend it, with its sweep.
         """
         try:
+            # Who shared the claim before is none of ours, should we share this one.
+            geometry = self._plane.geometry
+            at = geometry.claimers_at + reservation.index * geometry.holder_bytes
+            for word in range(at, at + geometry.holder_bytes, 8):
+                self._plane.write(word, 0)
             span = self._plane.span(reservation.first, reservation.nbytes)
             return self._note(reservation, word, span)
         except BaseException:
