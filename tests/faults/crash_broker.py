@@ -158,9 +158,11 @@ class _Stand:
         self.service.client_ended(self.service.sessions.clients[number].pidfd)
         self._do_jobs()
 
-    def later(self, seconds: float) -> None:
-        """So much time passes for the handles under way."""
-        self._skew_s += seconds
+    def tick_later(self, seconds: float) -> None:
+        """A tick when so much time has passed for the handles under way."""
+        self._skew_s = seconds
+        self.tick()
+        self._skew_s = 0.0
 
     def check(self) -> None:
         self.service.allocations._check()
@@ -236,12 +238,12 @@ class _NoWords(Plane):
 
 
 class _NoRange(Plane):
-    def put_right(self, *arguments: Any) -> int:
-        return 0
+    def put_right(self, *arguments: Any) -> None:
+        pass
 
 
 class _NoCount(Plane):
-    def count_lent(self, index: int, claim: int, lent: int) -> None:
+    def count_lent(self, index: int, first: int, pages: int) -> None:
         pass
 
 

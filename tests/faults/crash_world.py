@@ -140,7 +140,7 @@ class Client:
     def write(self, guest: Guest) -> None:
         """Other bytes than anybody else's."""
         guest.bytes = os.urandom(64) * (guest.pages * PAGE // 64)
-        memoryview(self.plane.span(guest.first, guest.pages * PAGE))[:] = guest.bytes
+        memoryview((self._plane or self.world.first.plane).span(guest.first, guest.pages * PAGE))[:] = guest.bytes
 
     def free(self, guest: Guest) -> None:
         """Forgotten before the broker is asked: what a hello does not list is freed by that."""
@@ -498,8 +498,7 @@ class World:
         self.stack.close()
         self._everybody = [client if not client.closed else self._anew(client) for client in self._everybody]
         self.first, self.second, self.third = self._everybody
-        self.broker.call("later", LONGER_S)
-        self.broker.call("tick")
+        self.broker.call("tick_later", LONGER_S)
         for client in self.quotas:
             if not client.closed:
                 self.first.ask("quota", client=client.number, nbytes=0)

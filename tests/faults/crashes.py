@@ -18,7 +18,7 @@ from gcma_shm import layout
 from gcma_shm.arena import remove_dead
 from gcma_shm.errors import ArenaError
 from tests.faults.crash_broker import FAULTS, BrokerDied, Site
-from tests.faults.crash_world import AREAS, PAGE, World
+from tests.faults.crash_world import AREAS, LONGER_S, PAGE, World
 
 NURSERY = 32
 SLOTS = 80
@@ -46,11 +46,13 @@ def cached(w: World) -> None:
             w.broker.call("sweep")
 
 
-def more(w: World, count: int = 26) -> None:
-    """So many stores that the next sweep has work to do; what is promoted then was read before."""
+def more(w: World, count: int = 6) -> None:
+    """So many new values that were read, and values that were overwritten, until the next sweep has work to do."""
     for n in range(count):
-        w.first.store(n % 2, n // 2 % 24)
-        w.second.load(n % 2, n // 2 % 24)
+        w.first.store(n % 2, n // 2)
+        w.second.load(n % 2, n // 2)
+    for _ in range(count, 26):
+        w.first.store(0, 23)
 
 
 # --- buffers and reservations
@@ -151,8 +153,7 @@ def hand_over_and_expire(w: World) -> Play:
     w.first.hand_over(guest)
     w.first.free(guest)
     yield
-    w.broker.call("later", 10_000.0)
-    w.broker.call("tick")
+    w.broker.call("tick_later", LONGER_S)
 
 
 # --- claims
@@ -550,6 +551,7 @@ def main() -> None:
     parser.add_argument("scenes", nargs="*")
     parser.add_argument("--fault", default="", choices=["", *FAULTS])
     parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--no-takeovers", action="store_true")
     parser.add_argument("--seed", type=int, default=int(time.time()))
     asked = parser.parse_args()
     print(f"seed {asked.seed}, each change of {asked.stride}", flush=True)
@@ -561,7 +563,7 @@ def main() -> None:
                 for name in asked.scenes or SCENES:
                     crashes.play(name)
                 for name, shares in TAKEOVERS.items():
-                    if not asked.scenes or name in asked.scenes:
+                    if not asked.no_takeovers and (not asked.scenes or name in asked.scenes):
                         for share in shares:
                             crashes.play_takeover(name, share)
         finally:
