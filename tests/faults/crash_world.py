@@ -352,6 +352,7 @@ class World:
         self.quotas: dict[Client, set[int]] = {}
         self.handles_under_way = False
         self.after_death: Callable[[], None] = lambda: None  # before the next broker
+        self.after_takeover: Callable[[], None] = lambda: None  # before the proof
         self.stack = contextlib.ExitStack()  # processes of a scene
         self._sequence = 0
         self.broker = Broker(site)
@@ -378,6 +379,11 @@ class World:
         for client in self.clients:
             if client is not but and client._presence is not None:
                 client._presence.close()
+
+    def greet(self) -> None:
+        """All clients introduce themselves again."""
+        for client in list(self.clients):
+            client.hello_again()
 
     # --- clients
 
@@ -475,8 +481,7 @@ class World:
         """After a takeover; and that everything goes on."""
         self.prove_tables()
         self.prove_memory()
-        for client in list(self.clients):
-            client.hello_again()
+        self.greet()
         self.broker.call("tick")
         self.prove_tables()
         self.prove_holders()
@@ -506,7 +511,8 @@ class World:
         for type_ in list(self.lives):
             self.end(type_)
         self.handles_under_way = False
-        self.areas, self.quotas, self.after_death = {}, {}, lambda: None
+        self.areas, self.quotas = {}, {}
+        self.after_death = self.after_takeover = lambda: None
         self.prove_tables()
         assert not self.broker.call("guests"), "guests that nobody holds"
         self.prove_holders()

@@ -69,6 +69,14 @@ def alloc(w: World) -> Play:
 @scene
 def alloc_without_a_name_where_one_had_been(w: World) -> Play:
     w.first.free(w.first.alloc(3, "a", name="n" * 40))
+
+    def after() -> None:
+        """Whatever is left of the old name, the next one is not called that."""
+        w.greet()
+        w.second.alloc(3, "a")
+        w.take_over()
+
+    w.after_takeover = after
     yield
     w.second.alloc(3, "a")
 
@@ -478,6 +486,7 @@ class Crashes:
         with contextlib.suppress(StopIteration):
             next(play)
         changes: int = w.broker.call("disarm")
+        w.after_takeover()
         w.prove()
         w.clear()
         return changes
@@ -500,6 +509,7 @@ class Crashes:
                 if next_step:
                     dies = self._next_dies(next_step)
                 w.take_over()
+            w.after_takeover()
             w.prove()
             w.clear()
         except AssertionError as error:
