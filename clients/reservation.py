@@ -111,8 +111,8 @@ class Claims:
             # Who shared the claim before is none of ours, should we share this one.
             geometry = self._plane.geometry
             at = geometry.claimers_at + reservation.index * geometry.holder_bytes
-            for word in range(at, at + geometry.holder_bytes, 8):
-                self._plane.write(word, 0)
+            for bits_at in range(at, at + geometry.holder_bytes, 8):
+                self._plane.write(bits_at, 0)
             span = self._plane.span(reservation.first, reservation.nbytes)
             return self._note(reservation, word, span)
         except BaseException:

@@ -26,6 +26,7 @@ from gcma_shm.areas import Area
 from gcma_shm.broker import allocations, process, recovery, registry, service
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.claims import Claims
+from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.service import Peer
 from gcma_shm.broker.workers import Job
@@ -145,6 +146,11 @@ class _Stand:
 
     def sweep(self) -> None:
         self.plane.sweep(0)
+
+    def reclaim(self, jitter: int) -> None:
+        """The reclaim thread runs from now on, and each thread loses the processor at one step in so many."""
+        self._hook.jitter.value = jitter
+        ReclaimThread(self.plane)
 
     def clean(self) -> None:
         self.plane.clean_until(self.plane.read(layout.HEAD_AT))

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import weakref
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -31,11 +32,14 @@ from tests.faults.crash_broker import Broker, BrokerDied, Site, dies_with_its_pa
 from tests.faults.steps import Hook
 from tests.invariants import Snapshot, _check_files, check_tables
 from tests.processes import WAIT_S, Child, Said, forked
-from tests.register import MISS, make_page, read_page, value_id
+from tests.register import MISS, Kind, Log, make_page, read_page, value_id
 
 PAGE = layout.PAGE_SIZE_MIN
 AREAS = {"a": 12, "b": 8, "c": 4}  # pages; c has no cache
 TYPE_STEP = 1 << 32
+JITTER = 50
+ROUNDS_MORE = 3
+OPERATIONS_MAX = 20_000
 LONGER_S = 10_000.0  # than any handle holds on
 
 
@@ -203,6 +207,11 @@ class Client:
             tell(guest.number, claim, None)
             self.world.forget_unheld(guest)
 
+    def claim_word(self, guest: Guest) -> int:
+        """As it is now."""
+        index = guest.number & layout.ALLOCATIONS_MAX
+        return self.plane.read(self.plane.geometry.allocation_at(index) + layout.ALLOCATION_CLAIM_AT)
+
     # --- slots
 
     def slots(self, type_: int) -> Slots:
@@ -303,7 +312,8 @@ class Remote(Client):
 
     def tell(self, what: str, *arguments: object) -> Any:
         """One word of `_act`; its answer."""
-        self.child.tell((what, arguments))
+        with contextlib.suppress(BrokenPipeError):  # what it says then is why
+            self.child.tell((what, arguments))
         return self.child.receive()
 
     def claim(self, guest: Guest) -> None:
@@ -330,12 +340,63 @@ def _act(world: World, said: Said) -> None:
             guest: Guest = arguments[0]
             client.claim(world.guests.setdefault(guest.number, guest))
             said.say((guest.claim, guest.bytes))
+        elif what == "claim and lend":
+            _goes_on(said, _claiming(client, *arguments))
+        elif what == "store and load":
+            _goes_on(said, _storing(client, *arguments))
         else:
             type_, life, offset, page, step = arguments
             slots = client.plane.slots(type_, life, WAIT_S)
             Hook().arm_to_kill(step)
             slots.store(offset, page)
             raise AssertionError("the store has fewer steps")
+
+
+def _goes_on(said: Said, rounds: Iterator[None]) -> None:
+    """Round after round, until there is another word; a few more then, and how many there were is the answer."""
+    Hook().jitter.value = JITTER
+    done = 0
+    while not (done and said.has_more):
+        next(rounds)
+        done += 1
+        if done == 1:
+            said.say()
+    said.hear()
+    for _ in range(ROUNDS_MORE):
+        next(rounds)
+    said.say(done + ROUNDS_MORE)
+
+
+def _claiming(client: Client, guest: Guest) -> Iterator[None]:
+    """Claims and lends in turn with whoever else does; what it writes stays until it lends."""
+    while True:
+        while not client.try_claim(guest):
+            time.sleep(0.0001)
+        word = client.claim_word(guest)
+        with memoryview(client.plane.span(guest.first, guest.pages * PAGE)) as memory:
+            assert memory == guest.bytes, "bytes of a claimed range have changed"
+        now = client.claim_word(guest)
+        assert now == word, f"client {client.number} had {word:#x}; somebody made it {now:#x}"
+        client.lend(guest)
+        yield
+
+
+def _storing(client: Client, type_: int, life: int, slots: int, path: Path, writer: int) -> Iterator[None]:
+    """Stores and loads, logged."""
+    handle, log = client.plane.slots(type_, life, WAIT_S), Log(path, writer, OPERATIONS_MAX)
+    for n in range(1, OPERATIONS_MAX):
+        offset = n * 7919 % slots
+        slot = type_ * TYPE_STEP + offset
+        if n % 3:
+            at = log.begin(Kind.LOAD, slot)
+            page = handle.load(offset)
+            log.end(at, read_page(slot, page) if page is not None else MISS)
+        else:
+            at = log.begin(Kind.STORE, slot, value := value_id(writer, n))
+            handle.store(offset, make_page(slot, value, PAGE))
+            log.end(at)
+        yield
+    raise AssertionError("the log is full")
 
 
 class World:
@@ -353,6 +414,7 @@ class World:
         self.handles_under_way = False
         self.after_death: Callable[[], None] = lambda: None  # before the next broker
         self.after_takeover: Callable[[], None] = lambda: None  # before the proof
+        self.is_restless = False  # the broker's own threads run: it is at rest only when it is dead
         self.stack = contextlib.ExitStack()  # processes of a scene
         self._sequence = 0
         self.broker = Broker(site)
@@ -463,9 +525,7 @@ class World:
     def _prove_claim(self, guest: Guest) -> None:
         if not guest.is_reservation:
             return
-        plane = self.first.plane
-        index = guest.number & layout.ALLOCATIONS_MAX
-        word = plane.read(plane.geometry.allocation_at(index) + layout.ALLOCATION_CLAIM_AT)
+        word = self.first.claim_word(guest)
         assert bool(word & CLAIM_CLIENT) == bool(guest.sharers), f"guest {guest.number}: claim word {word:#x}"
         if guest.sharers:
             assert word >> layout.CLAIM_GENERATION_SHIFT == guest.claim, f"guest {guest.number}: another claim"
@@ -513,6 +573,7 @@ class World:
         self.handles_under_way = False
         self.areas, self.quotas = {}, {}
         self.after_death = self.after_takeover = lambda: None
+        self.is_restless = False
         self.prove_tables()
         assert not self.broker.call("guests"), "guests that nobody holds"
         self.prove_holders()

@@ -12,13 +12,15 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from pathlib import Path
 
 from gcma_shm import layout
 from gcma_shm.arena import remove_dead
 from gcma_shm.errors import ArenaError
 from tests.faults.crash_broker import FAULTS, BrokerDied, Site
-from tests.faults.crash_world import AREAS, LONGER_S, PAGE, World
+from tests.faults.crash_world import AREAS, JITTER, LONGER_S, PAGE, Remote, World
+from tests.register import Log, check
 
 NURSERY = 32
 SLOTS = 80
@@ -446,6 +448,72 @@ def load_by_message(w: World) -> Play:
         assert w.first.load_by_message(0, offset) in w.values[0, offset]
 
 
+# --- while clients go on
+
+
+def busy(w: World) -> None:
+    """One client claims and lends a reservation over and over, with another one in turn; two store and load in the same slots. The broker
+    has a thread of its own meanwhile. The clients go on during the takeover and after it, and are stopped for the proof.
+    """
+    w.declare(4, 8, "behind")
+    w.values = {at: values for at, values in w.values.items() if at[0] != 4}
+    guest = w.first.reserve(5, "b")
+    cached(w)
+    clients = [w.stack.enter_context(w.remote(f"busy-{n}")) for n in range(4)]
+    logs = {writer: w.site.spill_dir.with_name(f"log-{writer}") for writer in (2, 3)}
+    for client in clients[:2]:
+        client.attach(guest)
+        client.tell("claim and lend", replace(guest, holders=set(), sharers=set()))
+    for client, (writer, path) in zip(clients[2:], logs.items(), strict=True):
+        client.tell("store and load", 4, w.lives[4], 8, path, writer)
+
+    def after() -> None:
+        for client in clients:
+            assert client.closed or client.tell("enough") > 0
+        operations = [o for writer, path in logs.items() for o in Log(path, writer).operations()]
+        wrong = check(operations)
+        assert not wrong, wrong[:5]
+        for path in logs.values():
+            path.unlink()
+
+    w.after_takeover, w.is_restless = after, True
+    w.broker.call("reclaim", JITTER)
+
+
+@scene
+def busy_allocations(w: World) -> Play:
+    busy(w)
+    yield
+    guest = w.first.alloc(7, "a")
+    more(w)
+    w.first.free(guest)
+    w.first.free(w.first.reserve(3, "b"))
+
+
+@scene
+def busy_areas(w: World) -> Play:
+    busy(w)
+    w.areas = {"b": {(AREAS["b"], False), (AREAS["b"], True), (6, False)}}
+    yield
+    w.first.ask("area_drain", area="b")
+    more(w)
+    w.first.ask("area_resume", area="b")
+    w.first.ask("area_resize", area="b", nbytes=6 * PAGE)
+
+
+@scene
+def busy_bury(w: World) -> Play:
+    """One that claims in turn is killed with the claim, or at the wrong moment."""
+    busy(w)
+    victim = w.clients[3]
+    assert isinstance(victim, Remote)
+    yield
+    victim.child.kill()
+    number = victim.number
+    victim.gone()
+    w.broker.call("ended", number)
+
+
 # --- playing them
 
 
@@ -503,6 +571,8 @@ class Crashes:
                 next(play)
             except StopIteration:
                 w.broker.call("disarm")
+                if w.is_restless:
+                    w.take_over()
             except BrokerDied:
                 dies = True
                 w.after_death()
