@@ -13,22 +13,24 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import Area
-from gcma_shm.broker import allocations, process, recovery, registry, service
+from gcma_shm.broker import allocations, process, service
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.claims import Claims
 from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.service import Peer
+from gcma_shm.broker.sessions import Sessions
+from gcma_shm.broker.table import Allocation
 from gcma_shm.broker.workers import Job
 from gcma_shm.layout import Geometry
 from gcma_shm.messages import Reply
@@ -41,6 +43,11 @@ _PR_SET_PDEATHSIG = 1
 
 class BrokerDied(Exception):
     """The broker was killed during what it was asked for."""
+
+
+def put(owner: Any, name: str, value: object) -> None:
+    """In a forked child, which is no one else's: another thing under that name."""
+    setattr(owner, name, value)
 
 
 def dies_with_its_parent() -> None:
@@ -93,31 +100,32 @@ class _Stand:
     """What the child is: the broker, and what it is told to do."""
 
     def __init__(self, site: Site, hook: Hook, step: int) -> None:
-        service.Worker = _Later  # type: ignore[assignment, misc]
+        put(service, "Worker", _Later)
         self._hook = hook
         self._skew_s = 0.0
-        allocations.time = SimpleNamespace(monotonic=lambda: time.monotonic() + self._skew_s)  # type: ignore[assignment]
+        put(allocations, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + self._skew_s))
         self._answers: deque[Reply] = deque()
         arena = arenas.acquire(site.name, site.geometry, site.areas)
         if step:
             hook.arm_to_kill(step)
         self.plane = process.begin(arena, site.spill_dir)
         write_area = layout.write_area
-        layout.write_area = lambda _memory, g, index, area: write_area(_Stepped(self.plane), g, index, area)  # type: ignore[arg-type, assignment]
-        for module, name in ((registry.os, "open"), (registry.os, "truncate"), (registry.Path, "unlink")):
-            self._before_each(module, name)
+        stepped = cast(memoryview, _Stepped(self.plane))
+        put(layout, "write_area", lambda _memory, g, index, area: write_area(stepped, g, index, area))
+        for owner, name in ((os, "open"), (os, "truncate"), (Path, "unlink")):
+            self._before_each(owner, name)
         self.service = process.assemble(self.plane, arena, site.spill_dir, self._answer, lambda _: None)
         self._do_jobs()
 
-    def _before_each(self, module: Any, name: str) -> None:
+    def _before_each(self, owner: Any, name: str) -> None:
         """Whatever changes a file is a step as well."""
-        function = getattr(module, name)
+        function = getattr(owner, name)
 
         def stepped(*arguments: Any, **more: Any) -> Any:
             self.plane.add(layout.STOPPED_AT, 0)
             return function(*arguments, **more)
 
-        setattr(module, name, stepped)
+        put(owner, name, stepped)
 
     def _answer(self, peer: Peer, reply: Reply) -> None:
         self.service.answered(peer, reply)
@@ -188,9 +196,7 @@ class _Stand:
 class Broker:
     """A broker in a child of its own, as the test sees it; `changes`: of its takeover."""
 
-    def __init__(
-        self, site: Site, step: int = 0, fault: str = "", first: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, site: Site, step: int = 0, fault: str = "", first: Callable[[], None] = lambda: None) -> None:
         """It dies at that change of its takeover, if `step` is one. Raises BrokerDied. `first`: what the child does first."""
 
         def work(said: Said) -> None:
@@ -254,58 +260,61 @@ class _NoCount(Plane):
 
 
 def _plane(kind: type[Plane]) -> None:
-    process.Plane = kind  # type: ignore[misc]
+    put(process, "Plane", kind)
 
 
 def _forgets_nothing() -> None:
-    process.forget_announcements = lambda plane: None
+    put(process, "forget_announcements", lambda _plane: None)
 
 
 def _releases_nothing() -> None:
     put_right = Allocations.put_right
-    Allocations.put_right = (  # type: ignore[method-assign]
-        lambda self, allocation, clients: put_right(self, allocation, clients) if allocation.is_held else None
-    )
+
+    def without(self: Allocations, allocation: Allocation, clients: Container[int]) -> None:
+        if allocation.is_held:
+            put_right(self, allocation, clients)
+
+    put(Allocations, "put_right", without)
 
 
 def _seizes_nothing() -> None:
     put_right = Claims.put_right
 
-    def without(self: Claims, allocation: Any, clients: Any) -> None:
+    def without(self: Claims, allocation: Allocation, clients: Container[int]) -> None:
         if not self.is_made_by(allocation, layout.BROKER):
             put_right(self, allocation, clients)
 
-    Claims.put_right = without  # type: ignore[method-assign]
+    put(Claims, "put_right", without)
 
 
 def _keeps_records() -> None:
-    restore = recovery.Sessions.restore
+    restore, free = Sessions.restore, Records.free
 
-    def without(self: recovery.Sessions) -> list[int]:
-        free, Records.free = Records.free, lambda self, number: None  # type: ignore[method-assign, assignment]
+    def without(self: Sessions) -> list[int]:
+        put(Records, "free", lambda _self, _number: None)
         try:
             return restore(self)
         finally:
-            Records.free = free  # type: ignore[method-assign]
+            put(Records, "free", free)
 
-    recovery.Sessions.restore = without  # type: ignore[method-assign]
+    put(Sessions, "restore", without)
 
 
 def _keeps_files() -> None:
-    TypeRegistry._remove_stray_files = lambda self: None  # type: ignore[method-assign]
+    put(TypeRegistry, "_remove_stray_files", lambda _self: None)
 
 
 def _knows_no_sharers() -> None:
-    Claims.restore = lambda self, allocation, clients: None  # type: ignore[method-assign]
+    put(Claims, "restore", lambda _self, _allocation, _clients: None)
 
 
 def _buries_nobody() -> None:
-    restore = recovery.Sessions.restore
-    recovery.Sessions.restore = lambda self: restore(self) and []  # type: ignore[method-assign]
+    restore = Sessions.restore
+    put(Sessions, "restore", lambda self: restore(self) and [])
 
 
 def _adopts_nobody() -> None:
-    recovery.Sessions.adopt_forked = lambda self, look_anyway=False: []  # type: ignore[method-assign]
+    put(Sessions, "adopt_forked", lambda _self, look_anyway=False: [])
 
 
 FAULTS: dict[str, Callable[[], None]] = {

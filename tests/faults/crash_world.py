@@ -22,13 +22,12 @@ from gcma_shm.arena import open_arena
 from gcma_shm.clients import forks
 from gcma_shm.clients.forks import Fork
 from gcma_shm.clients.reservation import Claims, Reservation
-from gcma_shm.errors import Closed
 from gcma_shm.layout import CLAIM_CLIENT
 from gcma_shm.messages import Reply, Request
 from gcma_shm.presence import Presence
 from gcma_shm.process import start_time
 from gcma_shm.records import Records, State
-from tests.faults.crash_broker import Broker, BrokerDied, Site, dies_with_its_parent
+from tests.faults.crash_broker import Broker, Site, dies_with_its_parent
 from tests.faults.steps import Hook
 from tests.invariants import Snapshot, _check_files, check_tables
 from tests.processes import WAIT_S, Child, Said, forked
@@ -156,7 +155,7 @@ class Client:
         self.world.forget_unheld(guest)
 
     def attach(self, guest: Guest, claim: int = 0, token: int = 0) -> None:
-        more = {name: value for name, value in (("claim", claim), ("token", token)) if value}
+        more: dict[str, Any] = {name: value for name, value in (("claim", claim), ("token", token)) if value}
         self.ask("attach", buffer=guest.number, **more)
         if claim:
             guest.sharers.add(self)
@@ -167,7 +166,7 @@ class Client:
         self._take(self.ask("attach_name", name=name)).holders.add(self)
 
     def hand_over(self, guest: Guest, claim: int = 0) -> int:
-        more = {"claim": claim} if claim else {}
+        more: dict[str, Any] = {"claim": claim} if claim else {}
         self.world.handles_under_way = True
         token: int = self.ask("hand_over", buffer=guest.number, timeout_ms=int(LONGER_S * 100), **more)["token"]
         return token
@@ -374,7 +373,7 @@ def _claiming(client: Client, guest: Guest) -> Iterator[None]:
             time.sleep(0.0001)
         word = client.claim_word(guest)
         with memoryview(client.plane.span(guest.first, guest.pages * PAGE)) as memory:
-            assert memory == guest.bytes, "bytes of a claimed range have changed"
+            assert bytes(memory) == guest.bytes, "bytes of a claimed range have changed"
         now = client.claim_word(guest)
         assert now == word, f"client {client.number} had {word:#x}; somebody made it {now:#x}"
         client.lend(guest)
@@ -496,7 +495,9 @@ class World:
         """What was acknowledged is loaded; what is held has its bytes."""
         for n, ((type_, offset), values) in enumerate(self.values.items()):
             value = self._everybody[n % 2].load(type_, offset)
-            assert value in values, f"type {type_} slot {offset}: loaded {value:#x}, expected {[hex(v) for v in values]}"
+            assert value in values, (
+                f"type {type_} slot {offset}: loaded {value:#x}, expected {[hex(v) for v in values]}"
+            )
         for guest in self.guests.values():
             if guest.bytes is not None:
                 with memoryview(self.first.plane.span(guest.first, guest.pages * PAGE)) as memory:

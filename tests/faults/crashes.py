@@ -18,7 +18,7 @@ from pathlib import Path
 from gcma_shm import layout
 from gcma_shm.arena import remove_dead
 from gcma_shm.errors import ArenaError
-from tests.faults.crash_broker import FAULTS, BrokerDied, Site
+from tests.faults.crash_broker import FAULTS, Broker, BrokerDied, Site
 from tests.faults.crash_world import AREAS, JITTER, LONGER_S, PAGE, Remote, World
 from tests.register import Log, check
 
@@ -524,7 +524,7 @@ class Crashes:
         self._world = world
         self._stride = stride
         self._random = random.Random(seed)
-        self.steps = 0
+        self.deaths = 0
 
     def play(self, name: str) -> None:
         begun = time.monotonic()
@@ -532,7 +532,7 @@ class Crashes:
         while self._dies_at(name, step):
             step += self._stride
             deaths += 1
-        self.steps += deaths
+        self.deaths += deaths
         print(f"{name}: {deaths} deaths, {time.monotonic() - begun:.1f} s", flush=True)
 
     def play_takeover(self, name: str, share: float) -> None:
@@ -543,7 +543,7 @@ class Crashes:
         while self._dies_at(name, at, step):
             step += self._stride
             deaths += 1
-        self.steps += deaths
+        self.deaths += deaths
         print(f"takeover of {name} at {at}: {deaths} deaths, {time.monotonic() - begun:.1f} s", flush=True)
 
     def _changes(self, name: str) -> int:
@@ -554,6 +554,8 @@ class Crashes:
         with contextlib.suppress(StopIteration):
             next(play)
         changes: int = w.broker.call("disarm")
+        if w.is_restless:
+            w.take_over()
         w.after_takeover()
         w.prove()
         w.clear()
@@ -582,7 +584,7 @@ class Crashes:
             w.after_takeover()
             w.prove()
             w.clear()
-        except AssertionError as error:
+        except Exception as error:
             error.add_note(f"{name}, killed at change {step}, the next one at {next_step}")
             raise
         return dies
@@ -607,7 +609,29 @@ TAKEOVERS = {
     "swap_init": (0.5,),
     "promote": (0.3,),
     "clean": (0.5,),
+    "busy_allocations": (0.5,),
 }
+
+
+def play_start(place: Site, stride: int, first: int) -> int:
+    """The broker that makes the arena dies at each change of its start; returns how many there were."""
+    begun, step = time.monotonic(), first
+    dies = True
+    while dies:
+        try:
+            Broker(place, step).kill()
+            dies = False
+        except BrokerDied:
+            step += stride
+        try:
+            with World(place) as world:
+                world.prove()
+                world.clear()
+        finally:
+            remove_dead(place.name)
+    deaths = (step - first) // stride
+    print(f"start: {deaths} deaths, {time.monotonic() - begun:.1f} s", flush=True)
+    return deaths
 
 
 def site(directory: Path) -> Site:
@@ -632,11 +656,13 @@ def main() -> None:
     parser.add_argument("--fault", default="", choices=["", *FAULTS])
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--no-takeovers", action="store_true")
-    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     asked = parser.parse_args()
     print(f"seed {asked.seed}, each change of {asked.stride}", flush=True)
     with tempfile.TemporaryDirectory(prefix="gs-") as directory:
-        place = site(Path(directory))
+        place, deaths = site(Path(directory)), 0
+        if not asked.scenes:
+            deaths = play_start(place, asked.stride, random.Random(asked.seed).randint(1, asked.stride))
         try:
             with World(place, asked.fault) as world:
                 crashes = Crashes(world, asked.stride, asked.seed)
@@ -648,7 +674,7 @@ def main() -> None:
                             crashes.play_takeover(name, share)
         finally:
             remove_dead(place.name)
-    print(f"{crashes.steps} deaths, all well")
+    print(f"{deaths + crashes.deaths} deaths, all well")
 
 
 if __name__ == "__main__":
