@@ -207,12 +207,13 @@ class Allocations:
         known_numbers, known_shares = set(known), set(known_claims)
         for number in self.holders.of(client):
             allocation = self._by_number[number]
-            if (
-                number not in known_shares
-                and client in allocation.claimers
-                and not (self.claims.is_made_by(allocation, client) and self.claims.ordinal(allocation) > made)
-            ):
-                self.claims.leave(allocation, client)
+            made_later = self.claims.is_made_by(allocation, client) and self.claims.ordinal(allocation) > made
+            if number not in known_shares and not made_later:
+                if client in allocation.claimers:
+                    self.claims.leave(allocation, client)
+                elif number not in known_numbers:
+                    # Of a claim that a signal interrupted, of a reservation that it has released since.
+                    self.claims.end_own(allocation, client)
             if number not in known_numbers and not self.claims.has_part(allocation, client):
                 allocation.holders.discard(client)
             self._let_go(allocation, client)

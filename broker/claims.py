@@ -133,10 +133,10 @@ class Claims:
         if client != layout.BROKER:
             # What is claimed as well: its claimer may be waiting for the copy of a page that never goes on, and give up.
             claimed = client != layout.NOBODY
-            lent = self._plane.put_right(
+            self._plane.put_right(
                 place.part.index, place.first, place.pages, place.area.lends, allocation.owner, claimed
             )
-            self._plane.count_lent(index, word, 0 if claimed else lent)
+            self._plane.count_lent(index, place.first, place.pages)
             if claimed and client not in clients and not allocation.claim_generation and self._plane.seize(index, word):
                 self._lend(allocation)
         else:

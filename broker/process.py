@@ -22,8 +22,9 @@ from gcma_shm.broker.growth import growth_max
 from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.recovery import forget_announcements
 from gcma_shm.broker.registry import TypeRegistry
+from gcma_shm.broker.rights import Rights, Sender, no_rights
 from gcma_shm.broker.server import STOP_S, Server
-from gcma_shm.broker.service import Service
+from gcma_shm.broker.service import Answer, Service
 from gcma_shm.broker.stop import StopSignals
 from gcma_shm.endpoint import arena_name, check_endpoint, default_spill_dir, is_tcp, private_dir, socket_path
 from gcma_shm.errors import ArenaError
@@ -90,22 +91,15 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
                 log.warning(
                     "taking over an arena of another size, or with other areas, than asked for; it stays as it is"
                 )
-            plane = Plane(arena.memory, arena.geometry, layout.BROKER, os.fsencode(spill_dir))
-            forget_announcements(plane)
-            _sign(plane, arena, spill_dir)
+            plane = begin(arena, spill_dir)
             scheduler_slice(SLICE_S)  # of this thread, and of ZeroMQ's, which is started here
             page_size, clients_max = arena.geometry.page_size, arena.geometry.clients_max
             door = Door(settings.endpoint, settings.doorway, page_size, clients_max)
             undo.callback(door.close)
             server = Server(door, stop, growth_max(page_size, clients_max))
             undo.callback(server.close)
-            registry = TypeRegistry(plane, spill_dir)
-            rights = door.admission.rights if door.admission is not None else lambda _: None
-            service = Service(
-                plane, arena, registry, str(spill_dir), server.answer, server.watch, settings.quota, rights
-            )
-            if not arena.fresh:
-                service.recover()
+            rights = door.admission.rights if door.admission is not None else no_rights
+            service = assemble(plane, arena, spill_dir, server.answer, server.watch, settings.quota, rights)
         except BaseException:
             if not arena.fresh:
                 estate.pop_all()  # left for whoever finds out what is wrong with it
@@ -126,6 +120,31 @@ def _make_socket_dir(path: Path, undo: contextlib.ExitStack) -> None:
     private_dir(path)
     if is_new:
         undo.callback(_remove_empty, path)
+
+
+def begin(arena: arenas.Arena, spill_dir: Path) -> Plane:
+    """The broker's view of an arena that it has the lock of, with its signature."""
+    plane = Plane(arena.memory, arena.geometry, layout.BROKER, os.fsencode(spill_dir))
+    forget_announcements(plane)
+    _sign(plane, arena, spill_dir)
+    return plane
+
+
+def assemble(
+    plane: Plane,
+    arena: arenas.Arena,
+    spill_dir: Path,
+    answer: Answer,
+    watch: Callable[[int], None],
+    quota: int | None = None,
+    rights: Callable[[Sender], Rights | None] = no_rights,
+) -> Service:
+    """What serves the arena, without a loop or a socket; what another broker left there is taken over. Raises ArenaError."""
+    registry = TypeRegistry(plane, spill_dir)
+    service = Service(plane, arena, registry, str(spill_dir), answer, watch, quota, rights)
+    if not arena.fresh:
+        service.recover()
+    return service
 
 
 def _raise_descriptor_limit() -> None:

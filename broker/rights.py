@@ -65,6 +65,11 @@ INSECURE = Rights("a peer without a key", alloc=False)
 NOBODY = None  # no line has this key
 
 
+def no_rights(_sender: Sender) -> Rights | None:
+    """Where nobody is let in from elsewhere."""
+    return NOBODY
+
+
 def parse_authorized(text: str) -> dict[str, Rights]:
     """Rights by public key. Raises ValueError that names the line."""
     found: dict[str, Rights] = {}

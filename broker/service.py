@@ -25,7 +25,7 @@ from gcma_shm.broker.health import Health
 from gcma_shm.broker.line import Line
 from gcma_shm.broker.recovery import recover
 from gcma_shm.broker.registry import TypeRegistry
-from gcma_shm.broker.rights import LOCAL, Rights, Sender
+from gcma_shm.broker.rights import LOCAL, Rights, Sender, no_rights
 from gcma_shm.broker.sessions import NOBODY, Client, Sessions
 from gcma_shm.broker.table import Allocation
 from gcma_shm.broker.workers import Job, Worker
@@ -80,7 +80,7 @@ class Service:
         answer: Answer,
         watch: Callable[[int], None] = lambda _: None,
         quota: int | None = None,
-        rights: Callable[[Sender], Rights | None] = lambda _: None,
+        rights: Callable[[Sender], Rights | None] = no_rights,
     ) -> None:
         """`rights(sender)` of a remote sender; None: none, and whatever it has ends."""
         self._remote_rights = rights

@@ -143,7 +143,8 @@ class Table:
             for offset in (layout.ALLOCATION_FIRST_AT, layout.ALLOCATION_PAGES_AT, layout.ALLOCATION_DEADLINE_AT)
         )
         name_words = (self._plane.read(at + layout.ALLOCATION_NAME_AT + 8 * n) for n in range(layout.NAME_BYTES // 8))
-        name = b"".join(word.to_bytes(8, "little") for word in name_words).rstrip(b"\0").decode(errors="replace")
+        # Up to the first zero: behind it may be what is left of an older name, whose removal was cut off.
+        name = b"".join(word.to_bytes(8, "little") for word in name_words).partition(b"\0")[0].decode(errors="replace")
         kind, place = state & _KIND, areas.place_of(first, pages)
         if kind not in (layout.BUFFER, layout.RESERVATION) or place is None:
             raise ArenaError(

@@ -469,20 +469,18 @@ cdef class Plane:
             close_words(self.a, first, slots)
 
     def put_right(self, int area, uint64_t first, uint64_t pages, bint lent, uint64_t owner=0, bint claimed=False):
-        """Makes the range a buffer's, or lent (with what it holds in place), where it is not; returns how many of its pages hold
-        cache. `owner`: its entry's number, counted from 1. `claimed`: a reservation's, and the claimer's to change, but for the
-        page that a dead broker was copying into.
+        """Makes the range a buffer's, or lent (with what it holds in place), where it is not. `owner`: its entry's number, counted
+        from 1. `claimed`: a reservation's, and the claimer's to change, but for the page that a dead broker was copying into.
         """
         cdef AreaEntry *entry = self.area(area, first, pages)
-        cdef uint64_t found
         with nogil:
-            found = put_right(self.a, entry, first, pages, FREE if lent else BUFFER, owner, claimed)
-        return found
+            put_right(self.a, entry, first, pages, FREE if lent else BUFFER, owner, claimed)
 
-    def count_lent(self, uint64_t index, uint64_t claim, uint64_t lent):
-        """Writes how many pages of a lent reservation hold cache, counted while its claim word was `claim`."""
-        self.entry(index, self.a.nursery, 1)
-        count_lent(self.a, index, claim, lent)
+    def count_lent(self, uint64_t index, uint64_t first, uint64_t pages):
+        """Counts anew how many pages of a reservation hold cache."""
+        self.entry(index, first, pages)
+        with nogil:
+            count_lent(self.a, index, first, pages)
 
     cdef TypeEntry *type_entry(self, uint64_t type_, uint64_t base, uint64_t slots) except NULL:
         if type_ >= <uint64_t>layout.TYPES_MAX:

@@ -16,35 +16,47 @@ cdef void close_words(Arena *a, uint64_t first, uint64_t n) noexcept nogil:
                 break
 
 
-cdef uint64_t put_right(
+cdef void put_right(
     Arena *a, AreaEntry *area, uint64_t first, uint64_t n, uint64_t state, uint64_t owner, bint claimed
 ) noexcept nogil:
-    """Makes the range what its entry says, `state` under `owner`, where it is not that already, and returns how many of its pages
-    hold cache. Cache stays where it may be.
+    """Makes the range what its entry says, `state` under `owner`, where it is not that already. Cache stays where it may be.
 
     Nobody but the broker changes the lives of a buffer's pages, or of pages that no guest has. Those of a reservation may be
     claimed at any moment, and lent again, or given up without a sweep. All that can be wrong there is one page GRANTED to the dead
-    broker's copy. It is put right whoever has the claim, and else nothing of a range that is `claimed`. A claimer's sweep stores the same FREE in the same sequence, or has passed
-    over it, and the CAS loses.
+    broker's copy. It is put right whoever has the claim, and else nothing of a range that is `claimed`. A claimer's sweep stores the
+    same FREE in the same sequence, or has passed over it, and the CAS loses.
     """
-    cdef uint64_t page, life, now, lent = 0
+    cdef uint64_t page, life, now
     for page in range(first, first + n):
         life = load_acquire(&a.life[page])
         now = life_state(life)
         if now == PUBLISHED and state == FREE and life_owner(life) == owner:
-            lent += 1
             if owner == 0:
                 note_lent(a, area, page, life, 1)
         elif now == GRANTED or not (claimed or (now == state and life_owner(life) == owner)):
             cas(&a.life[page], life, next_life(life, state, owner))       # @recover.range
-    return lent
 
 
-cdef void count_lent(Arena *a, uint64_t index, uint64_t claim, uint64_t lent) noexcept nogil:
-    """Writes a lent reservation's gauge, as counted while its claim word was `claim`. Should it have been claimed since, none of
-    its pages holds cache: no broker fills them yet.
+cdef uint64_t count_published(Arena *a, uint64_t first, uint64_t n) noexcept nogil:
+    cdef uint64_t page, found = 0
+    for page in range(first, first + n):
+        found += life_state(load_acquire(&a.life[page])) == PUBLISHED
+    return found
+
+
+cdef void count_lent(Arena *a, uint64_t index, uint64_t first, uint64_t n) noexcept nogil:
+    """Writes a reservation's gauge, also when it is claimed: its claimer may give up, and leave what it holds in place.
+
+    No broker fills its pages yet. They can only become less, by a claimer's sweep, which is followed by its writing 0 and by
+    another claim word. So 0 is right for good; and any other count when after it was written the claim word is that from before
+    (nobody has swept it wholly) and the pages are as many (nobody who claimed it before is about to: he writes 0 after we did).
     """
-    store_release(&a.allocations[index].lent, lent)
-    fence_full()
-    if load_acquire(&a.allocations[index].claim) != claim:
-        store_release(&a.allocations[index].lent, 0)
+    cdef AllocationEntry *entry = &a.allocations[index]
+    cdef uint64_t claim, lent
+    while True:
+        claim = load_acquire(&entry.claim)
+        lent = count_published(a, first, n)
+        store_release(&entry.lent, lent)
+        fence_full()
+        if not lent or (count_published(a, first, n) == lent and load_acquire(&entry.claim) == claim):
+            return

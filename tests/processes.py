@@ -102,6 +102,11 @@ class Said:
         """Waits for the parent's `tell`."""
         return self._talk.recv()
 
+    @property
+    def has_more(self) -> bool:
+        """Whether the parent has told something that was not heard yet."""
+        return self._talk.poll()
+
 
 @contextlib.contextmanager
 def forked(function: Callable[[Said], object]) -> Iterator[Child]:

@@ -665,6 +665,18 @@ def test_hello_again_keeps_what_it_knows_of(allocations: Allocations, bare: Bare
     check_at_rest(bare.arena.name)
 
 
+def test_hello_again_ends_a_claim_of_what_was_released(allocations: Allocations, bare: Bare) -> None:
+    """A signal interrupted the claim, then the reservation was released, and the broker took the release with it."""
+    lost, kept = (reserve(allocations, 2, PAGE) for _ in range(2))
+    for one in (lost, kept):
+        assert Worker(bare, 2).claim(one)
+    made = allocations.claims.ordinal(kept)
+    allocations.reconcile(2, [kept.number], [], made)
+    assert (lost.holders, kept.holders) == (set(), {2})
+    assert allocations.claims.is_claimed(kept.index), "it may find it yet"
+    allocations._check()
+
+
 def test_hello_again_and_a_claim_that_was_made_under_the_same_number(allocations: Allocations, bare: Bare) -> None:
     """By a client that has died, and whose claim others share."""
     reservation = reserve(allocations, 2, PAGE)

@@ -287,6 +287,24 @@ def test_a_claim_that_a_dead_broker_had_is_taken_from_it(endpoint: str) -> None:
                 check_at_rest(arena_name(endpoint))
 
 
+def test_what_a_claimed_reservation_held_is_counted(endpoint: str) -> None:
+    """Its claimer may give up and leave it in place."""
+    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
+        whole = client.alloc_contig(4 * MIB, area="a")
+        reservation = client.reserve(2 * MIB, area="b")
+        swap = client.swap(0, 1000)
+        for n in range(1000):
+            swap.store(n, page_of(n))
+            swap.load(n)
+        assert eventually(lambda: sum(area.lent for area in client.areas()) > 10 * PAGE)
+        claimed = reservation.claim()
+        with killed_and_restarted(first):
+            check_at_rest(arena_name(endpoint))
+            claimed.free()
+            reservation.release()
+            whole.free()
+
+
 # --- requests
 
 

@@ -14,12 +14,13 @@ __attribute__((visibility("default"))) volatile uint64_t gcma_steps;          /*
 __attribute__((visibility("default"))) volatile uint64_t gcma_step_at;        /* the step to be stopped at; 0: none */
 __attribute__((visibility("default"))) volatile int gcma_step_signal;         /* what is raised there */
 __attribute__((visibility("default"))) volatile int gcma_step_thread;         /* the thread that counts; 0: every one */
+__attribute__((visibility("default"))) volatile int gcma_step_changes;        /* 1: only what changes memory or a file counts */
 __attribute__((visibility("default"))) volatile uint32_t gcma_jitter;         /* one step in so many loses the processor; 0: none */
 __attribute__((visibility("default"))) const char *volatile gcma_step_where;  /* the function of the step that was stopped at */
 
 static __thread uint64_t gcma_random;
 
-static void gcma_step(const char *where)
+static void gcma_step(const char *where, int changes)
 {
     if (gcma_jitter) {
         if (!gcma_random)
@@ -35,7 +36,7 @@ static void gcma_step(const char *where)
                 nanosleep(&t, 0);
         }
     }
-    if (gcma_step_at && (!gcma_step_thread || gcma_step_thread == (int)syscall(SYS_gettid)) && ++gcma_steps == gcma_step_at) {
+    if (gcma_step_at && (changes || !gcma_step_changes) && (!gcma_step_thread || gcma_step_thread == (int)syscall(SYS_gettid)) && ++gcma_steps == gcma_step_at) {
         gcma_step_where = where;
         syscall(SYS_tgkill, getpid(), syscall(SYS_gettid), gcma_step_signal); /* this very thread, so not one step later */
     }
@@ -45,26 +46,27 @@ static void *gcma_memcpy(const char *where, void *to, const void *from, size_t s
 {
     size_t half = size >= 4096 ? size / 128 * 64 : 0;
     if (half) {
-        gcma_step(where);
+        gcma_step(where, 1);
         (memcpy)(to, from, half);
-        gcma_step(where);
+        gcma_step(where, 1);
     }
     (memcpy)((char *)to + half, (const char *)from + half, size - half);
     return to;
 }
 
-#define STEP(call) (gcma_step(__func__), call)
-#define load_relaxed(p) STEP(load_relaxed(p))
-#define load_acquire(p) STEP(load_acquire(p))
+#define LOOK(call) (gcma_step(__func__, 0), call)
+#define STEP(call) (gcma_step(__func__, 1), call)
+#define load_relaxed(p) LOOK(load_relaxed(p))
+#define load_acquire(p) LOOK(load_acquire(p))
 #define store_relaxed(p, v) STEP(store_relaxed(p, v))
 #define store_release(p, v) STEP(store_release(p, v))
 #define fetch_add(p, v) STEP(fetch_add(p, v))
 #define cas(p, e, d) STEP(cas(p, e, d))
-#define load_byte(p) STEP(load_byte(p))
+#define load_byte(p) LOOK(load_byte(p))
 #define store_byte(p, v) STEP(store_byte(p, v))
 #define exchange32(p, v) STEP(exchange32(p, v))
 #define add32(p, v) STEP(add32(p, v))
-#define pread(f, b, n, o) STEP(pread(f, b, n, o))
+#define pread(f, b, n, o) LOOK(pread(f, b, n, o))
 #define pwritev(f, v, n, o) STEP(pwritev(f, v, n, o))
 #define memcpy(t, f, n) gcma_memcpy(__func__, t, f, n)
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,10 +39,24 @@ class Hook:
         self._steps = ctypes.c_uint64.in_dll(core, "gcma_steps")
         self._at = ctypes.c_uint64.in_dll(core, "gcma_step_at")
         self._signal = ctypes.c_int.in_dll(core, "gcma_step_signal")
+        self._thread = ctypes.c_int.in_dll(core, "gcma_step_thread")
+        self._changes = ctypes.c_int.in_dll(core, "gcma_step_changes")
+        self.jitter = ctypes.c_uint32.in_dll(core, "gcma_jitter")
 
     def arm(self, step: int) -> None:
         """SIGSTOP at that step from now, the first being 1."""
-        self._signal.value = signal.SIGSTOP
+        self._arm(step, signal.SIGSTOP, changes=False)
+
+    def arm_to_kill(self, step: int) -> None:
+        """SIGKILL before that change from now, of those of this thread. Steps that only look do not count: who dies before one leaves
+        what he leaves before the next change.
+        """
+        self._thread.value = threading.get_native_id()
+        self._arm(step, signal.SIGKILL, changes=True)
+
+    def _arm(self, step: int, number: int, changes: bool) -> None:
+        self._changes.value = changes
+        self._signal.value = number
         self._steps.value = 0
         self._at.value = step
 
