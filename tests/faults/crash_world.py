@@ -21,6 +21,7 @@ from gcma_shm._core import Plane, Slots
 from gcma_shm.arena import open_arena
 from gcma_shm.clients import forks
 from gcma_shm.clients.forks import Fork
+from gcma_shm.clients.holds import Holds
 from gcma_shm.clients.reservation import Claims, Reservation
 from gcma_shm.layout import CLAIM_CLIENT
 from gcma_shm.messages import Reply, Request
@@ -72,7 +73,7 @@ class Client:
         self._plane: Plane | None = None
         self._claims: Claims | None = None
         self._presence: Presence | None = None
-        self._channel = SimpleNamespace(lock=threading.Lock(), timeout=WAIT_S, claims={}, give_up=lambda *_: None)
+        self._channel = SimpleNamespace(lock=threading.Lock(), timeout=WAIT_S, holds=Holds(), give_up=lambda *_: None)
         self.number: int = number or self.ask("hello", **self._who())["client"]
         if child is None:
             self._map()
