@@ -39,6 +39,11 @@ model: all
 soak: all
 	GCMA_SOAK_S=$${GCMA_SOAK_S:-3600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
 
+# Coverage-guided fuzzing of the codec and the broker's service for a minute, or as long as GCMA_FUZZ_S says.
+fuzz: all
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.target
+
 bench: all
 	$(BIN)/python bench/pages.py
 	$(BIN)/python bench/alloc.py --rounds 10
@@ -48,4 +53,4 @@ bench: all
 clean:
 	rm -rf .venv build dist *.egg-info gcma_shm/_core.c gcma_shm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
 
-.PHONY: all run test lint types check model soak bench clean
+.PHONY: all run test lint types check model soak fuzz bench clean
