@@ -48,6 +48,11 @@ storms: all
 sanitize: all
 	GCMA_SANITIZE_S=$${GCMA_SANITIZE_S:-60} $(BIN)/python -m pytest tests/sanitize
 
+# Coverage-guided fuzzing of the codec and the broker's service for a minute, or as long as GCMA_FUZZ_S says.
+fuzz: all
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz.target
+
 bench: all
 	$(BIN)/python bench/pages.py
 	$(BIN)/python bench/alloc.py --rounds 10
@@ -57,4 +62,4 @@ bench: all
 clean:
 	rm -rf .venv build dist *.egg-info gcma_shm/_core.c gcma_shm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
 
-.PHONY: all run test lint types check model soak storms sanitize bench clean
+.PHONY: all run test lint types check model soak storms sanitize fuzz bench clean

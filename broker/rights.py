@@ -62,7 +62,6 @@ class Rights:
 
 LOCAL = Rights("a process of the broker's user", admin=True)
 INSECURE = Rights("a peer without a key", alloc=False)
-NOBODY = None  # no line has this key
 
 
 def no_rights(_sender: Sender) -> Rights | None:

@@ -30,6 +30,7 @@ TICK_S = 1.0
 LOOK_S = (
     0.1  # at the process's own size: what a message of endless frames adds in between is what ZeroMQ reads in that time
 )
+RETURNING_TICKS = 5  # in which memory goes back to the system after connections were ended
 DRAIN_MAX = 64  # requests served before answers, deaths and signals get their turn
 STOP_S = 5.0  # for one worker to end; four of them and their owner's patience are in clients/embedded.py
 
@@ -45,7 +46,7 @@ class Server:
         self._size_at_start = private_bytes()
         self._looked = 0.0
         self._looks = 0  # in a row, that found the process too large
-        self._ended = 0
+        self._ended = self._returning = 0
         self._answers: deque[tuple[Peer, Reply]] = deque()
         self._epoll = select.epoll()
         self._epoll.register(stop.fd, select.EPOLLIN)
@@ -93,8 +94,10 @@ class Server:
                         connections.connections_max,
                         self._growth_max,
                     )
-                    self._ended = 0
-                    give_back()  # what they had sent
+                    self._ended, self._returning = 0, RETURNING_TICKS
+                if self._returning:
+                    self._returning -= 1
+                    give_back()  # what they had sent, as ZeroMQ's thread comes to free it
         return self._stop.reason
 
     def close(self) -> None:

@@ -187,11 +187,11 @@ class Service:
         self.advance()
 
     def peer_gone(self, peer: bytes) -> None:
-        """A connection has ended. A client of this host may connect again; with a remote one, its session ends."""
+        """A connection has ended: so does the session of a client that sends its pages in messages; see `Sessions.gone`."""
         try:
             gone = self.sessions.gone(peer)
             for client in gone:
-                log.info("client %d is gone: its connection over TCP has ended", client.number)
+                log.info("client %d is gone: its connection has ended", client.number)
             self._bury(gone)
         except Exception:
             log.exception("the end of a connection was not served; its session ends when it has been silent for long")

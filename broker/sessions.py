@@ -184,9 +184,11 @@ class Sessions:
         return [client for client in self.clients.values() if client.sender.remote]
 
     def gone(self, peer: bytes) -> list[Client]:
-        """A connection has ended: a remote client ends with it; a process of this host may come by another."""
+        """A connection has ended. The session of a client that maps the arena stays, for it holds buffers and may come by another; any
+        other holds nothing but its record, which whoever comes and goes without a word would collect: it ends.
+        """
         client = self._by_peer.get(peer)
-        return [client] if client is not None and client.sender.remote else []
+        return [client] if client is not None and not client.mapped else []
 
     def silent(self) -> list[Client]:
         """Remote clients that have not been heard of for too long."""

@@ -50,6 +50,10 @@ class Place:
         with gcma_shm.connect(self.broker.endpoint) as another, another.alloc_contig(1 << 16) as buffer:
             assert buffer.nbytes == 1 << 16
 
+    def serves_one(self) -> None:
+        """A page, after whatever was sent before."""
+        assert self.swap.load(0) == PAGE
+
     def recovers(self) -> None:
         """Descriptors and memory are back, and nobody is left whom nobody knows."""
         assert eventually(lambda: descriptors(self.broker.pid) <= self.descriptors), descriptors(self.broker.pid)
@@ -74,8 +78,13 @@ def place() -> Iterator[Place]:
 
 
 def hello(raw: Raw) -> None:
-    raw.request(1, "hello", {"pid": os.getpid(), "start": start_time(os.getpid()) or 0, "mapped": False})
-    assert b"\xa2ok" in raw.receive()
+    """Until there is a record: those of sessions that have just ended are being buried."""
+
+    def said() -> bool:
+        raw.request(1, "hello", {"pid": os.getpid(), "start": start_time(os.getpid()) or 0, "mapped": False})
+        return b"\xa2ok" in raw.receive()
+
+    assert eventually(said)
 
 
 def test_half_open_peers(place: Place) -> None:
@@ -227,6 +236,15 @@ def test_an_address_that_is_another_ones(place: Place) -> None:
         raw.request(2, "ping")
         assert b"\xa2ok" in raw.receive()
         place.serves()
+    place.recovers()
+
+
+def test_sessions_are_not_collected(place: Place) -> None:
+    """A hundred sessions of one living process, each left without a word: there are records for seven."""
+    for _ in range(100):
+        with Raw(place.broker.endpoint).greet() as raw:
+            hello(raw)
+        place.serves_one()
     place.recovers()
 
 

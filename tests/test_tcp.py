@@ -88,6 +88,9 @@ def test_who_has_no_key_in_the_file_is_not_let_in(place: Place, tmp_path: Path) 
     with Raw(place.tcp) as plain:  # nor does the NULL mechanism
         plain.socket.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + bytes(32))
         assert plain.is_ended()
+    with Raw(place.tcp) as oldest:  # nor the protocol's first version, which has no keys
+        oldest.socket.sendall(b"\x01\x00\x05\x00ping")
+        assert oldest.is_ended()
     assert place.clients() == set()
     with place.connect("all") as one:
         assert one.stats()["broker"]["requests"].get("hello", 0) >= 1, "and the others are served"

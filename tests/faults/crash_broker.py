@@ -158,7 +158,7 @@ class _Stand:
     def reclaim(self, jitter: int) -> None:
         """The reclaim thread runs from now on, and each thread loses the processor at one step in so many."""
         self._hook.jitter.value = jitter
-        ReclaimThread(self.plane)
+        ReclaimThread(self.plane, self.service.health)
 
     def clean(self) -> None:
         self.plane.clean_until(self.plane.read(layout.HEAD_AT))
