@@ -222,10 +222,12 @@ cdef void clean_tickets(Arena *a, uint64_t ticket, int n, Retries *retries) noex
 
 
 cdef bint sweep_nursery(Arena *a) noexcept nogil:
-    """Moves the hand on until enough of the nursery is free, one lap at the most; False: a whole lap has freed nothing."""
+    """Moves the hand on until enough of the nursery is free, one lap at the most; False: it has gone all around and freed nothing.
+
+    The hand passes what cannot be freed, so a nursery of pages that no file takes does not look low; hence the count.
+    """
     cdef uint64_t hand = load_relaxed(a.hand), head, swept = 0
     cdef int n, i
-    cdef bint freed = False
     count_promised(a)
     while room_below(a, HIGH_WATER) and swept < a.nursery:
         head = load_relaxed(a.head)
@@ -234,16 +236,17 @@ cdef bint sweep_nursery(Arena *a) noexcept nogil:
         n = min(<uint64_t>BATCH_MAX, head - hand)
         clean_tickets(a, hand, n, NULL)
         for i in range(n):
-            if settle(a, (hand + i) % a.nursery):
-                freed = True
+            a.in_vain = 0 if settle(a, (hand + i) % a.nursery) else a.in_vain + 1
+            if a.in_vain and a.in_vain % a.nursery == 0:
+                store_relaxed(&a.vain_laps, a.vain_laps + 1)
         hand += n
         swept += n
         store_release(a.hand, hand)
-    return freed or swept < a.nursery
+    return a.in_vain < a.nursery
 
 
 cdef void sweeper_rest() noexcept nogil:
-    """After a lap that freed nothing: the nursery is full of pages that no file takes, and those that want one call all the time."""
+    """After a sweep in vain: the nursery is full of pages that no file takes, and those that want one call all the time."""
     cdef uint32_t nobody_wakes = 0
     futex_wait(&nobody_wakes, 0, REST_NS)
 
