@@ -82,7 +82,6 @@ cdef enum:
     LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
     RETRIES_MAX = 16        # pages of one type that its file may refuse once more in one round of retries
-    REST_NS = 5000000       # that the sweep sleeps when it has gone all around and freed nothing, whoever calls
     AREAS_MAX = 64
     YIELD = 79              # the step of a bounded wait that gives the processor to another thread, and sleeps not yet
     LENT_BLOCK = 64         # pages of which the broker counts together how many hold cache

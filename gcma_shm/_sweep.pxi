@@ -221,10 +221,11 @@ cdef void clean_tickets(Arena *a, uint64_t ticket, int n, Retries *retries) noex
                 retries.refused[batch[i].key >> KEY_SHIFT] += 1
 
 
-cdef bint sweep_nursery(Arena *a) noexcept nogil:
-    """Moves the hand on until enough of the nursery is free, one lap at the most; False: it has gone all around and freed nothing.
+cdef void sweep_nursery(Arena *a) noexcept nogil:
+    """Moves the hand on until enough of the nursery is free, one lap at the most.
 
-    The hand passes what cannot be freed, so a nursery of pages that no file takes does not look low; hence the count.
+    The hand passes what cannot be freed, so a nursery of pages that no file takes does not look low; hence the count of what it passed
+    in vain. It goes on after each ticket that somebody draws in vain, and no further: a look costs less than a ticket.
     """
     cdef uint64_t hand = load_relaxed(a.hand), head, swept = 0
     cdef int n, i
@@ -242,13 +243,6 @@ cdef bint sweep_nursery(Arena *a) noexcept nogil:
         hand += n
         swept += n
         store_release(a.hand, hand)
-    return a.in_vain < a.nursery
-
-
-cdef void sweeper_rest() noexcept nogil:
-    """After a sweep in vain: the nursery is full of pages that no file takes, and those that want one call all the time."""
-    cdef uint32_t nobody_wakes = 0
-    futex_wait(&nobody_wakes, 0, REST_NS)
 
 
 cdef void sweeper_sleep(Arena *a, uint64_t timeout_ns) noexcept nogil:
