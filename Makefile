@@ -57,6 +57,7 @@ bench: all
 	$(BIN)/python bench/pages.py
 	$(BIN)/python bench/alloc.py --rounds 10
 	$(BIN)/python bench/fragmentation.py
+	$(BIN)/python bench/checksum.py
 	$(BIN)/python bench/stress.py
 
 clean:

@@ -66,7 +66,7 @@ INSECURE = Rights("a peer without a key", alloc=False)
 
 def no_rights(_sender: Sender) -> Rights | None:
     """Where nobody is let in from elsewhere."""
-    return NOBODY
+    return None
 
 
 def parse_authorized(text: str) -> dict[str, Rights]:

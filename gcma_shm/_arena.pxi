@@ -82,7 +82,6 @@ cdef enum:
     LOW_WATER = 8           # the broker is woken when less than 1/8 of the nursery is free ...
     HIGH_WATER = 4          # ... and sweeps until 1/4 is
     RETRIES_MAX = 16        # pages of one type that its file may refuse once more in one round of retries
-    REST_NS = 5000000       # that the sweep sleeps after a lap that made no page free, whoever calls
     AREAS_MAX = 64
     YIELD = 79              # the step of a bounded wait that gives the processor to another thread, and sleeps not yet
     CLIENT_WORDS = 64       # of a set of client numbers, 0 to 4095
@@ -223,6 +222,8 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t *refused
     uint64_t refused_count  # how many those are, about
     uint64_t retry_at       # nursery page at which the next round of retries begins
+    uint64_t in_vain        # tickets that the hand has passed since the sweep last freed a page
+    uint64_t vain_laps      # how often that has been a whole nursery
     int refused_errno       # of the last refusal
     int32_t pins_max
     int32_t pins            # nursery pages that this process keeps from being reclaimed: granted, or claimed to be cleaned

@@ -409,8 +409,7 @@ cdef class Plane:
         """
         cdef uint64_t timeout_ns = <uint64_t>(timeout * 1e9)
         with nogil:
-            if not sweep_nursery(self.a):
-                sweeper_rest()
+            sweep_nursery(self.a)
             sweeper_sleep(self.a, timeout_ns)
         return load_relaxed(self.a.head)
 

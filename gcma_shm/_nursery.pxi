@@ -95,7 +95,7 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
     """
     cdef uint64_t ticket, page, life
     cdef int64_t room
-    cdef uint64_t tries = 0, refusals = 0
+    cdef uint64_t tries = 0, refusals = 0, laps = load_relaxed(&a.vain_laps)
     cdef unsigned step = 0
     cdef int status
     while not pin(a, 1):  # for other threads of this process, whose stores come to an end by themselves
@@ -133,11 +133,11 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
         elif tries % LOOK_EVERY == 0 and now_ns() >= deadline:
             break
         if tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, being cleaned by somebody, or refused by its file
-            # The broker stores for those that send messages, and others wait for the same worker: it does not wait for the file when
-            # that has refused half of the nursery; no more than the other half may be in the hands of clients, who come to an end.
-            if a.refused != NULL and 2 * refusals >= a.nursery:
+            # The broker stores for those that send messages, and others wait for the same worker: it does not wait for a file that
+            # has refused half of the nursery (no more than the other half may be in clients' hands), once the sweep has gone all
+            # around since we came (a lap under way may have missed what was freed before) and found nothing.
+            if 2 * load_relaxed(&a.refused_count) >= a.nursery and load_relaxed(&a.vain_laps) - laps > 1:
                 break
-            refusals = 0
             back_off(step)
             step += 1
     unpin(a, 1)

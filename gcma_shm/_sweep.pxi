@@ -222,11 +222,14 @@ cdef void clean_tickets(Arena *a, uint64_t ticket, int n, Retries *retries) noex
                 retries.refused[batch[i].key >> KEY_SHIFT] += 1
 
 
-cdef bint sweep_nursery(Arena *a) noexcept nogil:
-    """Moves the hand on until enough of the nursery is free, one lap at the most; False: a whole lap has freed nothing."""
+cdef void sweep_nursery(Arena *a) noexcept nogil:
+    """Moves the hand on until enough of the nursery is free, one lap at the most.
+
+    The hand passes what cannot be freed, so a nursery of pages that no file takes does not look low; hence the count of what it passed
+    in vain. It goes on after each ticket that somebody draws in vain, and no further: a look costs less than a ticket.
+    """
     cdef uint64_t hand = load_relaxed(a.hand), head, swept = 0
     cdef int n, i
-    cdef bint freed = False
     count_promised(a)
     while room_below(a, HIGH_WATER) and swept < a.nursery:
         head = load_relaxed(a.head)
@@ -235,18 +238,12 @@ cdef bint sweep_nursery(Arena *a) noexcept nogil:
         n = min(<uint64_t>BATCH_MAX, head - hand)
         clean_tickets(a, hand, n, NULL)
         for i in range(n):
-            if settle(a, (hand + i) % a.nursery):
-                freed = True
+            a.in_vain = 0 if settle(a, (hand + i) % a.nursery) else a.in_vain + 1
+            if a.in_vain and a.in_vain % a.nursery == 0:
+                store_relaxed(&a.vain_laps, a.vain_laps + 1)
         hand += n
         swept += n
         store_release(a.hand, hand)
-    return freed or swept < a.nursery
-
-
-cdef void sweeper_rest() noexcept nogil:
-    """After a lap that freed nothing: the nursery is full of pages that no file takes, and those that want one call all the time."""
-    cdef uint32_t nobody_wakes = 0
-    futex_wait(&nobody_wakes, 0, REST_NS)
 
 
 cdef void sweeper_sleep(Arena *a, uint64_t timeout_ns) noexcept nogil:

@@ -99,10 +99,11 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
         for offset in (5, p.nursery_pages):
             with pytest.raises(NurseryFull, match=os.strerror(errno.ENOSPC)):
                 swap.store(offset, page_of(999))
-        if mapped:  # each has waited for its bound, and has not hammered the disk meanwhile: 16 tries, then a sleep of a millisecond
+        if mapped:  # each has waited for its bound, and has not hammered the disk meanwhile: 16 tries to a sleep of a millisecond
             waited = time.monotonic() - begun
             assert waited >= 2 * TIMEOUT_S
-            assert p.owner.stats()["counters"]["spill_failures"] - failures < 20_000 * waited
+            failures = p.owner.stats()["counters"]["spill_failures"] - failures
+            assert failures < 16_000 * waited, f"{failures} in {waited:.1f} s"
         with pytest.raises(NurseryFull) as raised:
             swap.store_many([500, 501], bytes(PAGE) + page_of(1))
         assert raised.value.done == 1, "zeros need no page"
@@ -119,10 +120,10 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
         check_values(swap, values)
         if not mapped:  # the workers that serve the messages of all do not wait for each of these
             begun = time.monotonic()
-            for _ in range(40):
+            for _ in range(20):
                 with pytest.raises(NurseryFull):
                     swap.store(700, page_of(1))
-            assert time.monotonic() - begun < 60, "40 stores waited 3 s each"
+            assert time.monotonic() - begun < 40, "20 stores waited 3 s each"
         disk.relieve()
         p.healthy()
         swap.sync()
@@ -222,8 +223,8 @@ def test_a_type_whose_file_refuses_leaves_others_what_it_does_not_fill(tmp_path:
         p.check()
 
 
-def test_a_sweep_in_vain_rests(tmp_path: Path) -> None:
-    """The nursery is full of pages that no file takes, and loads from the file want one each: the broker's thread does not run after them."""
+def test_a_sweep_in_vain_costs_no_more_than_what_calls_it(tmp_path: Path) -> None:
+    """The nursery is full of pages that no file takes, and loads from the file want one each: the broker's sweep looks, and writes nothing."""
     with place(tmp_path, mapped=True) as p:
         swap, bad = p.client.swap(3, SLOTS), p.client.swap(4, SLOTS, "behind")
         swap.store_many(range(SLOTS), b"".join(map(page_of, range(1, SLOTS + 1))))
@@ -237,7 +238,8 @@ def test_a_sweep_in_vain_rests(tmp_path: Path) -> None:
             while time.thread_time() - ours < 0.5:
                 swap.load_into(n % SLOTS, page)
                 n += 1
-            assert cpu_seconds(p.owner.broker_pid) - theirs < 0.2
+            theirs = cpu_seconds(p.owner.broker_pid) - theirs
+            assert theirs < 0.5, f"{theirs} s"
             assert p.owner.stats()["counters"]["hits_spill"] - read > n // 4
         p.healthy()
 
