@@ -12,6 +12,7 @@ from typing import Any
 
 from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.broker.ask import ask
+from gcma_shm.broker.checking import add_check
 from gcma_shm.broker.process import Settings, run
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import GcmaError
@@ -186,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     quota.set_defaults(run=_quota)
     quota.add_argument("client", type=int, metavar="CLIENT", help="its number, as errors and statistics tell it")
     quota.add_argument("size", nargs="?", metavar="SIZE", help="its new quota; `none`: no bound")
+    add_check(commands)
     return parser
 
 

@@ -52,6 +52,7 @@ include "_slots.pxi"
 include "_claim.pxi"
 include "_sweep.pxi"
 include "_recover.pxi"
+include "_survey.pxi"
 
 # The tables have a size in layout.py and a shape here.
 assert sizeof(TypeEntry) == layout.TYPE_BYTES
