@@ -14,6 +14,7 @@ from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.broker.ask import ask
 from gcma_shm.broker.checking import add_check
 from gcma_shm.broker.process import Settings, run
+from gcma_shm.broker.reap import add_reap
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import GcmaError
 from gcma_shm.sizes import format_size, parse_size
@@ -188,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     quota.add_argument("client", type=int, metavar="CLIENT", help="its number, as errors and statistics tell it")
     quota.add_argument("size", nargs="?", metavar="SIZE", help="its new quota; `none`: no bound")
     add_check(commands)
+    add_reap(commands)
     return parser
 
 

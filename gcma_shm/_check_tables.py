@@ -6,33 +6,12 @@ Pure: a `View` in, findings out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
 
 from gcma_shm import layout
 from gcma_shm._check_view import View
 from gcma_shm.areas import DRAINED, LENT, SHARE_WHOLE
 from gcma_shm.entries import Guest
-from gcma_shm.errors import ArenaError
-from gcma_shm.layout import Geometry
 from gcma_shm.records import State
-
-
-def geometry_faults(found: Geometry) -> list[str]:
-    """Where the header's numbers do not follow from its sizes, as `layout.plan` computes them."""
-    try:
-        planned, _ = layout.plan(found.size, found.page_size, None, found.slots, found.clients_max)
-    except (ArenaError, ValueError) as error:
-        return [f"no arena can have these sizes: {error}"]
-    grants = min(found.nursery_pages // 2 // (found.clients_max + 1), layout.GRANTS_MAX)
-    expected = replace(planned, nursery_pages=found.nursery_pages, grants_max=grants)
-    faults = [
-        f"{name} is {value}, expected {getattr(expected, name)} in an arena of this size"
-        for name, value in asdict(found).items()
-        if value != getattr(expected, name)
-    ]
-    if not layout.NURSERY_PAGES_MIN <= found.nursery_pages < found.pages:
-        faults.append(f"a nursery of {found.nursery_pages} pages, of {found.pages} in all")
-    return faults
 
 
 def check_words_of_header(view: View) -> None:

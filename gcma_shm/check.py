@@ -34,7 +34,7 @@ import os
 import stat
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from gcma_shm import layout
@@ -45,7 +45,6 @@ from gcma_shm._check_tables import (
     check_guests,
     check_types,
     check_words_of_header,
-    geometry_faults,
 )
 from gcma_shm._check_view import SUSPECTS_MAX, Finding, View
 from gcma_shm._check_words import check_gauges, check_pages, check_slots
@@ -87,16 +86,21 @@ class Report:
 class Inspected:
     """An arena that is mapped for reading. To be closed."""
 
-    def __init__(self, name: str) -> None:
-        """Raises ArenaError when there is none, it is another user's, no arena, or of another layout version."""
+    def __init__(self, name: str, served: bool = True) -> None:
+        """Raises ArenaError when there is none, it is another user's, no arena, or of another layout version; `served`: or no broker
+        came so far as to serve it.
+        """
         self.fd = _open(name)
+        self._map = None
+        self.memory = memoryview(b"")
         try:
             self.size = os.fstat(self.fd).st_size
-            self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ) if self.size else None
-            self.memory = memoryview(self._map if self._map is not None else b"")
-            _refuse_others(name, self.memory)
+            if self.size:
+                self._map = mmap.mmap(self.fd, self.size, prot=mmap.PROT_READ)
+                self.memory = memoryview(self._map)
+            _refuse_others(name, self.memory, served)
         except BaseException:
-            os.close(self.fd)
+            self.close()
             raise
 
     def read_header(self) -> tuple[Geometry, list[Area]]:
@@ -119,6 +123,24 @@ class Inspected:
         if self._map is not None:
             self._map.close()
         os.close(self.fd)
+
+
+def geometry_faults(found: Geometry) -> list[str]:
+    """Where the header's numbers do not follow from its sizes, as `layout.plan` computes them."""
+    try:
+        planned, _ = layout.plan(found.size, found.page_size, None, found.slots, found.clients_max)
+    except (ArenaError, ValueError) as error:
+        return [f"no arena can have these sizes: {error}"]
+    grants = min(found.nursery_pages // 2 // (found.clients_max + 1), layout.GRANTS_MAX)
+    expected = replace(planned, nursery_pages=found.nursery_pages, grants_max=grants)
+    faults = [
+        f"{name} is {value}, expected {getattr(expected, name)} in an arena of this size"
+        for name, value in asdict(found).items()
+        if value != getattr(expected, name)
+    ]
+    if not layout.NURSERY_PAGES_MIN <= found.nursery_pages < found.pages:
+        faults.append(f"a nursery of {found.nursery_pages} pages, of {found.pages} in all")
+    return faults
 
 
 def check(name: str, values: bool = False, files: bool = True) -> Report:
@@ -202,7 +224,7 @@ def _open(name: str) -> int:
     return fd
 
 
-def _refuse_others(name: str, memory: memoryview) -> None:
+def _refuse_others(name: str, memory: memoryview, served: bool) -> None:
     if memory[:8] != layout.MAGIC or len(memory) < layout.EPOCH_AT + 8:
         raise ArenaError(f"{name} is not an arena: it begins with {bytes(memory[:8])!r}, expected {layout.MAGIC!r}")
     version = int.from_bytes(memory[8:12], "little")
@@ -210,7 +232,7 @@ def _refuse_others(name: str, memory: memoryview) -> None:
         raise ArenaError(
             f"{name} is an arena of layout version {version}: this gcma-shm knows version {layout.LAYOUT_VERSION}; use the same release"
         )
-    if not word(memory, layout.EPOCH_AT):
+    if served and not word(memory, layout.EPOCH_AT):
         raise ArenaError(
             f"{name} is an arena that no broker has served yet: one is making it, or was killed before it was made"
         )
