@@ -34,9 +34,11 @@ cdef uint64_t put_right(
         if now == PUBLISHED and state == FREE and life_owner(life) == owner:
             lent += 1
             if owner == 0:
-                note_lent(a, area, page, life, 1)
+                a.lent_map[page // LENT_BLOCK] += 1  # no thread of ours runs yet
         elif now == GRANTED or not (claimed or (now == state and life_owner(life) == owner)):
             cas(&a.life[page], life, next_life(life, state, owner))       # @recover.range
+    if owner == 0:
+        fetch_add(&area.lent, lent)
     return lent
 
 

@@ -143,7 +143,7 @@ def geometry_faults(found: Geometry) -> list[str]:
     return faults
 
 
-def check(name: str, values: bool = False, files: bool = True) -> Report:
+def check(name: str, values: bool = False) -> Report:
     """Looks at the arena of that name. `values`: also at every value in memory and in the spill files.
 
     Raises ArenaError for what cannot be checked: there is no such arena, it is another user's, no arena at all, or of another layout
@@ -151,13 +151,13 @@ def check(name: str, values: bool = False, files: bool = True) -> Report:
     """
     inspected = Inspected(name)
     try:
-        return _check(inspected, values, files)
+        return _check(inspected, values)
     finally:
         inspected.close()
 
 
-def _check(inspected: Inspected, values: bool, files: bool) -> Report:
-    def look() -> Report:
+def _check(inspected: Inspected, values: bool) -> Report:
+    def look(before: Report | None) -> Report:
         try:
             geometry, areas = inspected.read_header()
         except ArenaError as error:  # or a broker was about to write an area's entry
@@ -166,9 +166,8 @@ def _check(inspected: Inspected, values: bool, files: bool) -> Report:
         if faults:  # the tables are not where it says
             return Report([Finding("header", text) for text in faults])
         directory = inspected.spill_dir()
-        report = look_once(
-            inspected.memory, geometry, areas, inspected.standing(geometry), directory if files else None, values
-        )
+        again = before is None or any(finding.kind == "value" for finding in before.findings)
+        report = look_once(inspected.memory, geometry, areas, inspected.standing(geometry), directory, values and again)
         if directory is None:
             report.findings.append(Finding("header", "it does not say where the spill files are"))
         return report
@@ -176,17 +175,17 @@ def _check(inspected: Inspected, values: bool, files: bool) -> Report:
     return repeated(look)
 
 
-def repeated(look: Callable[[], Report]) -> Report:
-    """What is found each time, if anything is found the first time and the arena may be moving."""
-    report = look()
+def repeated(look: Callable[[Report | None], Report]) -> Report:
+    """What is found each time, if anything is found the first time and the arena may be moving. Each look is told what is left."""
+    report = look(None)
     nap = NAP_S
     while report.findings and report.moving and report.looks < LOOKS:
         time.sleep(nap)
         nap *= 2
-        again = look()
+        again = look(report)
         found = {(finding.kind, finding.text): finding for finding in again.findings}
         kept = [found[key] for finding in report.findings if (key := (finding.kind, finding.text)) in found]
-        report = replace(again, findings=kept, looks=report.looks + 1, moving=True)
+        report = replace(report, findings=kept, unsettled=again.unsettled, looks=report.looks + 1)
     return report
 
 

@@ -653,11 +653,11 @@ def test_a_stopped_broker_is_no_damage(endpoint: str) -> None:
 def test_what_is_there_but_once_is_not_told() -> None:
     findings = [Finding("page", f"page {n}") for n in range(3)]
     looks = iter([findings, findings[1:], *[findings[1:2]] * LOOKS])
-    report = repeated(lambda: Report(next(looks), moving=True))
+    report = repeated(lambda _: Report(next(looks), moving=True))
     assert report.findings == findings[1:2]
     assert report.looks == LOOKS
     assert len(list(looks)) == 2, "no more looks than that"
-    assert repeated(lambda: Report(findings)).looks == 1, "nothing moves"
+    assert repeated(lambda _: Report(findings)).looks == 1, "nothing moves"
 
 
 def test_it_cannot_write(endpoint: str) -> None:
