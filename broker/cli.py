@@ -15,6 +15,7 @@ from gcma_shm.broker.ask import ask
 from gcma_shm.broker.checking import add_check
 from gcma_shm.broker.process import Settings, run
 from gcma_shm.broker.reap import add_reap
+from gcma_shm.broker.showing import add_showing
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import GcmaError
 from gcma_shm.sizes import format_size, parse_size
@@ -190,6 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     quota.add_argument("size", nargs="?", metavar="SIZE", help="its new quota; `none`: no bound")
     add_check(commands)
     add_reap(commands)
+    add_showing(commands)
     return parser
 
 
