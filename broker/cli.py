@@ -12,9 +12,12 @@ from typing import Any
 
 from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.broker.ask import ask
+from gcma_shm.broker.checking import add_check
 from gcma_shm.broker.door import Doorway
 from gcma_shm.broker.keys import keygen
 from gcma_shm.broker.process import Settings, run
+from gcma_shm.broker.reap import add_reap
+from gcma_shm.broker.showing import add_showing
 from gcma_shm.curve import credentials_of
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import GcmaError
@@ -237,6 +240,9 @@ def _parser() -> argparse.ArgumentParser:
     keys.set_defaults(run=_keygen)
     keys.add_argument("directory", type=Path, metavar="DIRECTORY")
     keys.add_argument("name", nargs="?", metavar="NAME", help="of the one pair to be made (default: server and client)")
+    add_check(commands)
+    add_reap(commands)
+    add_showing(commands)
     return parser
 
 

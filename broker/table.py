@@ -7,6 +7,7 @@ taken is found.
 from __future__ import annotations
 
 import secrets
+import struct
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from gcma_shm.errors import ArenaError, QuotaExceeded
 from gcma_shm.layout import INDEX_BITS, KIND_BITS
 
 _KIND = (1 << KIND_BITS) - 1
+_NAME = struct.Struct(f"<{layout.NAME_BYTES // 8}Q")
 
 
 @dataclass
@@ -125,11 +127,9 @@ class Table:
 
         Raises ArenaError when an entry contradicts the areas, or another one.
         """
-        restored: list[Allocation] = []
-        for index in reversed(self._free):
-            state = self._plane.read(self._geometry.allocation_at(index) + layout.ALLOCATION_STATE_AT)
-            if state & _KIND:
-                restored.append(self._read(index, state, areas, clients))
+        at = self._geometry.allocations_at + layout.ALLOCATION_STATE_AT
+        states = self._plane.read_many(at, self._geometry.allocations_max, layout.ALLOCATION_BYTES)
+        restored = [self._read(index, state, areas, clients) for index, state in enumerate(states) if state & _KIND]
         used = {allocation.index for allocation in restored}
         self._free = [index for index in self._free if index not in used]
         self._used = max(used, default=-1) + 1
@@ -138,13 +138,14 @@ class Table:
 
     def _read(self, index: int, state: int, areas: Areas, clients: Container[int]) -> Allocation:
         at = self._geometry.allocation_at(index)
+        words = self._plane.read_many(at, layout.ALLOCATION_BYTES // 8)
         first, pages, deadline = (
-            self._plane.read(at + offset)
+            words[offset // 8]
             for offset in (layout.ALLOCATION_FIRST_AT, layout.ALLOCATION_PAGES_AT, layout.ALLOCATION_DEADLINE_AT)
         )
-        name_words = (self._plane.read(at + layout.ALLOCATION_NAME_AT + 8 * n) for n in range(layout.NAME_BYTES // 8))
         # Up to the first zero: behind it may be what is left of an older name, whose removal was cut off.
-        name = b"".join(word.to_bytes(8, "little") for word in name_words).partition(b"\0")[0].decode(errors="replace")
+        name_words = words[layout.ALLOCATION_NAME_AT // 8 :][: layout.NAME_BYTES // 8]
+        name = _NAME.pack(*name_words).partition(b"\0")[0].decode(errors="replace")
         kind, place = state & _KIND, areas.place_of(first, pages)
         if kind not in (layout.BUFFER, layout.RESERVATION) or place is None:
             raise ArenaError(
@@ -159,8 +160,8 @@ class Table:
 
     def _clients_in(self, table_at: int, index: int) -> Iterator[int]:
         size = self._geometry.holder_bytes
-        for word in range(size // 8):
-            bits = self._plane.read(table_at + index * size + 8 * word)
+        for word, found in enumerate(self._plane.read_many(table_at + index * size, size // 8)):
+            bits = found
             while bits:
                 yield 64 * word + (bits & -bits).bit_length() - 1
                 bits &= bits - 1

@@ -56,6 +56,7 @@ include "_claim.pxi"
 include "_retry.pxi"
 include "_sweep.pxi"
 include "_recover.pxi"
+include "_survey.pxi"
 
 # The tables have a size in layout.py and a shape here.
 assert sizeof(TypeEntry) == layout.TYPE_BYTES
@@ -237,6 +238,17 @@ cdef class Plane:
     def read(self, Py_ssize_t at):
         """The word at byte `at` of the arena, with acquire order."""
         return load_acquire(self.word_at(at))
+
+    def read_many(self, Py_ssize_t at, Py_ssize_t count, Py_ssize_t step=8):
+        """`count` words, as `read`, one every `step` bytes from byte `at` on."""
+        cdef Py_ssize_t i
+        if count < 1:
+            return []
+        if step < 8 or step > self.memory.len or count > self.memory.len:
+            raise IndexError(f"no {count} words of {step} bytes each in the arena")
+        self.word_at(at)
+        self.word_at(at + (count - 1) * step)
+        return [load_acquire(<uint64_t *>(self.a.base + at + i * step)) for i in range(count)]
 
     def write(self, Py_ssize_t at, uint64_t value):
         """Writes the word at byte `at`, with release order: what was written before is seen by whoever reads this

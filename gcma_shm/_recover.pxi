@@ -26,15 +26,18 @@ cdef void put_right(
     broker's copy. It is put right whoever has the claim, and else nothing of a range that is `claimed`. A claimer's sweep stores the
     same FREE in the same sequence, or has passed over it, and the CAS loses.
     """
-    cdef uint64_t page, life, now
+    cdef uint64_t page, life, now, lent = 0
     for page in range(first, first + n):
         life = load_acquire(&a.life[page])
         now = life_state(life)
         if now == PUBLISHED and state == FREE and life_owner(life) == owner:
+            lent += 1
             if owner == 0:
-                note_lent(a, area, page, life, 1)
+                a.lent_map[page // LENT_BLOCK] += 1  # no thread of ours runs yet
         elif now == GRANTED or not (claimed or (now == state and life_owner(life) == owner)):
             cas(&a.life[page], life, next_life(life, state, owner))       # @recover.range
+    if owner == 0:
+        fetch_add(&area.lent, lent)
 
 
 cdef uint64_t count_published(Arena *a, uint64_t first, uint64_t n) noexcept nogil:

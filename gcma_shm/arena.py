@@ -227,11 +227,28 @@ def remove_dead(name: str) -> None:
     if fd is None:
         return
     try:
-        with contextlib.suppress(ArenaError):  # whatever it was, no client runs on it
-            _end_lives(_map(name, fd))
+        end_dead(name, fd)
         posix_ipc.unlink_shared_memory(name)
     finally:
         os.close(fd)
+
+
+def lock_dead(name: str) -> int:
+    """A descriptor of the object under `name` with the broker's lock, so that no broker starts or takes over until it is closed; an
+    empty object where there is none. Raises ArenaError when a broker has it.
+    """
+    for _ in range(ROUNDS_MAX):
+        fd = _open_dead(name)
+        fd = _lock_new(name) if fd is None else fd
+        if fd is not None:
+            return fd
+    raise ArenaError(errno.EBUSY, f"other brokers are starting and stopping on the arena {name}; try again")
+
+
+def end_dead(name: str, fd: int) -> None:
+    """Ends the lives of all types in the locked object `fd`; of what is no arena, and so has no clients, nothing."""
+    with contextlib.suppress(ArenaError):
+        _end_lives(_map(name, fd))
 
 
 def _end_lives(arena: Arena) -> None:

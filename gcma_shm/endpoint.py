@@ -95,7 +95,12 @@ def arena_name(endpoint: str) -> str:
 
 
 def default_spill_dir(endpoint: str) -> Path:
-    """A directory of the arena's own under the user's cache directory.
+    """A directory of the arena's own under the user's cache directory. Raises ArenaError when there is none."""
+    return default_spill_base() / arena_name(endpoint).removeprefix("/")
+
+
+def default_spill_base() -> Path:
+    """Where the spill directories of this user's arenas are, unless a broker was told otherwise.
 
     Not the runtime directory: that is memory on most systems, and pages that leave memory should not come to rest in
     memory.
@@ -104,7 +109,7 @@ def default_spill_dir(endpoint: str) -> Path:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     except RuntimeError:
         raise ArenaError("there is no home directory to keep spill files in; say where with --spill-dir") from None
-    return Path(cache) / "gcma" / arena_name(endpoint).removeprefix("/")
+    return Path(cache) / "gcma"
 
 
 def private_dir(path: Path) -> Path:

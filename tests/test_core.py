@@ -803,3 +803,25 @@ def test_one_process_with_two_planes_is_two_clients(bare: Bare) -> None:
     second.slots(0, 1, None).store(1, b"a" * 4096)
     assert counts(bare, 2) == {"stores": 1, "cleaned": 1}
     assert counts(bare, 1) == {}
+
+
+def test_many_words_at_once(bare: Bare) -> None:
+    at = bare.plane.geometry.allocations_at
+    for n in range(4):
+        bare.plane.write(at + 128 * n, n + 7)
+    assert bare.plane.read_many(at, 4, 128) == [7, 8, 9, 10]
+    assert bare.plane.read_many(at, 2) == [7, 0]
+    assert bare.plane.read_many(at, 0) == []
+    size = bare.plane.geometry.size
+    for wrong in (
+        (at + 1, 2, 8),
+        (at, 2, 12),
+        (at, 2, 4),
+        (-8, 1, 8),
+        (size - 8, 2, 8),
+        (at, size, 8),
+        (at, 2, size + 8),
+    ):
+        with pytest.raises(IndexError):
+            bare.plane.read_many(*wrong)
+    assert bare.plane.read_many(size - 8, 1) == [bare.plane.read(size - 8)]
