@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from gcma_shm.broker.ask import ask
 from gcma_shm.broker.checking import add_check
 from gcma_shm.broker.door import Doorway
 from gcma_shm.broker.keys import keygen
+from gcma_shm.broker.log import logging_to_standard_error
 from gcma_shm.broker.process import Settings, run
 from gcma_shm.broker.reap import add_reap
 from gcma_shm.broker.showing import add_showing
@@ -44,7 +44,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _broker(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
-    logging.basicConfig(level=parsed.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = _settings(parsed)
     except ValueError as error:
@@ -58,7 +57,8 @@ def _broker(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
             _tell(asked.pop(), "ready")
 
     try:
-        run(settings, ready)
+        with logging_to_standard_error(parsed.log_level):
+            run(settings, ready)
     except (GcmaError, OSError, ValueError) as error:
         if not asked:
             raise

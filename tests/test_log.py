@@ -1,0 +1,80 @@
+"""The broker's log: nobody waits for whoever reads it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import gcma_shm
+from gcma_shm.broker import log as log_module
+from gcma_shm.broker.log import Log
+from tests.processes import WAIT_S, broker_command, eventually
+
+
+def record(words: str) -> logging.LogRecord:
+    return logging.LogRecord("x", logging.WARNING, __file__, 1, words, None, None)
+
+
+def test_lines_come_in_order() -> None:
+    read_end, write_end = os.pipe()
+    log = Log(write_end)
+    for n in range(100):
+        log.emit(record(f"line {n}"))
+    log.end()
+    os.close(write_end)
+    with os.fdopen(read_end) as said:
+        assert [line.rpartition(": ")[2].strip() for line in said] == [f"line {n}" for n in range(100)]
+
+
+def test_a_reader_that_does_not_read_costs_lines_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "END_S", 0.01)
+    read_end, write_end = os.pipe()
+    log = Log(write_end)
+    for n in range(5000):  # far more than the pipe and the queue hold
+        log.emit(record(f"line {n} {'x' * 200}"))
+    log.end()
+    with os.fdopen(read_end, "rb", 0) as said:
+        assert eventually(lambda: not log._lines.full() or not said.read(65536))
+        log.emit(record("the last one"))
+        found = b""
+        while b"the last one" not in found:
+            found += said.read(65536)
+    assert b"lines before it were lost" in found
+    os.close(write_end)
+
+
+def test_a_reader_that_has_gone() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    log = Log(write_end)
+    log.emit(record("to nobody"))
+    log.end()
+    assert not log._thread.is_alive()
+    os.close(write_end)
+
+
+def test_a_broker_whose_log_nobody_reads_serves_and_ends() -> None:
+    endpoint = f"ipc://{os.environ['XDG_RUNTIME_DIR']}/b"
+    process = subprocess.Popen(
+        broker_command(endpoint, "--size", "8M", "--log-level", "debug"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd="/",
+    )
+    try:
+        assert process.stderr is not None
+        assert eventually(Path(endpoint.removeprefix("ipc://")).exists)
+        fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
+        for _ in range(100):  # two lines each, several times what the pipe holds
+            gcma_shm.connect(endpoint, mapped=False, timeout=WAIT_S, wait_for_broker=WAIT_S).close()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(WAIT_S) == 0
+    finally:
+        process.kill()
+        process.communicate()
