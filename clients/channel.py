@@ -64,20 +64,33 @@ class Channel:
         self.closed = False
         self.greeting: dict[str, Any] = {}
         self.holds = Holds()
-        self._open()
+        self._begin()
 
-    def reset(self) -> None:
-        """Starts over; in a forked child, where the parent's socket and lock are of no use."""
-        self._goodbye.detach()
-        self._socket.close()  # pyzmq knows that this is not the process that opened it, and touches nothing
-        self._context.term()
-        self._open()
-
-    def _open(self) -> None:
+    def _begin(self) -> None:
         self.lock = threading.Lock()
         self._number = 0
         self._late = 0  # requests whose replies may still come
         self._greeted = False
+        self._is_open = False
+
+    def reset(self) -> None:
+        """Starts over; in a forked child, where the parent's socket and lock are of no use."""
+        self._close()  # pyzmq knows that this is not the process that opened it, and touches nothing
+        self._begin()
+
+    def _close(self) -> None:
+        if self._is_open:
+            self._is_open = False
+            self._goodbye.detach()
+            self._socket.close()
+            self._context.term()
+
+    def _open(self) -> None:
+        """With the first request, and so not in a child that is about to become another program: between fork and exec its
+        descriptors are closed (subprocess), under the feet of ZeroMQ's thread.
+        """
+        if self._is_open:
+            return
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         before = scheduler_slice(SLICE_S)  # for ZeroMQ's thread, which the first socket starts: somebody waits for it
         self._socket = self._context.socket(zmq.DEALER)
@@ -93,6 +106,7 @@ class Channel:
         self._goodbye = weakref.finalize(self, _say_goodbye, self._socket, self._context)
         # Not at the interpreter's exit: daemon threads may still store then, and the broker sees the process end.
         self._goodbye.atexit = False
+        self._is_open = True
 
     def request(
         self,
@@ -141,6 +155,7 @@ class Channel:
     def _requests(self, wanted: Iterable[Wanted], window: int, patience: float) -> Iterator[Reply | Exception]:
         if self.closed:
             raise Closed("this client is closed")
+        self._open()
         deadline = time.monotonic() + self.timeout + patience
         self._take_late_replies()
         if not self._greeted:
@@ -182,10 +197,11 @@ class Channel:
             with self.lock:
                 if self.closed:
                     return
+                self._open()
                 deadline = time.monotonic() + self.timeout
+                self._take_late_replies()
                 if not self._greeted:
                     self._hello(deadline)
-                self._take_late_replies()
                 last = self._flush(deadline)
                 reply = self._receive(last, deadline) if last is not None else None
                 if reply is not None and reply.status in (HELLO_NEEDED, LOST):
@@ -235,7 +251,8 @@ class Channel:
 
     def disown(self) -> None:
         """In a forked child that is no client: nothing of this channel is to be used; its lock is held, for ever."""
-        self._goodbye.detach()
+        if self._is_open:
+            self._goodbye.detach()
         self.closed = True
         self.lock = threading.Lock()
 
@@ -243,9 +260,7 @@ class Channel:
         """Closes the socket without a word; the broker notices when the process ends."""
         with self.lock:
             self.closed = True
-            self._goodbye.detach()
-            self._socket.close()
-            self._context.term()
+            self._close()
 
     def _hello(self, deadline: float) -> None:
         self._greeted = False

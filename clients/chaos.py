@@ -37,6 +37,7 @@ class Targets(Protocol):
 
     broker: BrokerProcess
     children: list[Child]
+    meanwhile: Callable[[], None]  # called in every wait; may raise
 
     def replace(self, child: Child) -> None:
         """Another one like it, as it has ended."""
@@ -167,4 +168,5 @@ class Chaos:
                     self._targets.wrong(f"a worker ({child.how}) stands still while there is no broker")
                     return
                 self._do_due()
+                self._targets.meanwhile()
                 time.sleep(0.001)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from gcma_shm import layout
 from gcma_shm.clients import handles
+from gcma_shm.clients.channel import PROBE_S
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import clients
 from gcma_shm.errors import QuotaExceeded
@@ -40,7 +41,7 @@ class Fork:
 def _prepare(fork: Fork) -> None:
     client, claims, plane = fork.client, fork.client._claims, fork.client._plane
     for lock in (client._channel.lock, *([claims.lock] if claims is not None else [])):
-        if lock.acquire(timeout=client._channel.timeout):
+        if lock.acquire(timeout=client._channel.timeout + 2 * PROBE_S):  # a request under way ends before that
             fork.locks.append(lock)
     if plane is None or claims is None or client._presence is None or client.closed:
         return

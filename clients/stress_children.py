@@ -31,6 +31,7 @@ from gcma_shm.errors import BrokerUnavailable, QuotaExceeded
 WORDS_MAX = select.PIPE_BUF - 8  # bytes of what a child says at once
 READ_MAX = 1 << 20
 PR_SET_PDEATHSIG = 1  # prctl(2)
+STDERR = 2
 WHERE_S = 0.5  # for a child to say what it is doing
 COUNTED = ("allocations", "claims", "drains", "ends")
 _OVER = 8 * len(COUNTED)
@@ -143,7 +144,7 @@ def fork(role: Role, how: How, shared: Shared, work: Callable[[], object], log: 
         begun[0] = 1
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        faulthandler.register(signal.SIGUSR1)
+        faulthandler.register(signal.SIGUSR1, file=STDERR)
         try:
             work()
         except BaseException:

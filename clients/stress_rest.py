@@ -20,7 +20,8 @@ GRANTED = 1  # a nursery page's state, in the two highest bits of its life
 class Rest:
     """The last client's look around, each part within `wait_s`: the broker sweeps, writes behind and buries at its own pace."""
 
-    def __init__(self, client: Client, plan: Plan, wait_s: float) -> None:
+    def __init__(self, client: Client, plan: Plan, wait_s: float, meanwhile: Callable[[], None] = lambda: None) -> None:
+        self._meanwhile = meanwhile
         self._client = client
         self._plan = plan
         self._wait_s = wait_s
@@ -49,6 +50,7 @@ class Rest:
                 if time.monotonic() > deadline:
                     wrong.append(f"{name} left: {left}")
                     break
+                self._meanwhile()
                 time.sleep(0.01)
         return wrong
 

@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections import Counter
@@ -34,7 +35,7 @@ LOST_MAX = 20  # that are told of one round
 WAIT_S = 90.0  # for what must come, never a measure; longer than a record waits for a forked child
 KEPT = "kept"  # a file beside logs that somebody is to look at
 CHECKERS = 2  # processes that check a history
-CHECKED_S = 0.5  # between two looks whether they have
+CHECKED_S = 0.2  # between two looks whether they have, or whether a child has ended
 OWNER_S = 5.0  # what the others, and the client that is forked, let the broker take
 WORKER_S = 2.0  # what a worker lets the broker, or a busy slot, take
 
@@ -82,7 +83,10 @@ class Round:
     """Use as a context manager; `rage`, then `judge`."""
 
     def __init__(self, rage: Rage, directory: Path) -> None:
-        """`directory`: where its logs are to lie, and the broker's words."""
+        """`directory`: where its logs are to lie, and the broker's words. `meanwhile`, an attribute, is called many times a second, in every
+        wait, and may raise.
+        """
+        self.meanwhile: Callable[[], None] = lambda: None
         self._rage = rage
         self.plan = rage.plan()
         self._directory = directory
@@ -112,8 +116,8 @@ class Round:
         for log in self.logs:
             log.close()
 
-    def rage(self, seconds: float, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Lets all loose for so long, or until something is wrong. `meanwhile`: called many times a second."""
+    def rage(self, seconds: float) -> None:
+        """Lets all loose for so long, or until something is wrong."""
         for number in range(self._rage.workers):
             self._start("worker", HOWS[number % len(HOWS)])
         self._start("guest", "mapped")
@@ -122,7 +126,7 @@ class Round:
         while time.monotonic() < deadline and not self.result.losses:
             time.sleep(min(self._chaos.go_on(), max(deadline - time.monotonic(), 0)))
             self._hear()
-            meanwhile()
+            self.meanwhile()
             for child in [child for child in self.children if not child.alive]:
                 self.replace(child)
             if not self.broker.pid:
@@ -141,14 +145,13 @@ class Round:
     def judge(
         self,
         at_rest: Callable[[str, Path], None] = lambda _name, _spill_dir: None,
-        meanwhile: Callable[[], None] = lambda: None,
     ) -> Result:
         """Looks at everything that must hold now. `at_rest`: more that must, of the arena of that name and its spill directory; raises AssertionError."""
         if self.broker.pid:
             log = self._log(self.plan.types * self.plan.wide)
             for wrong in read_all(self.owner, self.plan, log):
                 self.wrong(wrong)
-            for wrong in Rest(self.owner, self.plan, WAIT_S).wrong():
+            for wrong in Rest(self.owner, self.plan, WAIT_S, self.meanwhile).wrong():
                 self.wrong(wrong)
             stats = self.owner.stats()
             self.result.counts["spill_failures"] = stats["counters"]["spill_failures"]
@@ -162,11 +165,13 @@ class Round:
             self.wrong(f"the broker ended with status {status}: {self.broker.words()}")
         # In processes of their own: a history is large, and whoever forks should be small.
         logs = [(log.path, log.writer) for log in self.logs]
-        with multiprocessing.get_context("fork").Pool(CHECKERS) as pool:
+        with multiprocessing.get_context("fork").Pool(CHECKERS, _default_signals) as pool:
             parts = pool.starmap_async(_check_part, [(logs, part) for part in range(CHECKERS)])
             while not parts.ready():
                 parts.wait(CHECKED_S)
-                meanwhile()
+                self.meanwhile()
+            pool.close()  # they end by themselves: what `with` does, SIGTERM, would reach one that still has our handler
+            pool.join()
         for operations, lost in parts.get():
             self.result.operations += operations
             for wrong in lost:
@@ -228,7 +233,9 @@ class Round:
         self._shared.end()
         deadline = time.monotonic() + WAIT_S
         for child in self.children:
-            child.process.join(max(deadline - time.monotonic(), 0))
+            while child.alive and time.monotonic() < deadline:
+                child.process.join(CHECKED_S)
+                self.meanwhile()
             self._hear()
             if child.alive:
                 child.where()
@@ -239,6 +246,12 @@ class Round:
     def _end_children(self) -> None:
         for child in self.children:
             child.kill()
+
+
+def _default_signals() -> None:
+    """In a process that checks: SIGTERM ends it, and Ctrl-C is the parent's to act on."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_part(logs: list[tuple[Path, int]], part: int) -> tuple[int, list[str]]:

@@ -152,7 +152,9 @@ def patiently(call: Callable[[], T]) -> T:
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "messages"])
 def test_a_lost_socket(mapped: bool, client: EmbeddedClient) -> None:
-    """The client is the same one after it: by number, with its buffers, its reservation and its types."""
+    """A client that maps is the same one after it: by number, with its buffers and its reservation. One that sends messages holds
+    nothing, and its session ends with the connection; it goes on as another.
+    """
     lossy = Cut(client, mapped)
     with lossy.client as other:
         number, swap = other.number, other.swap(0, 10)
@@ -164,12 +166,12 @@ def test_a_lost_socket(mapped: bool, client: EmbeddedClient) -> None:
             claimed = other.reserve(5 * PAGE, name="reserved").claim()
         for _ in range(3):
             lossy.cut()
-            assert clients(client) == 2, "no client less"
+            assert clients(client) == 2 or not mapped, "no client less"
             assert held(client) == (15 * PAGE if mapped else 0)
             assert patiently(lambda: swap.load(1)) == bytes([1]) * PAGE
             assert patiently(lambda: other.swap(0, 10)).load(1) == bytes([1]) * PAGE
-            assert other.number == number
-            assert clients(client) == 2, "and none more"
+            assert other.number == number or not mapped
+            assert eventually(lambda: clients(client) == 2), "and none more"
         if mapped:
             with buffer.view as view:
                 assert bytes(view) == bytes([5]) * 10 * PAGE
@@ -274,3 +276,16 @@ def test_a_fork_in_the_middle_of_a_batch_by_message(client: EmbeddedClient) -> N
         assert len(failed) == 1
         assert swap.load(1) == bytes([1]) * PAGE
         assert eventually(lambda: clients(client) == 2)
+
+
+def test_children_that_become_other_programs_by_preexec_fn(client: EmbeddedClient) -> None:
+    """Between fork and exec they are clients, whose descriptors are closed: nothing of ours is to mind."""
+    for _ in range(60):
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", "print(1)"],
+            preexec_fn=lambda: None,
+            capture_output=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout) == (0, b"1\n"), done.stderr
+    assert eventually(lambda: client.stats()["broker"]["clients"] == 1)

@@ -6,8 +6,10 @@ GCMA_SEED repeats the seed that a round printed. `make soak` is the long way rou
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -120,7 +122,7 @@ def test_the_command_leaves_nothing_however_it_ends(number: int) -> None:
         children = _descendants(process.pid)
         assert len(children) > 3
         process.send_signal(number)
-        assert process.wait(WAIT_S) != 0
+        assert process.wait(WAIT_S) == (-number if number == signal.SIGKILL else 128 + number)
     assert eventually(lambda: not any(map(_alive, children)))
 
 
@@ -158,9 +160,28 @@ def test_a_loss_is_told_and_ends_it_with_status_1(
     assert stress.main(["--seconds", "30", "--chaos", "none", "--seed", str(SEED), "--page-size", "4K"]) == 1
     said = capsys.readouterr().out
     assert "the logs of that round are in" in said
-    assert f"seed {SEED}, pages of 4 KiB: " in said
+    assert re.search(rf"^seed {SEED}, pages of 4 KiB: (LOAD|STORE) slot ", said, re.MULTILINE), said
     (kept,) = Path(tempfile.gettempdir()).glob("gcma-stress-*")
     assert list(kept.glob("log.*"))
+
+
+def test_figures_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stress.main(["--seconds", "0.5", "--chaos", "alloc", "--page-size", "4K", "--workers", "2", "--json"]) == 0
+    said = capsys.readouterr()
+    figures = json.loads(said.out)
+    assert set(figures) == {"seconds", "operations", *stress.COUNTS, "losses"}
+    assert figures["operations"] > 0
+    assert figures["losses"] == 0
+    assert said.err.startswith("seed ")
+
+
+def test_what_it_cannot_do_it_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert stress.main(["--page-size", "3K"]) == 1
+    assert "gcma stress: page size" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        stress.main(["--page-size", "no size"])
+    with pytest.raises(SystemExit):
+        stress.main(["--workers", "0"])
 
 
 def test_chaos_is_told_by_its_kinds() -> None:
@@ -220,6 +241,7 @@ class Targets:
         self.done: list[tuple[int, str]] = []
         self.broker = Targets.Broker(self.done)
         self.lost: list[str] = []
+        self.meanwhile = lambda: None
         self.children = [Targets.Fake(n, self.done) for n in range(6)]
 
     def replace(self, child: object) -> None:
@@ -259,7 +281,9 @@ def test_a_broker_that_does_not_start_again_is_a_loss() -> None:
 
 def test_a_broker_that_ends_by_itself_is_a_loss(tmp_path: Path) -> None:
     with Round(Rage(kinds=frozenset(), seed=SEED), tmp_path) as running:
-        running.rage(30.0, running.broker.kill)
+        running.meanwhile = running.broker.kill
+        running.rage(30.0)
+        running.meanwhile = lambda: None
         result = running.judge()
     assert any("the broker has ended by itself" in words for words in result.lost), result.lost
 
