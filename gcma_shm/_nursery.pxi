@@ -137,6 +137,7 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
             # has refused half of the nursery (no more than the other half may be in clients' hands), once the sweep has gone all
             # around since we came (a lap under way may have missed what was freed before) and found nothing.
             if 2 * load_relaxed(&a.refused_count) >= a.nursery and load_relaxed(&a.vain_laps) - laps > 1:
+                refusal[0] = a.refused_errno  # also where the sweep was so far ahead that none of our tickets led to such a page
                 break
             back_off(step)
             step += 1
