@@ -253,10 +253,8 @@ def _describe(client: ClientEntry, guests: Iterable[Guest], page_size: int) -> s
     mine = [guest for guest in guests if client.number in guest.holders | guest.claimers]
     reserved = sum(guest.kind == layout.RESERVATION for guest in mine)
     size = format_size(sum(guest.pages for guest in mine) * page_size)
-    return (
-        f"client {client.number} (process {client.pid or 'unknown'}), which holds {len(mine) - reserved} buffers and {reserved} "
-        f"reservations, {size}"
-    )
+    holds = f"holds {size}: buffers {len(mine) - reserved}, reservations {reserved}" if mine else "holds nothing"
+    return f"client {client.number} (process {client.pid or 'unknown'}), which {holds}"
 
 
 def _mappers(name: str) -> list[str]:

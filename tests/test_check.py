@@ -650,7 +650,8 @@ def test_a_stopped_broker_is_no_damage(endpoint: str) -> None:
 # --- looks
 
 
-def test_what_is_there_but_once_is_not_told() -> None:
+def test_what_is_there_but_once_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gcma_shm.check.NAP_S", 0.0)
     findings = [Finding("page", f"page {n}") for n in range(3)]
     looks = iter([findings, findings[1:], *[findings[1:2]] * LOOKS])
     report = repeated(lambda _: Report(next(looks), moving=True))

@@ -110,7 +110,7 @@ def test_living_clients_are_in_the_way(endpoint: str, capsys: pytest.CaptureFixt
         for options in ([], ["--dry-run"]):
             assert reap("--endpoint", endpoint, *options) == 1
             words = capsys.readouterr().err
-            assert f"(process {os.getpid()}), which holds 1 buffers and 1 reservations, 32 KiB" in words
+            assert f"(process {os.getpid()}), which holds 32 KiB: buffers 1, reservations 1" in words
             assert swap.load(1) == b"x" * PAGE, "its type lives"
         assert all(path.exists() for path in paths(endpoint))
         assert reap("--endpoint", endpoint, "--force") == 0
