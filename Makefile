@@ -35,8 +35,9 @@ model: all
 	$(BIN)/python tests/model/run.py
 	$(BIN)/python tests/model/steps.py --check
 
-# The concurrency tests for an hour, or as long as GCMA_SOAK_S says.
+# The broker killed at every change that it makes, then the concurrency tests for an hour, or as long as GCMA_SOAK_S says.
 soak: all
+	GCMA_CRASH_DENSE=0 $(BIN)/python -m pytest --timeout=0 -s tests/faults/test_crashes.py
 	GCMA_SOAK_S=$${GCMA_SOAK_S:-3600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
 
 bench: all

@@ -1,7 +1,8 @@
 """A broker killed before each single change that it makes in the arena, in each thing that it does, and its successor put to the proof.
 
 Runs in a build of the extension with a hook at every atomic operation (steps.h): `python -m tests.faults.crashes [SCENE …]`, or with
-`--fault FAULT`, one of crash_broker.py: then the proof has to fail. `--stride N`: only each n-th change, beginning anywhere.
+`--fault FAULT`, one of crash_broker.py: then the proof has to fail. `--dense N`: of what has more than N changes only the first N and, by
+chance, some of the others, the fewer the farther on; 0: all.
 """
 
 from __future__ import annotations
@@ -517,20 +518,32 @@ def busy_bury(w: World) -> Play:
 # --- playing them
 
 
+class Steps:
+    """Which changes a broker dies at."""
+
+    def __init__(self, dense: int, seed: int) -> None:
+        self._dense = dense
+        self._random = random.Random(seed)
+
+    def after(self, step: int) -> int:
+        """The next one."""
+        gap = step // self._dense if self._dense else 1
+        return step + (self._random.randint(1, 2 * gap - 1) if gap > 1 else 1)
+
+
 class Crashes:
     """Scene after scene, each once for each change that the broker makes in it, and once more to its end."""
 
-    def __init__(self, world: World, stride: int, seed: int) -> None:
+    def __init__(self, world: World, steps: Steps) -> None:
         self._world = world
-        self._stride = stride
-        self._random = random.Random(seed)
+        self._steps = steps
         self.deaths = 0
 
     def play(self, name: str) -> None:
         begun = time.monotonic()
-        step, deaths = self._random.randint(1, self._stride), 0
+        step, deaths = 1, 0
         while self._dies_at(name, step):
-            step += self._stride
+            step = self._steps.after(step)
             deaths += 1
         self.deaths += deaths
         print(f"{name}: {deaths} deaths, {time.monotonic() - begun:.1f} s", flush=True)
@@ -539,9 +552,9 @@ class Crashes:
         """The broker dies in the scene once so far on its way, and the next one at each change of its takeover."""
         begun = time.monotonic()
         at = max(int(self._changes(name) * share), 1)
-        step, deaths = self._random.randint(1, self._stride), 0
+        step, deaths = 1, 0
         while self._dies_at(name, at, step):
-            step += self._stride
+            step = self._steps.after(step)
             deaths += 1
         self.deaths += deaths
         print(f"takeover of {name} at {at}: {deaths} deaths, {time.monotonic() - begun:.1f} s", flush=True)
@@ -613,23 +626,22 @@ TAKEOVERS = {
 }
 
 
-def play_start(place: Site, stride: int, first: int) -> int:
+def play_start(place: Site, steps: Steps) -> int:
     """The broker that makes the arena dies at each change of its start; returns how many there were."""
-    begun, step = time.monotonic(), first
-    dies = True
+    begun, step, deaths, dies = time.monotonic(), 1, 0, True
     while dies:
         try:
             Broker(place, step).kill()
             dies = False
         except BrokerDied:
-            step += stride
+            step = steps.after(step)
+            deaths += 1
         try:
             with World(place) as world:
                 world.prove()
                 world.clear()
         finally:
             remove_dead(place.name)
-    deaths = (step - first) // stride
     print(f"start: {deaths} deaths, {time.monotonic() - begun:.1f} s", flush=True)
     return deaths
 
@@ -654,18 +666,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("scenes", nargs="*")
     parser.add_argument("--fault", default="", choices=["", *FAULTS])
-    parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--dense", type=int, default=0)
     parser.add_argument("--no-takeovers", action="store_true")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     asked = parser.parse_args()
-    print(f"seed {asked.seed}, each change of {asked.stride}", flush=True)
+    print(f"seed {asked.seed}, the first {asked.dense or 'n'} changes of each", flush=True)
+    steps = Steps(asked.dense, asked.seed)
     with tempfile.TemporaryDirectory(prefix="gs-") as directory:
         place, deaths = site(Path(directory)), 0
         if not asked.scenes:
-            deaths = play_start(place, asked.stride, random.Random(asked.seed).randint(1, asked.stride))
+            deaths = play_start(place, steps)
         try:
             with World(place, asked.fault) as world:
-                crashes = Crashes(world, asked.stride, asked.seed)
+                crashes = Crashes(world, steps)
                 for name in asked.scenes or SCENES:
                     crashes.play(name)
                 for name, shares in TAKEOVERS.items():
