@@ -54,6 +54,7 @@ def test_a_broker_killed_at_every_change(core: Path) -> None:
         ("sharers", "share_a_claim_and_leave_it", "is not shared by this client"),
         ("burying", "lend_after_a_dead_claimer", "State.DEAD"),
         ("forks", "inherit", "is not process"),
+        ("heirs", "inherit", "holders"),
     ],
 )
 def test_a_recovery_that_leaves_something_out_is_found(fault: str, scene: str, expected: str, core: Path) -> None:
