@@ -17,15 +17,31 @@ from pathlib import Path
 from gcma_shm import layout
 from gcma_shm.arena import remove_dead
 from gcma_shm.errors import ArenaError
+from tests.faults import crash_guests, crash_pages  # noqa: F401 - the scenes
 from tests.faults.crash_broker import Broker, BrokerDied, Site
 from tests.faults.crash_clients import PAGE
 from tests.faults.crash_faults import FAULTS
-from tests.faults.crash_scenes import SCENES, TAKEOVERS
+from tests.faults.crash_scene import SCENES
 from tests.faults.crash_world import AREAS, World
 
 NURSERY = 32
 SLOTS = 80
 CLIENTS = 8
+# At which share of a scene's changes the broker dies whose successor dies at each of its own.
+TAKEOVERS = {
+    "alloc": (0.6,),
+    "release": (0.5, 0.9),
+    "lend_after_a_dead_claimer": (0.5,),
+    "share_a_claim_and_leave_it": (0.8,),
+    "bury": (0.3, 0.8),
+    "inherit": (0.5,),
+    "drain_parts": (0.3,),
+    "invalidate_area": (0.5,),
+    "swap_init": (0.5,),
+    "promote": (0.3,),
+    "clean": (0.5,),
+    "busy_allocations": (0.5,),
+}
 
 
 class Steps:
