@@ -35,8 +35,10 @@ model: all
 	$(BIN)/python tests/model/run.py
 	$(BIN)/python tests/model/steps.py --check
 
-# Everything goes wrong for an hour, or as long as GCMA_SOAK_S says; figures every minute. SOAK has more options: `gcma stress --help`.
+# The broker killed at every change that it makes; then everything goes wrong for an hour, or as long as GCMA_SOAK_S says, with figures
+# every minute. SOAK has more options: `gcma stress --help`.
 soak: all
+	GCMA_CRASH_DENSE=0 $(BIN)/python -m pytest --timeout=0 -s tests/faults/test_crashes.py
 	$(BIN)/gcma stress --seconds $${GCMA_SOAK_S:-3600} $(SOAK)
 
 # The concurrency tests, each one for that long.

@@ -10,10 +10,11 @@ import contextlib
 import ctypes
 import gc
 import os
+import select
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,17 +25,11 @@ from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import Area
 from gcma_shm.broker import allocations, process, service
-from gcma_shm.broker.allocations import Allocations
-from gcma_shm.broker.claims import Claims
 from gcma_shm.broker.reclaim import ReclaimThread
-from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.service import Peer
-from gcma_shm.broker.sessions import Sessions
-from gcma_shm.broker.table import Allocation
 from gcma_shm.broker.workers import Job
 from gcma_shm.layout import Geometry
 from gcma_shm.messages import Reply
-from gcma_shm.records import Records
 from tests.faults.steps import Hook
 from tests.processes import Said, forked
 
@@ -164,6 +159,10 @@ class _Stand:
         self.plane.clean_until(self.plane.read(layout.HEAD_AT))
 
     def tick(self) -> None:
+        """And what the pidfds tell."""
+        for pidfd in list(self.service.sessions.by_pidfd):
+            if select.select([pidfd], [], [], 0)[0]:
+                self.service.client_ended(pidfd)
         self.service.tick()
         self._do_jobs()
 
@@ -196,14 +195,12 @@ class _Stand:
 class Broker:
     """A broker in a child of its own, as the test sees it; `changes`: of its takeover."""
 
-    def __init__(self, site: Site, step: int = 0, fault: str = "", first: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, site: Site, step: int = 0, first: Callable[[], None] = lambda: None) -> None:
         """It dies at that change of its takeover, if `step` is one. Raises BrokerDied. `first`: what the child does first."""
 
         def work(said: Said) -> None:
             dies_with_its_parent()
             first()
-            if fault:
-                FAULTS[fault]()
             hook = Hook()
             stand = _Stand(site, hook, step)
             said.say(hook.disarm())
@@ -233,101 +230,3 @@ class Broker:
     def kill(self) -> None:
         """At rest."""
         self._stack.close()
-
-
-# --- planted faults: recoveries that leave something out
-
-
-class _NoClaims(Plane):
-    def bury(self, numbers: Any) -> None:
-        if list(numbers) != [layout.BROKER]:
-            super().bury(numbers)
-
-
-class _NoWords(Plane):
-    def close_words(self, first: int, slots: int) -> None:
-        pass
-
-
-class _NoRange(Plane):
-    def put_right(self, *arguments: Any) -> None:
-        pass
-
-
-class _NoCount(Plane):
-    def count_lent(self, index: int, first: int, pages: int) -> None:
-        pass
-
-
-def _plane(kind: type[Plane]) -> None:
-    put(process, "Plane", kind)
-
-
-def _forgets_nothing() -> None:
-    put(process, "forget_announcements", lambda _plane: None)
-
-
-def _releases_nothing() -> None:
-    put_right = Allocations.put_right
-
-    def without(self: Allocations, allocation: Allocation, clients: Container[int]) -> None:
-        if allocation.is_held:
-            put_right(self, allocation, clients)
-
-    put(Allocations, "put_right", without)
-
-
-def _seizes_nothing() -> None:
-    put_right = Claims.put_right
-
-    def without(self: Claims, allocation: Allocation, clients: Container[int]) -> None:
-        if not self.is_made_by(allocation, layout.BROKER):
-            put_right(self, allocation, clients)
-
-    put(Claims, "put_right", without)
-
-
-def _keeps_records() -> None:
-    restore, free = Sessions.restore, Records.free
-
-    def without(self: Sessions) -> list[int]:
-        put(Records, "free", lambda _self, _number: None)
-        try:
-            return restore(self)
-        finally:
-            put(Records, "free", free)
-
-    put(Sessions, "restore", without)
-
-
-def _keeps_files() -> None:
-    put(TypeRegistry, "_remove_stray_files", lambda _self: None)
-
-
-def _knows_no_sharers() -> None:
-    put(Claims, "restore", lambda _self, _allocation, _clients: None)
-
-
-def _buries_nobody() -> None:
-    restore = Sessions.restore
-    put(Sessions, "restore", lambda self: restore(self) and [])
-
-
-def _adopts_nobody() -> None:
-    put(Sessions, "adopt_forked", lambda _self, look_anyway=False: [])
-
-
-FAULTS: dict[str, Callable[[], None]] = {
-    "filling": _forgets_nothing,
-    "claims": lambda: _plane(_NoClaims),
-    "words": lambda: _plane(_NoWords),
-    "range": lambda: _plane(_NoRange),
-    "count": lambda: _plane(_NoCount),
-    "entries": _releases_nothing,
-    "seize": _seizes_nothing,
-    "records": _keeps_records,
-    "files": _keeps_files,
-    "sharers": _knows_no_sharers,
-    "burying": _buries_nobody,
-    "forks": _adopts_nobody,
-}
