@@ -160,9 +160,11 @@ class _Stand:
 
     def tick(self) -> None:
         """And what the pidfds tell."""
-        for pidfd in list(self.service.sessions.by_pidfd):
-            if select.select([pidfd], [], [], 0)[0]:
-                self.service.client_ended(pidfd)
+        poll = select.poll()
+        for pidfd in self.service.sessions.by_pidfd:
+            poll.register(pidfd, select.POLLIN)
+        for pidfd, _ in poll.poll(0):
+            self.service.client_ended(pidfd)
         self.service.tick()
         self._do_jobs()
 
