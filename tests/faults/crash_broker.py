@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import os
 import select
 import signal
@@ -183,7 +182,6 @@ class _Stand:
         self.service.allocations._check()
         self.service.sessions._check()
         self.service.line._check()
-        gc.collect()
 
     def guests(self) -> dict[int, tuple[set[int], set[int], str | None, int]]:
         """By number: holders, those who share its claim, name, and how many handles are under way."""
@@ -223,6 +221,9 @@ class Broker:
     def _hear(self) -> Any:
         try:
             return self._child.receive()
+        except AssertionError:  # it says so, and ends
+            self._stack.close()
+            raise
         except (EOFError, ConnectionResetError):
             status = self._child.wait()
             self._stack.close()

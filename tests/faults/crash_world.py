@@ -198,6 +198,8 @@ class World:
         self._restore_areas()
         for type_ in list(self.lives):
             self.end(type_)
+        for client in self.clients:
+            client.handles.clear()  # and with them their files
         self.handles_under_way = False
         self.areas, self.quotas = {}, {}
         self.after_death = self.after_takeover = lambda: None

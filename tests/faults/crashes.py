@@ -27,6 +27,7 @@ from tests.faults.crash_world import AREAS, World
 NURSERY = 32
 SLOTS = 80
 CLIENTS = 8
+TAKEOVER_CHANGES = 100  # about
 # At which share of a scene's changes the broker dies whose successor dies at each of its own.
 TAKEOVERS = {
     "alloc": (0.6,),
@@ -63,6 +64,7 @@ class Crashes:
     def __init__(self, world: World, steps: Steps) -> None:
         self._world = world
         self._steps = steps
+        self._counts: dict[str, int] = {}  # of changes, by scene
         self.deaths = 0
 
     def play(self, name: str) -> None:
@@ -71,6 +73,7 @@ class Crashes:
         while self._dies_at(name, step):
             step = self._steps.after(step)
             deaths += 1
+        self._counts[name] = step
         self.deaths += deaths
         print(f"{name}: {deaths} deaths, {time.monotonic() - begun:.1f} s", flush=True)
 
@@ -84,6 +87,14 @@ class Crashes:
             deaths += 1
         self.deaths += deaths
         print(f"takeover of {name} at {at}: {deaths} deaths, {time.monotonic() - begun:.1f} s", flush=True)
+
+    def play_by_chance(self, rounds: int, seed: int) -> None:
+        """Scenes that were played, cut off anywhere, and the takeover, too."""
+        begun, dice = time.monotonic(), random.Random(seed)
+        for _ in range(rounds):
+            name = dice.choice(list(self._counts))
+            self.deaths += self._dies_at(name, dice.randint(1, self._counts[name]), dice.randint(1, TAKEOVER_CHANGES))
+        print(f"by chance: {rounds} rounds, {time.monotonic() - begun:.1f} s", flush=True)
 
     def _changes(self, name: str) -> int:
         w = self._world
@@ -177,6 +188,7 @@ def main() -> None:
     parser.add_argument("scenes", nargs="*")
     parser.add_argument("--fault", default="", choices=["", *FAULTS])
     parser.add_argument("--dense", type=int, default=0)
+    parser.add_argument("--rounds", type=int, default=0, help="scenes and takeovers cut off by chance, in the end")
     parser.add_argument("--no-takeovers", action="store_true")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 10**6)
     asked = parser.parse_args()
@@ -195,6 +207,7 @@ def main() -> None:
                     if not asked.no_takeovers and (not asked.scenes or name in asked.scenes):
                         for share in shares:
                             crashes.play_takeover(name, share)
+                crashes.play_by_chance(asked.rounds, asked.seed)
         finally:
             remove_dead(place.name)
     print(f"{deaths + crashes.deaths} deaths, all well")

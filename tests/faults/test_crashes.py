@@ -15,6 +15,7 @@ pytestmark = pytest.mark.timeout(3600)
 
 # Of each thing that a broker does, so many changes are all tried, and of those behind them some by chance; 0: all.
 DENSE = os.environ.get("GCMA_CRASH_DENSE", "16")
+ROUNDS = "100" if DENSE != "0" else "3000"
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def test_a_broker_killed_at_every_change(core: Path) -> None:
     """Acknowledged pages, buffers, names, claims and clients are there; what was under way is wholly done or wholly not; nothing is held by
     nobody; and in the end everything can be had again.
     """
-    done = run(core, "--dense", DENSE)
+    done = run(core, "--dense", DENSE, "--rounds", ROUNDS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all well" in done.stdout
 
