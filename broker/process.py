@@ -78,7 +78,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
     with StopSignals() as stop, contextlib.ExitStack() as undo:
         if path is not None:
             _make_socket_dir(path.parent, undo)
-        arena = arenas.acquire(arena_name(settings.endpoint), geometry, areas)
+        arena = arenas.acquire(arena_name(settings.endpoint), geometry, areas, _has_spilled(settings))
         undo.callback(arena.let_go)
         estate = undo.enter_context(contextlib.ExitStack())  # what is removed in the end
         try:
@@ -227,6 +227,13 @@ def _spill_path(settings: Settings) -> Path:
     if settings.spill_dir is None:
         return default_spill_dir(settings.endpoint)
     return settings.spill_dir / arena_name(settings.endpoint).removeprefix("/")
+
+
+def _has_spilled(settings: Settings) -> bool:
+    try:
+        return any(_spill_path(settings).iterdir())
+    except OSError:
+        return False
 
 
 def _find_spill_dir(arena: arenas.Arena, settings: Settings) -> Path:

@@ -77,18 +77,19 @@ class Arena:
         self.let_go()
 
 
-def acquire(name: str, geometry: Geometry, areas: list[Area]) -> Arena:
+def acquire(name: str, geometry: Geometry, areas: list[Area], spilled: bool = False) -> Arena:
     """The arena of that name, locked by this process: what a broker that was killed has left, or a new one.
 
     What was left has the geometry and areas that it had. It is replaced only where nobody can be using it: its broker was killed
-    before it had served, or while it was removing it. Raises ArenaError when another broker has the name, when what is there is
+    before it had served, or while it was removing it. `spilled`: there are spill files of an arena of that name, so that one
+    which says that it was never served has been damaged. Raises ArenaError when another broker has the name, when what is there is
     no arena of this version or damaged (it is left as it is), or there is too little shared memory.
     """
     for _ in range(ROUNDS_MAX):
         fd = _lock_new(name)
         if fd is not None:
             return _make(name, fd, geometry, areas)
-        left = _lock_left(name)
+        left = _lock_left(name, spilled)
         if left is not None:
             return left
     raise ArenaError(errno.EBUSY, f"other brokers are starting and stopping on the arena {name}; try again")
@@ -187,7 +188,7 @@ def _open_dead(name: str) -> int | None:
     return int(old.fd)
 
 
-def _lock_left(name: str) -> Arena | None:
+def _lock_left(name: str, spilled: bool) -> Arena | None:
     """What a killed broker left, locked; None: it was nothing to go on with, and is removed, or has gone meanwhile."""
     fd = _open_dead(name)
     if fd is None:
@@ -199,6 +200,10 @@ def _lock_left(name: str) -> Arena | None:
             if int.from_bytes(left.memory[layout.STOPPED_AT : layout.STOPPED_AT + 8], "little"):
                 _end_lives(left)
                 left = None
+        elif spilled:
+            raise ArenaError(
+                f"the arena {name} is damaged: its header is empty, and there are spill files of it; `gcma reap` removes both"
+            )
         if left is None:
             posix_ipc.unlink_shared_memory(name)
             os.close(fd)
@@ -211,12 +216,13 @@ def _lock_left(name: str) -> Arena | None:
 
 
 def _was_served(fd: int) -> bool:
-    """Whether a broker came so far that clients may have mapped it: the magic is the last of the header, the epoch comes after
-    all else.
+    """Whether a broker came so far that clients may have mapped it: the magic is the last of the header, and all that stands behind
+    geometry and checksum comes later.
     """
-    head = os.pread(fd, layout.EPOCH_AT + 8, 0)
-    whole = head[:8] == layout.MAGIC and len(head) == layout.EPOCH_AT + 8
-    return any(head[layout.EPOCH_AT :]) if whole else any(head[:8])
+    head = os.pread(fd, layout.HEADER_BYTES, 0)
+    if len(head) < layout.HEADER_BYTES:
+        return any(head)
+    return any(head[layout.EPOCH_AT :]) or (any(head[:8]) and head[:8] != layout.MAGIC)
 
 
 def remove_dead(name: str) -> None:

@@ -459,6 +459,14 @@ def damage_magic(data: bytearray, _: layout.Geometry) -> None:
     data[0:4] = b"HUGO"
 
 
+def damage_magic_away(data: bytearray, _: layout.Geometry) -> None:
+    data[0:8] = bytes(8)
+
+
+def empty(data: bytearray, _: layout.Geometry) -> None:
+    data.clear()
+
+
 def damage_areas(data: bytearray, g: layout.Geometry) -> None:
     struct.pack_into("<Q", data, g.area_at(1) + 0x30, 1)
 
@@ -489,6 +497,8 @@ def truncate_within_header(data: bytearray, _: layout.Geometry) -> None:
         (damage_version, "layout version 99"),
         (damage_header, "header is damaged"),
         (damage_magic, "not an arena"),
+        (damage_magic_away, "not an arena"),
+        (empty, "its header is empty, and there are spill files"),
         (damage_areas, "table of areas is damaged"),
         (damage_types, "table of types is damaged"),
         (damage_allocations, "table of buffers is damaged"),
@@ -536,6 +546,18 @@ def test_an_arena_that_nobody_had_served_is_made_anew(endpoint: str) -> None:
         path.chmod(0o600)
         with broker(endpoint, *AREAS), gcma_shm.connect(endpoint) as client:
             assert client.stats()["arena"]["epoch"] == 1
+
+
+def test_an_arena_that_says_it_was_never_served_is_taken_over(endpoint: str) -> None:
+    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
+        swap = client.swap(0, 10)
+        swap.store(1, page_of(1))
+        first.stop(signal.SIGKILL)
+        assert client._plane is not None
+        client._plane.write(layout.EPOCH_AT, 0)
+        with broker(endpoint, *AREAS):
+            assert swap.load(1) == page_of(1)
+            assert client.areas()
 
 
 def test_a_broker_killed_while_it_removed_its_arena(endpoint: str) -> None:
