@@ -207,6 +207,8 @@ class Allocations:
         known_numbers, known_shares = set(known), set(known_claims)
         for number in self.holders.of(client):
             allocation = self._by_number[number]
+            if allocation.is_reservation:
+                self.claims.meet(allocation)
             made_later = self.claims.is_made_by(allocation, client) and self.claims.ordinal(allocation) > made
             if number not in known_shares and not made_later:
                 if client in allocation.claimers:

@@ -137,6 +137,8 @@ class Claims:
                 place.part.index, place.first, place.pages, place.area.lends, allocation.owner, claimed
             )
             self._plane.count_lent(index, place.first, place.pages)
+            if allocation.claim_generation and not allocation.claimers:
+                self.leave(allocation, layout.NOBODY)  # a handle had it whose time was over
             if claimed and client not in clients and not allocation.claim_generation and self._plane.seize(index, word):
                 self._lend(allocation)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -52,9 +53,11 @@ def _broker(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     asked = [parsed.ready_fd] if parsed.ready_fd >= 0 else []  # who started us wants to know, once
 
     def ready(description: str) -> None:
-        print(description, flush=True)
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(1, f"{description}\n".encode())
         if asked:
-            _tell(asked.pop(), "ready")
+            with contextlib.suppress(OSError):  # its owner's end is told by other means
+                _tell(asked.pop(), "ready")
 
     try:
         with logging_to_standard_error(parsed.log_level):

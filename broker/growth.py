@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from pathlib import Path
 
 from gcma_shm.broker.service import window_of
 
@@ -14,7 +13,9 @@ GROWTH_BYTES = 64 << 20  # whatever the clients do
 # A session's pages under way, at most: the window, ZeroMQ's queues of twice and four times that, and one of each kind in the kernel.
 WINDOWS_A_CLIENT = 8
 _PAGE = os.sysconf("SC_PAGESIZE")
-_STATM = Path("/proc/self/statm")
+_STATM = os.open(
+    "/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC
+)  # once: there may be no descriptor left when it matters
 
 
 def growth_max(page_size: int, clients_max: int) -> int:
@@ -24,7 +25,7 @@ def growth_max(page_size: int, clients_max: int) -> int:
 
 def private_bytes() -> int:
     """The memory of this process that is no file's and not shared: the arena does not count."""
-    _size, resident, shared, *_ = map(int, _STATM.read_text().split())
+    _size, resident, shared, *_ = map(int, os.pread(_STATM, 256, 0).split())
     return (resident - shared) * _PAGE
 
 

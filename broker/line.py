@@ -42,14 +42,14 @@ class Waiting:
 
 
 class Line:
-    """Who waits for memory. `wake(client)` is called when one of its requests was served."""
+    """Who waits for memory. `wake(client)` is called when one of its requests was served. `tickets`: none of them was given before."""
 
-    def __init__(self, allocations: Allocations, wake: Callable[[int], None]) -> None:
+    def __init__(self, allocations: Allocations, wake: Callable[[int], None], tickets: int = 0) -> None:
         self._allocations = allocations
         self._wake = wake
         self._waiting: dict[int, Waiting] = {}  # by ticket, in order
         self._served: dict[int, Waiting] = {}
-        self._tickets = 0
+        self._tickets = tickets
         allocations.when_freed = self._freed
         self._unlooked = 0  # of those in line, since memory was freed
         self._cursor = 0  # the last ticket that was looked at

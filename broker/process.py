@@ -64,8 +64,8 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
 
     Takes over what a broker on the same endpoint left when it was killed; its geometry and areas are what they were then.
 
-    Raises ArenaError or ValueError when it cannot start, with nothing left behind, and nothing removed of what it found. The
-    endpoint's directory is removed too when it is empty in the end and was made here.
+    Raises ArenaError or ValueError when it cannot start, with nothing left behind, and nothing removed of what it found. What ends
+    it later, but for a signal or its owner's end, leaves the arena to the next broker. The endpoint's directory is removed too when it is empty in the end and was made here.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _raise_descriptor_limit()
@@ -100,19 +100,26 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             undo.callback(server.close)
             rights = door.admission.rights if door.admission is not None else no_rights
             service = assemble(plane, arena, spill_dir, server.answer, server.watch, settings.quota, rights)
+            reclaim = ReclaimThread(plane, service.health)
         except BaseException:
             if not arena.fresh:
                 estate.pop_all()  # left for whoever finds out what is wrong with it
             raise
-        reclaim = ReclaimThread(plane, service.health)
         try:
             over_tcp = [at for at in door.endpoints if is_tcp(at)]
             ready(describe(arena, settings.endpoint, spill_dir, plane.read(layout.EPOCH_AT), over_tcp))
             log.info("stopping: %s", server.run(service, settings.owner_pidfd))
-        finally:
-            plane.write(layout.STOPPED_AT, 1)
-            service.stop(STOP_S)
+        except BaseException:
+            # As if it had been killed: whoever starts a broker again finds everything in place. The lock is kept until nothing of
+            # this one runs any more.
+            estate.pop_all()
+            service.stop(STOP_S, end_types=False)
             reclaim.stop()
+            raise
+        plane.write(layout.STOPPED_AT, 1)
+        service.stop(STOP_S)
+        reclaim.stop()
+        arena.end_lives()  # should the worker that ends types be stuck in a disk
 
 
 def _make_socket_dir(path: Path, undo: contextlib.ExitStack) -> None:

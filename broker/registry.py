@@ -87,6 +87,14 @@ class TypeRegistry:
             try:
                 self._living[type_], self._base[type_] = self._plane.slots(type_, life, STORE_TIMEOUT_S), base
             except SpillError as error:
+                if error.errno not in (
+                    errno.ENOENT,
+                    errno.ESTALE,
+                ):  # out of descriptors, say: no reason to lose anything
+                    raise ArenaError(
+                        error.errno,
+                        f"the spill file of type {type_} cannot be opened, and nothing was changed: {error}",
+                    ) from error
                 log.error("type %d ends, and what was stored there is lost: its spill file: %s", type_, error)
                 self._close(type_, life, base, slots)
         for base, slots in self._extents.ranges():

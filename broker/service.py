@@ -40,6 +40,7 @@ WINDOW_BYTES = 1 << 20  # of pages that one session may have under way
 # What a sync by message may wait for other processes' writes, and how much of it at once.
 SYNC_MAX_MS = 60_000
 SYNC_SLICE_S = 0.2
+TICKET_SHIFT = 32  # a broker's tickets in line are none of the one before it
 DROPS_MAX = 64  # buffers of a client that has left, freed in one turn of the loop
 HELLO_NEEDED = "HelloNeeded"  # the status that tells a peer to introduce itself (again)
 
@@ -91,7 +92,7 @@ class Service:
         self._epoch = plane.read(layout.EPOCH_AT)
         self._registry = registry
         self.allocations = Allocations(plane, Areas(plane, arena.areas, memoryview(arena.memory), arena.fresh), quota)
-        self.line = Line(self.allocations, plane.wake)
+        self.line = Line(self.allocations, plane.wake, self._epoch << TICKET_SHIFT)
         self.sessions = Sessions(plane, self._inherit, watch, arena.presence)
         self.health = Health(time.time())
         self.window = window_of(arena.geometry.page_size)
@@ -226,9 +227,10 @@ class Service:
         self._leaving.extend(found.burying)
         self._bury(found.gone)
 
-    def stop(self, timeout_s: float) -> None:
+    def stop(self, timeout_s: float, end_types: bool = True) -> None:
         """Ends all types, so that nobody goes on alone, and the workers."""
-        self._type_worker.submit(self._registry.end_all, whatever_the_queue=True)
+        if end_types:
+            self._type_worker.submit(self._registry.end_all, whatever_the_queue=True)
         for worker in (*self._page_workers, self._sync_worker, self._type_worker):
             if not worker.stop(timeout_s):
                 log.warning("a worker is still busy after %g s; leaving it", timeout_s)
@@ -284,7 +286,9 @@ class Service:
             raise ArenaError(
                 "over TCP nobody maps the arena, or takes up a session: say hello with mapped false and no number, or use the ipc endpoint"
             )
-        client = self.sessions.hello(peer, p["pid"], p["start"], p["mapped"], p.get("client"), sender, pidns)
+        client = self.sessions.hello(
+            peer, p["pid"], p["start"], p["mapped"], p.get("client"), sender, pidns, p.get("generation")
+        )
         if "buffers" in p:  # whatever it does not know of was allocated for a reply that it never got
             known = [*p["buffers"], *self.line.uncollected(client.number)]
             self.allocations.reconcile(client.number, known, p.get("claims", ()), p.get("made", 0))
@@ -293,6 +297,7 @@ class Service:
         here = {} if sender.remote else {"arena": self._arena.name, "spill_dir": self._spill_dir}
         return here | {
             "client": client.number,
+            "generation": self.sessions.generation(client),
             "arena_id": self._arena.arena_id,
             "epoch": self._epoch,
             "page_size": self._arena.geometry.page_size,

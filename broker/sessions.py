@@ -114,12 +114,14 @@ class Sessions:
         number: int | None,
         sender: Sender = NOBODY,
         pidns: int = 0,
+        generation: int | None = None,
     ) -> Client:
         """A client introduces itself: a new one, or, by its `number`, one that forked, or lost its socket or its broker. A remote
         one has no process here, and its connection is all that it is known by.
 
         `pid` and `start` are as the client sees them, in its PID namespace `pidns` (0: in ours); `sender.pid` is its pid as we
-        see it. Raises ProtocolError, QuotaExceeded.
+        see it. `generation` came with the number: two clients of one process may have had the same, one after the other. Raises
+        ProtocolError, QuotaExceeded.
         """
         known = self._by_peer.get(peer)
         if known is not None and known.sender != sender:
@@ -129,7 +131,8 @@ class Sessions:
         if known is not None:
             raise ProtocolError("hello in another name from a peer that has a session already; say bye first")
         pidns = pidns or self._pidns
-        client = self._known(number, pid, start, pidns, sender.pid, mapped) if number is not None else None
+        identity = (pid, start, pidns, generation)
+        client = self._known(number, identity, sender.pid, mapped) if number is not None else None
         if client is None:
             client = self._take_remote() if sender.remote else self._enter(pid, start, pidns, sender.pid)
         self._by_peer.pop(client.peer or b"", None)
@@ -137,15 +140,24 @@ class Sessions:
         self._by_peer[peer] = client
         return client
 
-    def _known(self, number: int, pid: int, start: int, pidns: int, seen: int, mapped: bool) -> Client | None:
+    def generation(self, client: Client) -> int:
+        """How often its number was used before."""
+        return self._records.read(client.number).generation
+
+    def _known(self, number: int, identity: tuple[int, int, int, int | None], seen: int, mapped: bool) -> Client | None:
         """The client of that number, if this is its process. None: one that maps nothing, and may be a new one as well."""
         record, client = self._records.read(number), self.clients.get(number)
-        found = (record.state, record.pid, record.start, record.pidns or self._pidns)
-        same = found == (State.ALIVE, pid, start, pidns)
-        if client is None or not same or (seen and client.pid and seen != client.pid):
+        generation = record.generation if identity[3] is not None else None
+        found = (record.pid, record.start, record.pidns or self._pidns, generation)
+        if (
+            client is None
+            or record.state is not State.ALIVE
+            or found != identity
+            or (seen and client.pid and seen != client.pid)
+        ):
             if not mapped:
                 return None
-            raise ProtocolError(f"client {number} is not process {pid}; say hello without a number")
+            raise ProtocolError(f"client {number} is not process {identity[0]}; say hello without a number")
         return client
 
     def _enter(self, pid: int, start: int, pidns: int, seen: int) -> Client:
@@ -157,7 +169,7 @@ class Sessions:
         if pidfd is None:
             raise ProtocolError(f"the broker sees no process {pid} that began at {start}: hello needs the sender's own")
         try:
-            number = self._records.take(layout.BROKER)
+            number = self._records.take(layout.BROKER, self._presence)
         except BaseException:
             if pidfd >= 0:
                 os.close(pidfd)
@@ -173,7 +185,7 @@ class Sessions:
         remote_max = max((self._plane.geometry.clients_max - 1) // 2, 1)
         if sum(client.sender.remote for client in self.clients.values()) >= remote_max:
             raise QuotaExceeded(f"{remote_max} clients are connected over TCP; start the broker with more --clients")
-        number = self._records.take(layout.BROKER)
+        number = self._records.take(layout.BROKER, self._presence)
         self._records.fill(number, State.ALIVE, 0, 0)  # no process: to a later broker it is dead
         client = Client(number, 0, heard_at=time.monotonic())
         self.clients[number] = client

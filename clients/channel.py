@@ -32,7 +32,7 @@ from gcma_shm.messages import Frame, Reply, Request
 RECONNECT_MS = 20
 SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
 PROBE_S = 0.1  # between two questions whether we are known still
-ONCE = {"store", "invalidate_page", "invalidate_area"}  # not to be done twice
+ONCE = {"store", "invalidate_page", "invalidate_area", "hand_over"}  # not to be done twice
 HELLO_NEEDED = "HelloNeeded"
 LOST = "Lost"  # stands for the reply to a request that a broker took with it
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
@@ -64,6 +64,9 @@ class Channel:
         self.closed = False
         self.greeting: dict[str, Any] = {}
         self.holds = Holds()
+        self.attaching: list[
+            dict[str, Any]
+        ] = []  # parameters of requests to attach that are sent again after the next hello
         self._begin()
 
     def _begin(self) -> None:
@@ -131,7 +134,7 @@ class Channel:
                         refused = True
                         raise reply
                     return then(reply)
-            raise AssertionError("one request has one reply")
+            return None  # a bye to a broker that does not know us
         except GcmaError:
             raise
         except BaseException:
@@ -176,7 +179,13 @@ class Channel:
                 return
             reply = self._receive(sent[0], deadline)
             if reply.status in (HELLO_NEEDED, LOST):  # the broker does not know this socket (any more)
-                self._hello(deadline)
+                if sent[0].operation == "bye":
+                    return  # nor our session: it has ended
+                self.attaching = [request.parameters for request in sent if request.operation == "attach"]
+                try:
+                    self._hello(deadline)
+                finally:
+                    self.attaching = []
                 if reply.status == LOST and any(request.operation in ONCE for request in sent):
                     yield from (self._lost(request) for request in sent)
                     return
@@ -245,8 +254,10 @@ class Channel:
         """Says bye, if the broker still listens, and closes the socket."""
         if self.closed:
             return
-        with contextlib.suppress(GcmaError):  # it is gone, or serves another arena: nothing of ours is left there
-            self.request("bye")
+        # Where the broker is gone, or does not know us, nothing of ours is left there.
+        with contextlib.suppress(GcmaError):
+            if self._greeted:
+                self.request("bye")
         self.drop()
 
     def disown(self) -> None:

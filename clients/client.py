@@ -53,6 +53,7 @@ class Client(Allocator):
         self._claims: Claims | None = None
         self._presence: Presence | None = None
         self._greeted_pid = 0
+        self._generation = 0  # of the record, while the arena is mapped
         # The memory and not the Buffer: an array that outlives its Buffer keeps the memory.
         self._spans: weakref.WeakSet[Span] = weakref.WeakSet()
         self._swaps: weakref.WeakSet[MappedSwap | MessageSwap] = weakref.WeakSet()
@@ -87,16 +88,21 @@ class Client(Allocator):
                 self._greeted_pid == pid and "client" in self._channel.greeting
             ):  # not a forked child, which is a new client
                 who["client"] = self._channel.greeting["client"]
+                who["generation"] = self._channel.greeting["generation"]
         self._greeted_pid = pid
         if self._plane is not None:  # a forked child, or one whose session was lost: say who we are and what we hold
             holds = self._channel.holds
-            who |= {"client": self._plane.number, "buffers": holds.buffers()}
+            attaching = (
+                self._channel.attaching
+            )  # should a broker have done that and died before it said so: we come for it again
+            buffers = [*holds.buffers(), *(p["buffer"] for p in attaching)]
+            who |= {"client": self._plane.number, "generation": self._generation, "buffers": buffers}
             with cast(Claims, self._claims).lock:  # after the channel's, as before a fork
                 own, made = (
                     list(cast(Claims, self._claims).live),
                     self._plane.read(self._record + layout.CLIENT_CLAIMS_AT),
                 )
-            who |= {"claims": [*own, *holds.shares()], "made": made}
+            who |= {"claims": [*own, *holds.shares(), *(p["buffer"] for p in attaching if "claim" in p)], "made": made}
         return who
 
     @property
@@ -114,7 +120,7 @@ class Client(Allocator):
             presence.take(plane.number)
             plane.write(arena.geometry.client_at(plane.number) + layout.CLIENT_LOCKED_AT, 1)
             plane.tell_presence(presence.fileno())
-            self._plane, self._presence = plane, presence
+            self._plane, self._presence, self._generation = plane, presence, greeting["generation"]
         except (ArenaError, OSError):
             if required:
                 raise
@@ -180,7 +186,8 @@ class Client(Allocator):
             swap.close()
         if self._plane is not None and self._presence is not None:
             self._plane.tell_presence(-1)
-            self._presence.close()  # before the number may be another's
+            with self._channel.lock:  # no fork is under way
+                self._presence.close()  # before the number may be another's
         self._channel.close()
         clients.discard(self)
 

@@ -20,7 +20,7 @@ from gcma_shm.clients.handles import clients
 from gcma_shm.errors import QuotaExceeded
 from gcma_shm.presence import Presence
 from gcma_shm.process import pid_namespace, start_time
-from gcma_shm.records import Records, State
+from gcma_shm.records import GENERATION_SHIFT, Records, State
 
 log = logging.getLogger(__name__)
 
@@ -43,13 +43,13 @@ def _prepare(fork: Fork) -> None:
     for lock in (client._channel.lock, *([claims.lock] if claims is not None else [])):
         if lock.acquire(timeout=client._channel.timeout + 2 * PROBE_S):  # a request under way ends before that
             fork.locks.append(lock)
-    if plane is None or claims is None or client._presence is None or client.closed:
+    if plane is None or claims is None or client._presence is None or client.closed or plane.closed:
         return
     claims.share()
     records = Records(plane)
     fork.presence = client._presence.anew()
     try:
-        fork.number = records.take(plane.number)
+        fork.number = records.take(plane.number, fork.presence)
     except QuotaExceeded as error:
         log.warning("the child that is about to be forked cannot use %r: %s", client, error)
         return
@@ -80,6 +80,7 @@ def _start(client: Client, fork: Fork | None) -> None:
             if not Records(client._plane).start(fork.number, fork.word, pid, start_time(pid) or 0, pid_namespace()):
                 raise QuotaExceeded("this child began too late")
             client._plane.become(fork.number)
+            client._generation = fork.word >> GENERATION_SHIFT
         client._reset(fork.presence if fork is not None else None)
     except BaseException:  # better no client than one that acts under its parent's number
         if fork is not None and fork.presence is not None:
@@ -97,7 +98,11 @@ def _before_fork() -> None:
     for client in sorted(clients, key=id):
         fork = Fork(client)
         _forks.prepared.append(fork)
-        _prepare(fork)
+        try:
+            _prepare(fork)
+        except Exception:  # out of descriptors, say: the other clients are to be had in the child all the same
+            log.exception("the child that is about to be forked cannot use %r", client)
+            fork.number = 0
 
 
 def _take_prepared() -> list[Fork]:
@@ -109,10 +114,12 @@ def _take_prepared() -> list[Fork]:
 
 def _after_fork_in_parent() -> None:
     for fork in _take_prepared():
+        # The child's from now on, alone; nobody's when there is no child. Before the locks: a child that another thread forks next
+        # must not keep it.
+        if fork.presence is not None:
+            fork.presence.close()
         for lock in fork.locks:
             lock.release()
-        if fork.presence is not None:
-            fork.presence.close()  # the child's from now on, alone; nobody's when there is no child
         if fork.client._claims is not None:
             fork.client._claims.drain()
 

@@ -58,9 +58,18 @@ class Arena:
     def spill_dir(self) -> Path:
         """Where the spill files of an arena are that a broker has served. Raises ArenaError when that cannot be read."""
         found = self.memory[layout.SPILL_DIR_AT : layout.HEADER_BYTES].partition(b"\0")[0]
-        if not found.startswith(b"/"):
+        path = Path(os.fsdecode(found))
+        # What is there is going to be removed one day: never any other directory, whoever has written that into the header.
+        if not path.is_absolute() or path.name != self.name.removeprefix("/"):
             raise ArenaError(f"the header of {self.name} is damaged: it does not say where the spill files are")
-        return Path(os.fsdecode(found))
+        return path
+
+    def end_lives(self) -> None:
+        """Ends the lives of all types: whoever still maps the arena without a broker cannot go on alone."""
+        words = memoryview(self.memory)[: self.geometry.pages_at // 8 * 8].cast("Q")
+        for type_ in range(self.geometry.types_max):
+            at = (self.geometry.type_at(type_) + layout.TYPE_LIFE_AT) // 8
+            words[at] += words[at] & 1
 
     def unlink(self) -> None:
         """Takes the object's name away. What processes have mapped stays mapped."""
@@ -198,7 +207,7 @@ def _lock_left(name: str, spilled: bool) -> Arena | None:
         if _was_served(fd):
             left = _map(name, fd)
             if int.from_bytes(left.memory[layout.STOPPED_AT : layout.STOPPED_AT + 8], "little"):
-                _end_lives(left)
+                left.end_lives()
                 left = None
         elif spilled:
             raise ArenaError(
@@ -254,14 +263,7 @@ def lock_dead(name: str) -> int:
 def end_dead(name: str, fd: int) -> None:
     """Ends the lives of all types in the locked object `fd`; of what is no arena, and so has no clients, nothing."""
     with contextlib.suppress(ArenaError):
-        _end_lives(_map(name, fd))
-
-
-def _end_lives(arena: Arena) -> None:
-    words = memoryview(arena.memory)[: arena.geometry.pages_at // 8 * 8].cast("Q")
-    for type_ in range(arena.geometry.types_max):
-        at = (arena.geometry.type_at(type_) + layout.TYPE_LIFE_AT) // 8
-        words[at] += words[at] & 1
+        _map(name, fd).end_lives()
 
 
 def _try_lock(fd: int) -> bool:

@@ -89,6 +89,7 @@ OPERATIONS: dict[str, Operation] = {
             "pidns": _integer(0, NUMBER_MAX, required=False),
             "mapped": _boolean(),
             "client": _integer(2, layout.CLIENTS_MAX, required=False),
+            "generation": _integer(0, NUMBER_MAX, required=False),
             "arena_id": Parameter(lambda v: type(v) is bytes and len(v) == 16, "16 bytes", required=False),
             "buffers": _NUMBERS,
             "claims": _NUMBERS,

@@ -15,6 +15,7 @@ instant of the fork the lock of the child's record lives exactly as long as the 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -45,19 +46,21 @@ class Presence:
         return cls(os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC), geometry)
 
     def fileno(self) -> int:
-        """The descriptor, until `close`."""
+        """The descriptor. Raises OSError after `close`: its number may be another file's."""
+        if self._fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._fd
 
     def anew(self) -> Presence:
         """The same object through another open file, without the locks of this one."""
-        return self.of(self._fd, self._geometry)
+        return self.of(self.fileno(), self._geometry)
 
     def take(self, number: int) -> None:
         """Locks the record of client `number`. Raises ArenaError when another process has that lock, and keeps it."""
         deadline = time.monotonic() + TAKE_S
         while True:
             try:
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, self._wish(number))
+                fcntl.fcntl(self.fileno(), fcntl.F_OFD_SETLK, self._wish(number))
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise ArenaError(f"the record of client {number} is locked by another process") from None
@@ -67,11 +70,12 @@ class Presence:
 
     def is_held(self, number: int) -> bool:
         """Whether another open file than this one has the lock of that record."""
-        found = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, self._wish(number))
+        found = fcntl.fcntl(self.fileno(), fcntl.F_OFD_GETLK, self._wish(number))
         return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
         """Gives the locks up, unless a forked child shares the open file; a second time has no effect."""
+        self._fd = -1
         self._close()
 
     def _wish(self, number: int) -> bytes:

@@ -20,9 +20,10 @@ from enum import IntEnum
 from gcma_shm import layout
 from gcma_shm._core import COUNTERS, Plane
 from gcma_shm.errors import QuotaExceeded
+from gcma_shm.presence import Presence
 
 _PARENT_SHIFT = 8
-_GENERATION_SHIFT = 24
+GENERATION_SHIFT = 24
 _OWN = (layout.CLIENT_LOCKED_AT, layout.CLIENT_INHERITS_AT, layout.CLIENT_QUOTA_AT)
 
 
@@ -72,7 +73,7 @@ class Records:
             number,
             State(low) if low in State._value2member_map_ else State.DEAD,  # survives any content
             word >> _PARENT_SHIFT & 0xFFFF,
-            word >> _GENERATION_SHIFT,
+            word >> GENERATION_SHIFT,
             self._plane.read(at + layout.CLIENT_PID_AT),
             self._plane.read(at + layout.CLIENT_START_AT),
             self._plane.read(at + layout.CLIENT_PIDNS_AT),
@@ -86,11 +87,15 @@ class Records:
             if self._plane.read(self._geometry.client_at(number)) & 0xFF:
                 yield self.read(number)
 
-    def take(self, parent: int) -> int:
-        """Takes a free record. Raises QuotaExceeded when there is none."""
+    def take(self, parent: int, presence: Presence | None = None) -> int:
+        """Takes a free record. Raises QuotaExceeded when there is none. `presence`: passes over those whose lock is held still, by
+        a process that inherited it unknowingly.
+        """
         for number in range(layout.BROKER + 1, self._geometry.clients_max + 1):
             at = self._geometry.client_at(number) + layout.CLIENT_STATE_AT
             word = self._plane.read(at)
+            if presence is not None and word & 0xFF == State.FREE and presence.is_held(number):
+                continue
             if word & 0xFF == State.FREE and self._plane.swap_word(
                 at, word, word | parent << _PARENT_SHIFT | State.TAKEN
             ):
@@ -139,8 +144,8 @@ class Records:
         at = self._geometry.client_at(number)
         for offset in _OWN:
             self._plane.write(at + offset, 0)
-        generation = (self._plane.read(at + layout.CLIENT_STATE_AT) >> _GENERATION_SHIFT) + 1
-        self._plane.write(at + layout.CLIENT_STATE_AT, generation << _GENERATION_SHIFT | State.FREE)
+        generation = (self._plane.read(at + layout.CLIENT_STATE_AT) >> GENERATION_SHIFT) + 1
+        self._plane.write(at + layout.CLIENT_STATE_AT, generation << GENERATION_SHIFT | State.FREE)
 
     def counters(self, number: int) -> dict[str, int]:
         """What this client has counted."""

@@ -20,6 +20,7 @@ SOUND: dict[str, dict[str, Any]] = {
         "start": 0,
         "pidns": 4026531836,
         "made": 7,
+        "generation": 3,
         "mapped": True,
         "client": 2,
         "arena_id": bytes(16),
