@@ -113,7 +113,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             # As if it had been killed: whoever starts a broker again finds everything in place. The lock is kept until nothing of
             # this one runs any more.
             estate.pop_all()
-            service.stop(STOP_S, end_types=False)
+            service.stop(STOP_S, for_good=False)
             reclaim.stop()
             raise
         plane.write(layout.STOPPED_AT, 1)

@@ -227,14 +227,17 @@ class Service:
         self._leaving.extend(found.burying)
         self._bury(found.gone)
 
-    def stop(self, timeout_s: float, end_types: bool = True) -> None:
-        """Ends all types, so that nobody goes on alone, and the workers."""
-        if end_types:
+    def stop(self, timeout_s: float, for_good: bool = True) -> None:
+        """Ends all types, so that nobody goes on alone, the sessions and the workers. `for_good` False: the workers alone, since
+        another broker is to take over.
+        """
+        if for_good:
             self._type_worker.submit(self._registry.end_all, whatever_the_queue=True)
         for worker in (*self._page_workers, self._sync_worker, self._type_worker):
             if not worker.stop(timeout_s):
                 log.warning("a worker is still busy after %g s; leaving it", timeout_s)
-        self.sessions.close()
+        if for_good:
+            self.sessions.close()
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges; docs/protocol.md lists the keys."""

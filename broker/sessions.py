@@ -245,7 +245,8 @@ class Sessions:
             return False
         if record.pidns in (0, self._pidns):
             return not self._complete(client, record)
-        return not record.is_locked and time.monotonic() - client.known_at > LOCK_S
+        held = self._presence is not None and self._presence.is_held(client.number)  # stopped before it could say so
+        return not record.is_locked and not held and time.monotonic() - client.known_at > LOCK_S
 
     def _complete(self, client: Client, record: Record) -> bool:
         """The child has written who it is: from now on it is watched. False: it is dead already."""
