@@ -255,6 +255,7 @@ class Channel:
         if self.closed:
             return
         # Where the broker is gone, or does not know us, nothing of ours is left there.
+        self._wait_for_broker = 0.0
         with contextlib.suppress(GcmaError):
             if self._greeted:
                 self.request("bye")

@@ -187,7 +187,7 @@ def test_a_broker_that_fails_leaves_all_to_the_next(endpoint: str) -> None:  # n
 
 
 def test_a_successor_without_descriptors_ends_no_type(endpoint: str) -> None:  # noqa: F811
-    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint, wait_for_broker=WAIT_S) as client:
+    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint, timeout=1, wait_for_broker=WAIT_S) as client:
         swaps = [client.swap(n, 4) for n in range(60)]
         for n, swap in enumerate(swaps):
             swap.store(0, page_of(n))
