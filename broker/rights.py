@@ -56,7 +56,7 @@ class Rights:
             raise Forbidden(f"{self.name} has no right to type {parameters['type']}")
         if operation in ALLOCATION and not self.alloc:
             raise Forbidden(f"{self.name} has no right to buffers and reservations")
-        if not self.admin and (operation in ADMIN or (operation in QUOTA and parameters)):
+        if not self.admin and (operation in ADMIN or (operation in QUOTA and parameters.keys() - {"arena_id"})):
             raise Forbidden(f"{self.name} has no right to {operation}")
 
 

@@ -164,7 +164,10 @@ class Service:
             raise Forbidden("this key is not authorized, or is not any more")
         rights.check(request.operation, request.parameters)
         client = self.sessions.find(peer, sender)
-        if request.operation in self._open:
+        if request.parameters.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
+            raise Closed("the arena that this client knows has ended with its broker; connect again")
+        of_nobody = client is None and request.operation == "quota" and "client" not in request.parameters
+        if request.operation in self._open and not of_nobody:
             return Reply(request.number, "ok", self._open[request.operation](client, request))
         if request.operation == "hello":
             return Reply(request.number, "ok", self._hello(peer, sender, request.parameters))
@@ -280,8 +283,6 @@ class Service:
         self.allocations.inherit(parent, child, but_for=self.line.uncollected(parent))
 
     def _hello(self, peer: bytes, sender: Sender, p: dict[str, Any]) -> dict[str, Any]:
-        if p.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
-            raise Closed("the arena that this client knows has ended with its broker; connect again")
         pidns = p.get("pidns", 0)
         if pidns in (0, pid_namespace()) and sender.pid not in (0, p["pid"]):
             raise ProtocolError(f"hello in the name of process {p['pid']} from process {sender.pid}")

@@ -46,7 +46,7 @@ class Allocator:
 
     def areas(self) -> list[AreaInfo]:
         """The arena's areas as they are now."""
-        return [AreaInfo(**info) for info in self._channel.request("areas").results["areas"]]
+        return [AreaInfo(**info) for info in self._ask_openly("areas", {})["areas"]]
 
     def alloc_contig(
         self,
@@ -141,25 +141,30 @@ class Allocator:
         wanted = {} if client is None else {"client": operator.index(client)}
         if nbytes is not None:
             wanted["nbytes"] = 0 if nbytes in (0, "none") else parse_size(nbytes)
-        told = self._channel.request("quota", wanted).results
+        told = self._ask_openly("quota", wanted)
         return QuotaInfo(told["held"], told["quota"] or None)
 
     def drain_area(self, name: str) -> AreaInfo:
         """Takes an area out of service: no new buffers, no cache; who holds something there is not disturbed. Raises
         NoSuchArea.
         """
-        return AreaInfo(**self._channel.request("area_drain", {"area": name}).results)
+        return AreaInfo(**self._ask_openly("area_drain", {"area": name}))
 
     def resume_area(self, name: str) -> AreaInfo:
         """Puts a drained area back into service. Raises NoSuchArea."""
-        return AreaInfo(**self._channel.request("area_resume", {"area": name}).results)
+        return AreaInfo(**self._ask_openly("area_resume", {"area": name}))
 
     def resize_area(self, name: str, size: int | str) -> AreaInfo:
         """Grows an area by memory that is in no area, or shrinks it at its end.
 
         Raises NoSuchArea, ValueError; ArenaExhausted when a buffer, or too little memory, is in the way.
         """
-        return AreaInfo(**self._channel.request("area_resize", {"area": name, "nbytes": parse_size(size)}).results)
+        return AreaInfo(**self._ask_openly("area_resize", {"area": name, "nbytes": parse_size(size)}))
+
+    def _ask_openly(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        """The results of a request that a broker serves without a session too: of this arena, and no other that came since."""
+        found: dict[str, Any] = self._channel.request(operation, parameters | {"arena_id": self.arena_id}).results
+        return found
 
     # --- for Buffer, Reservation and Handle
 

@@ -69,6 +69,7 @@ _NUMBERS = Parameter(
     required=False,
 )
 _BUFFER = {"buffer": _integer(1, NUMBER_MAX)}
+_ARENA = {"arena_id": Parameter(lambda v: type(v) is bytes and len(v) == 16, "16 bytes", required=False)}
 _CLAIM = {"claim": _integer(1, NUMBER_MAX, required=False)}
 _WAIT_MS = _integer(0, 2**40, required=False)
 _NAME = _text(layout.NAME_BYTES)
@@ -90,7 +91,7 @@ OPERATIONS: dict[str, Operation] = {
             "mapped": _boolean(),
             "client": _integer(2, layout.CLIENTS_MAX, required=False),
             "generation": _integer(0, NUMBER_MAX, required=False),
-            "arena_id": Parameter(lambda v: type(v) is bytes and len(v) == 16, "16 bytes", required=False),
+            **_ARENA,
             "buffers": _NUMBERS,
             "claims": _NUMBERS,
             "made": _integer(0, NUMBER_MAX, required=False),
@@ -123,13 +124,15 @@ OPERATIONS: dict[str, Operation] = {
     "names": Operation({"after": _text(layout.NAME_BYTES, required=False)}),
     "quota": Operation(
         {"client": _integer(2, layout.CLIENTS_MAX, required=False), "nbytes": _integer(0, 2**62, required=False)}
+        | _ARENA
     ),
-    "area_drain": Operation({"area": _NAME}),
-    "area_resume": Operation({"area": _NAME}),
+    "area_drain": Operation({"area": _NAME} | _ARENA),
+    "area_resume": Operation({"area": _NAME} | _ARENA),
     "area_resize": Operation(
         {"area": _NAME, "nbytes": _integer(1, 2**62, required=False), "by": _integer(-(2**62), 2**62, required=False)}
+        | _ARENA
     ),
-    "areas": Operation(),
+    "areas": Operation(_ARENA),
     "stats": Operation(),
 }
 

@@ -184,7 +184,9 @@ def _check_area_page(page: int, life: int, area: AreaEntry | None, guest: Guest 
     if guest is not None and guest.kind == _BUFFER_KIND:
         assert state == BUFFER, f"{where}: a buffer's, and not kept for it"
     elif state == BUFFER:
-        assert not area.lends, f"{where}: kept from the cache for nobody"
+        # A reservation that was claimed while its area was drained is as it was then, until it is lent again.
+        claimed = guest is not None and guest.is_claimed
+        assert claimed or not area.lends, f"{where}: kept from the cache for nobody"
     elif not area.lends:
         # A reservation that was claimed when the area was drained may be left as it was.
         assert guest is not None, f"{where}: offered to the cache of an area that has none"

@@ -256,8 +256,12 @@ def test_a_client_of_another_broker_than_now_serves(endpoint: str) -> None:
                 client.swap(0, 10)
             with pytest.raises((Closed, BrokerUnavailable)):
                 client.alloc_contig(4096)
+            for call in (client.areas, client.quota, lambda: client.drain_area("default")):
+                with pytest.raises((Closed, BrokerUnavailable)):
+                    call()
             client.close()
             assert sum(area.held for area in stranger.areas()) == 0
+            assert not any(area.drained for area in stranger.areas())
 
 
 def test_a_client_of_a_dead_broker_is_told_and_can_close(endpoint: str) -> None:

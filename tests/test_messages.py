@@ -46,11 +46,11 @@ SOUND: dict[str, dict[str, Any]] = {
     "hand_over": {"buffer": 1, "claim": 1, "timeout_ms": 0},
     "free_claim": {"buffer": 1, "claim": 1},
     "names": {"after": "n"},
-    "quota": {"client": 2, "nbytes": 0},
-    "area_drain": {"area": "a"},
-    "area_resume": {"area": "a"},
-    "area_resize": {"area": "a", "nbytes": 1, "by": -(2**62)},
-    "areas": {},
+    "quota": {"client": 2, "nbytes": 0, "arena_id": bytes(16)},
+    "area_drain": {"area": "a", "arena_id": bytes(16)},
+    "area_resume": {"area": "a", "arena_id": bytes(16)},
+    "area_resize": {"area": "a", "nbytes": 1, "by": -(2**62), "arena_id": bytes(16)},
+    "areas": {"arena_id": bytes(16)},
     "stats": {},
 }
 

@@ -93,7 +93,7 @@ def test_every_operation_parameter_error_and_counter_is_specified() -> None:
             cells = row.split("|")
             as_another = re.match(r" as `(\w+)`", cells[2])
             what = row + rows[as_another[1]] if as_another and as_another[1] in messages.OPERATIONS else row
-            rows |= dict.fromkeys(re.findall(r"`(\w+)`", cells[1]), what)
+            rows = dict.fromkeys(re.findall(r"`(\w+)`", cells[1]), what) | rows  # operations come before statistics
     for name, operation in messages.OPERATIONS.items():
         for parameter, meaning in operation.parameters.items():
             assert f"`{parameter}`{'' if meaning.required else '?'}" in rows[name], f"{name}: {parameter}"

@@ -88,11 +88,15 @@ def test_mapped_clients_go_on_without_a_broker_and_with_the_next(endpoint: str) 
 def test_what_the_cache_held_is_still_in_memory(endpoint: str) -> None:
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 1000, "behind")
-        for n in range(1000):
-            swap.store(n, page_of(n))
-            swap.load(n)
+
+        def fill() -> bool:
+            for n in range(1000):
+                swap.store(n, page_of(n))
+                swap.load(n)
+            return sum(area.lent for area in client.areas()) > 200 * PAGE
+
+        assert eventually(fill)
         swap.sync()
-        assert eventually(lambda: sum(area.lent for area in client.areas()) > 200 * PAGE)
         lent = {area.name: area.lent for area in client.areas()}
         hits = client.stats()["counters"]
         with killed_and_restarted(first):
@@ -605,3 +609,11 @@ def test_other_options_change_nothing_of_what_is_taken_over(endpoint: str, tmp_p
             assert not (tmp_path / "elsewhere").exists()
             with pytest.raises(NoSuchBuffer):
                 client.attach("nothing")
+
+
+def test_the_first_question_to_a_new_broker_may_be_for_ones_own_quota(endpoint: str) -> None:
+    """It is answered without a session, too, but for whom?"""
+    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
+        client.quota(MIB)
+        with killed_and_restarted(first):
+            assert client.quota() == gcma_shm.QuotaInfo(0, MIB)

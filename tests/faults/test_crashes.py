@@ -52,7 +52,7 @@ def test_a_broker_killed_at_every_change(core: Path) -> None:
         ("seize", "lend_after_a_dead_claimer", "the broker has it in its hands"),
         ("records", "hello", "State.TAKEN"),
         ("files", "swap_init", "spill files"),
-        ("sharers", "share_a_claim_and_leave_it", "is not shared by this client"),
+        ("sharers", "share_a_claim_and_leave_it", "claim word"),
         ("burying", "lend_after_a_dead_claimer", "State.DEAD"),
         ("forks", "inherit", "is not process"),
         ("heirs", "inherit", "holders"),
