@@ -69,6 +69,7 @@ class Report:
     figures: dict[str, int] = field(default_factory=dict)
     unsettled: list[str] = field(default_factory=list)
     served: bool = False  # by a broker that runs
+    stopped: bool = False  # its broker lives, and is stopped
     moving: bool = False  # a broker or clients may be at work in it
     looks: int = 1
 
@@ -205,8 +206,10 @@ def look_once(
         examine(view)
     if spill_dir is not None:
         check_files(view, spill_dir, values)
-    moving = standing.is_served() or any(standing.lives(client) is not False for client in view.clients.values())
-    return Report(view.findings, view.figures, view.unsettled, view.served, moving)
+    has_broker = standing.is_served()
+    moving = has_broker or any(standing.lives(client) is not False for client in view.clients.values())
+    stopped = has_broker and standing.is_stopped()
+    return Report(view.findings, view.figures, view.unsettled, view.served, stopped, moving)
 
 
 def _open(name: str) -> int:
