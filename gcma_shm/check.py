@@ -15,7 +15,8 @@ At every instant it holds that
   is not closed; the nursery page that it names has its key, and is published or granted;
 - a nursery page is nobody's but for whom it is granted, and no buffer's; a page in no area holds nothing;
 - a place in a file is claimed, and a page granted, by clients that there are; names are one guest's;
-- a clean value is in its file, and fits its checksum, and the page in memory; the file is no longer than its slots.
+- a living type has the file that its life began with, no longer than its slots; a clean value is in it, and fits its checksum, and the
+  page in memory.
 
 Only at rest, when no operation of the broker is under way, it holds that
 - a slot of no living type is closed, or as it was made;

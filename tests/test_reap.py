@@ -119,6 +119,8 @@ def test_living_clients_are_in_the_way(endpoint: str, capsys: pytest.CaptureFixt
         assert not any(path.exists() for path in paths(endpoint))
         with pytest.raises(gcma_shm.Closed):
             swap.load(1)
+        with pytest.raises(gcma_shm.BrokerUnavailable):
+            client.alloc_contig(PAGE)
         held.view[:4] = b"mine"  # what it has mapped stays mapped
         assert promised.nbytes == 5 * PAGE
 
