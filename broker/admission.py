@@ -22,6 +22,7 @@ from zmq.utils import z85
 
 from gcma_shm._core import scheduler_slice
 from gcma_shm.broker.rights import INSECURE, Rights, Sender, parse_authorized
+from gcma_shm.sizes import counted
 
 log = logging.getLogger(__name__)
 
@@ -99,18 +100,19 @@ class Admission:
         except ValueError as error:
             raise ValueError(f"{authorized}: {error}") from None
         self._seen, self._trouble = seen, ""
-        log.info("%s: %d keys", authorized, len(self._by_key))
+        log.info("%s: %s", authorized, counted(len(self._by_key), "key"))
 
     def _answer(self, question: list[bytes]) -> list[bytes]:
         """The reply to one request of ZAP: version, number, domain, address, identity, mechanism, credentials."""
         version, number, _domain, address, _identity, mechanism, *credentials = question
         key = z85.encode(credentials[0]).decode() if mechanism == b"CURVE" and credentials else ""
+        where = address.decode(errors="replace")
         known = self._by_key.get(key) if version == ZAP_VERSION else None
         if known is None:
             self._refused += 1
             if time.monotonic() - self._told >= REFUSALS_TOLD_S:  # nobody is to fill the log with it
-                log.warning("not let in: %d since the last such line, now %s with key %s", self._refused, address, key)
+                log.warning("not let in: %d since the last such line, now %s with key %s", self._refused, where, key)
                 self._told, self._refused = time.monotonic(), 0
             return [ZAP_VERSION, number, b"400", b"this key is not authorized", b"", b""]
-        log.info("%s is let in from %s", known.name, address)
+        log.info("%s is let in from %s", known.name, where)
         return [ZAP_VERSION, number, b"200", b"OK", key.encode(), b""]

@@ -12,8 +12,8 @@ from dataclasses import asdict
 from gcma_shm._check_view import Finding
 from gcma_shm.check import Report, check
 from gcma_shm.endpoint import arena_name, default_endpoint
-from gcma_shm.errors import ArenaError
-from gcma_shm.sizes import format_size
+from gcma_shm.errors import ArenaError, in_words
+from gcma_shm.sizes import counted, format_size
 
 LINES_MAX = 10  # of one kind
 SOUND, DAMAGED, UNCHECKED = 0, 1, 2
@@ -42,7 +42,7 @@ def _check(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     try:
         report = check(name, values=parsed.pages)
     except ArenaError as error:
-        print(f"gcma check: {error.strerror or error}", file=sys.stderr)
+        print(f"gcma check: {in_words(error)}", file=sys.stderr)
         return UNCHECKED
     seconds = time.monotonic() - begun
     if parsed.json:
@@ -53,11 +53,10 @@ def _check(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
 
 
 def _lines(name: str, report: Report, seconds: float) -> list[str]:
-    lines = [f"arena {name}, {'served by a broker' if report.served else 'no broker runs'}"]
+    broker = "served by a broker" if report.served else "its broker is stopped" if report.stopped else "no broker runs"
+    lines = [f"arena {name}, {broker}"]
     lines += _told("damaged", report.damaged)
-    lines += _told(
-        "to be put right by the broker" if report.served else "to be put right by the next broker", report.pending
-    )
+    lines += _told(f"to be put right by the {'' if report.served or report.stopped else 'next '}broker", report.pending)
     lines += [f"it moves too much to tell: {what}" for what in report.unsettled[:LINES_MAX]]
     figures = report.figures
     if figures:
@@ -82,17 +81,14 @@ def _told(title: str, findings: list[Finding]) -> list[str]:
 
 
 def _figures(figures: dict[str, int]) -> list[str]:
-    def plural(count: int, what: str) -> str:
-        return f"{count} {what}{'' if count == 1 else 's'}"
-
     held_in = ", ".join(f"{figures[f'slots_{state}']} {state}" for state in ("cached", "dirty", "spilled", "zero"))
-    words = [plural(figures.get(f"{what}s", 0), what) for what in ("area", "type", "client", "buffer", "reservation")]
-    words.append(plural(figures["slots"], "slot") + f" ({held_in})")
+    words = [counted(figures.get(f"{what}s", 0), what) for what in ("area", "type", "client", "buffer", "reservation")]
+    words.append(counted(figures["slots"], "slot") + f" ({held_in})")
     words.append(
-        plural(figures["pages"], "page")
+        counted(figures["pages"], "page")
         + f" ({figures.get('pages_lent', 0)} lent, {figures.get('pages_held', 0)} held, {figures['nursery_published']} in the nursery)"
     )
-    words.append(plural(figures.get("spill_files", 0), "spill file"))
+    words.append(counted(figures.get("spill_files", 0), "spill file"))
     if "value_bytes" in figures:
         words.append(f"{format_size(figures['value_bytes'])} of values")
     return words

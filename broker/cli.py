@@ -21,7 +21,7 @@ from gcma_shm.broker.reap import add_reap
 from gcma_shm.broker.showing import add_showing
 from gcma_shm.curve import credentials_of
 from gcma_shm.endpoint import default_endpoint
-from gcma_shm.errors import GcmaError
+from gcma_shm.errors import GcmaError, in_words
 from gcma_shm.sizes import format_size, parse_size
 
 AREA_COLUMNS = ("size", "held", "reserved", "lent", "free", "largest_free")
@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return int(parsed.run(parser, parsed))
     except (GcmaError, OSError, ValueError) as error:
-        print(f"gcma {parsed.command}: {error}", file=sys.stderr)
+        print(f"gcma {parsed.command}: {in_words(error)}", file=sys.stderr)
         return 1
 
 
@@ -65,7 +65,7 @@ def _broker(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
     except (GcmaError, OSError, ValueError) as error:
         if not asked:
             raise
-        _tell(asked.pop(), str(error))
+        _tell(asked.pop(), in_words(error))
         return 1
     return 0
 
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     broker = commands.add_parser("broker", help="own an arena and serve it until SIGTERM or SIGINT")
-    broker.set_defaults(run=_broker)
+    broker.set_defaults(run=lambda _, parsed: _broker(broker, parsed))  # an error shows the usage of this command
     broker.add_argument("--size", required=True, help="of the arena, tables included: 256M, 4G, or bytes")
     broker.add_argument(
         "--area",

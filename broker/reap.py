@@ -25,7 +25,7 @@ import posix_ipc
 from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm.check import Inspected, geometry_faults
-from gcma_shm.endpoint import arena_name, default_endpoint, default_spill_base, socket_path
+from gcma_shm.endpoint import arena_name, default_endpoint, default_spill_base, is_tcp, socket_path
 from gcma_shm.entries import ClientEntry, Guest, read_clients, read_guests
 from gcma_shm.errors import ArenaError
 from gcma_shm.sizes import format_size
@@ -91,7 +91,10 @@ def _print(outcome: Outcome, verb: str) -> None:
     for name in outcome.served:
         print(f"a broker serves {name}")
     total = sum(one.nbytes for one in outcome.removed)
-    print(f"{verb} {format_size(total)} in all" if outcome.removed else "nothing to remove")
+    if outcome.removed:
+        print(f"{verb} {format_size(total)} in all")
+    elif not outcome.refused:
+        print("nothing to remove")
     for words in outcome.refused:
         print(f"gcma reap: {words}", file=sys.stderr)
 
@@ -106,7 +109,8 @@ class Reaper:
 
     def reap_endpoint(self, endpoint: str) -> None:
         """What a broker on that endpoint left. Raises ValueError for a malformed endpoint."""
-        path, name = socket_path(endpoint), arena_name(endpoint)
+        name = arena_name(endpoint)
+        path = None if is_tcp(endpoint) else socket_path(endpoint)  # over TCP nothing is left of a socket
         self._reap_arena(name, refuse_served=True, socket=path, spill_dir=_resolved(default_spill_base()) / name[1:])
 
     def reap_all(self) -> None:

@@ -16,6 +16,7 @@ from gcma_shm._core import Plane
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.sessions import Client, Sessions
+from gcma_shm.sizes import counted
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +59,10 @@ def recover(plane: Plane, registry: TypeRegistry, allocations: Allocations, sess
         allocations.put_right(allocation, known | sessions.clients.keys())
     found = Found(gone, burying, time.monotonic() - begun)
     log.info(
-        "took over %d clients (%d dead), %d buffers and reservations, %d types in %.1f ms",
-        len(sessions.clients), len(gone) + len(burying), len(restored), len(registry), found.seconds * 1000,
+        "took over %s (%d dead), %s, %s in %.1f ms",
+        counted(len(sessions.clients), "client"), len(gone) + len(burying),
+        counted(len(restored), "buffer or reservation", "buffers and reservations"), counted(len(registry), "type"),
+        found.seconds * 1000,
     )  # fmt: skip
     return found
 

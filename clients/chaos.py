@@ -94,8 +94,6 @@ class Chaos:
 
     def _kill(self) -> None:
         child = self._victim()
-        if not child.begun:
-            return
         for _ in range(self._rng.randrange(2000)):  # somewhere in an operation
             pass
         child.kill()

@@ -1,8 +1,8 @@
 """`gcma stress`: does an arena keep its promises while everything goes wrong?
 
 Rounds of stress, each over a fresh small arena with a broker of its own: worker processes store, load, invalidate and sync, a guest takes contiguous ranges and
-reservations and proves their bytes, an operator drains an area and ends a type; meanwhile processes are killed, stopped and continued, and the disk is full for
-moments. Every operation is recorded with its start and its end. After each round the history of every slot must be that of an atomic register, every acknowledged
+reservations and proves their bytes, an operator drains an area and ends a type; meanwhile processes are killed, stopped and continued, the disk is full for
+moments, and the broker is killed and started again. Every operation is recorded with its start and its end. After each round the history of every slot must be that of an atomic register, every acknowledged
 store must be loaded back, and nothing of the dead may be left. Exit status 1 when anything was wrong. The seed, which is printed, chooses what happens in which order.
 """
 

@@ -97,7 +97,6 @@ class Child:
     role: Role
     how: How
     process: BaseProcess
-    _begun: mmap.mmap
     log: Log | None = None
     stopped: bool = field(default=False)
 
@@ -105,11 +104,6 @@ class Child:
     def alive(self) -> bool:
         """Until it has ended; its number is nobody else's before we have seen that."""
         return self.process.is_alive()
-
-    @property
-    def begun(self) -> bool:
-        """Whether its first instruction is behind it. Of a child that dies before, the broker waits a minute for a word (sessions.FORK_COMPLETION_S)."""
-        return self._begun[0] != 0
 
     @property
     def pid(self) -> int:
@@ -137,11 +131,8 @@ class Child:
 def fork(role: Role, how: How, shared: Shared, work: Callable[[], object], log: Log | None = None) -> Child:
     """A child that does `work`; whatever it raises is told."""
 
-    begun = mmap.mmap(-1, 1)
-
     def run() -> None:
         shared.end_with_parent()
-        begun[0] = 1
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.register(signal.SIGUSR1, file=STDERR)
@@ -152,7 +143,7 @@ def fork(role: Role, how: How, shared: Shared, work: Callable[[], object], log: 
 
     process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
     process.start()
-    return Child(role, how, process, begun, log)
+    return Child(role, how, process, log)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from gcma_shm.clients.stress_work import Worker, read_all
 
 OPERATIONS_MAX = 50_000  # of one process; then another takes its place
 LOST_MAX = 20  # that are told of one round
-WAIT_S = 90.0  # for what must come, never a measure; longer than a record waits for a forked child
+WAIT_S = 90.0  # for what must come, never a measure
 KEPT = "kept"  # a file beside logs that somebody is to look at
 CHECKERS = 2  # processes that check a history
 CHECKED_S = 0.2  # between two looks whether they have, or whether a child has ended

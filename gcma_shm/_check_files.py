@@ -46,6 +46,9 @@ def _check_file(view: View, directory: int, type_: TypeEntry, values: bool) -> N
         if not stat.S_ISREG(found.st_mode):
             view.always("spill file", f"{type_.name} is no plain file")
             return
+        if (found.st_ino, found.st_dev) != (type_.inode, type_.device):
+            view.always("spill file", f"{type_.name} is not the file that its life began with")
+            return
         if found.st_size < needed:
             view.always("spill file", f"{type_.name} has {found.st_size} bytes, its values need {needed}")
         if found.st_size > type_.slots * size:

@@ -15,7 +15,8 @@ At every instant it holds that
   is not closed; the nursery page that it names has its key, and is published or granted;
 - a nursery page is nobody's but for whom it is granted, and no buffer's; a page in no area holds nothing;
 - a place in a file is claimed, and a page granted, by clients that there are; names are one guest's;
-- a clean value is in its file, and fits its checksum, and the page in memory; the file is no longer than its slots.
+- a living type has the file that its life began with, no longer than its slots; a clean value is in it, and fits its checksum, and the
+  page in memory.
 
 Only at rest, when no operation of the broker is under way, it holds that
 - a slot of no living type is closed, or as it was made;
@@ -69,6 +70,7 @@ class Report:
     figures: dict[str, int] = field(default_factory=dict)
     unsettled: list[str] = field(default_factory=list)
     served: bool = False  # by a broker that runs
+    stopped: bool = False  # its broker lives, and is stopped
     moving: bool = False  # a broker or clients may be at work in it
     looks: int = 1
 
@@ -205,8 +207,10 @@ def look_once(
         examine(view)
     if spill_dir is not None:
         check_files(view, spill_dir, values)
-    moving = standing.is_served() or any(standing.lives(client) is not False for client in view.clients.values())
-    return Report(view.findings, view.figures, view.unsettled, view.served, moving)
+    has_broker = standing.is_served()
+    moving = has_broker or any(standing.lives(client) is not False for client in view.clients.values())
+    stopped = has_broker and standing.is_stopped()
+    return Report(view.findings, view.figures, view.unsettled, view.served, stopped, moving)
 
 
 def _open(name: str) -> int:

@@ -13,22 +13,25 @@ from gcma_shm import layout
 from gcma_shm.layout import Geometry
 
 READS_MAX = 8  # of one entry that changes meanwhile
-_TYPE = struct.Struct("<4Q")
+_TYPE = struct.Struct("<7Q")  # life, base, slots, flags, share, inode, device
 _CLIENT = struct.Struct("<3QQQ")  # state, pid, start, tag, pidns
-_OWN = struct.Struct("<4Q")  # locked, inherits, quota, mapped
 _ALLOCATION = struct.Struct(f"<8Q{layout.NAME_BYTES}s2Q")
 _STATE_MASK = 0xFF
 
 
 @dataclass(frozen=True)
 class TypeEntry:
-    """A swap type that lives: its slots and its file, `name` in the spill directory."""
+    """A swap type that lives: its slots and its file, `name` in the spill directory; `inode`, `device`: of the one that its life
+    began with.
+    """
 
     number: int
     life: int
     base: int
     slots: int
     flags: int
+    inode: int
+    device: int
 
     @property
     def end(self) -> int:
@@ -52,7 +55,6 @@ class ClientEntry:
     start: int
     pidns: int
     is_locked: bool
-    is_mapped: bool
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,9 @@ def read_types(memory: memoryview, geometry: Geometry) -> list[TypeEntry]:
     """The living types."""
     found = []
     for number in range(geometry.types_max):
-        life, base, slots, flags = _TYPE.unpack_from(memory, geometry.type_at(number))
+        life, base, slots, flags, _share, inode, device = _TYPE.unpack_from(memory, geometry.type_at(number))
         if life & 1:
-            found.append(TypeEntry(number, life, base, slots, flags))
+            found.append(TypeEntry(number, life, base, slots, flags, inode, device))
     return found
 
 
@@ -120,14 +122,12 @@ def read_clients(memory: memoryview, geometry: Geometry) -> dict[int, ClientEntr
         at = geometry.client_at(number)
         for _ in range(READS_MAX):
             state, pid, start, _tag, pidns = _CLIENT.unpack_from(memory, at)
-            locked, _inherits, _quota, mapped = _OWN.unpack_from(memory, at + layout.CLIENT_LOCKED_AT)
+            locked = word(memory, at + layout.CLIENT_LOCKED_AT)
             if word(memory, at) == state:
                 break
         if state & _STATE_MASK:
             parent = state >> 8 & 0xFFFF
-            found[number] = ClientEntry(
-                number, state & _STATE_MASK, parent, pid, start, pidns, bool(locked), bool(mapped)
-            )
+            found[number] = ClientEntry(number, state & _STATE_MASK, parent, pid, start, pidns, bool(locked))
     return found
 
 
@@ -156,8 +156,9 @@ def _read_guest(memory: memoryview, geometry: Geometry, index: int) -> Guest | N
     kind = state & _STATE_MASK
     if not kind:
         return None
+    # Of the name what is before the first zero: behind it may be what is left of an older one, whose removal was cut off.
     return Guest(
-        index, state >> layout.KIND_BITS, kind, first, pages, area, claim, deadline, name.rstrip(b"\0"), lent, holders,
+        index, state >> layout.KIND_BITS, kind, first, pages, area, claim, deadline, name.partition(b"\0")[0], lent, holders,
         claimers if kind == layout.RESERVATION else frozenset(),
     )  # fmt: skip
 

@@ -6,6 +6,8 @@ OSError`, `except MemoryError`, `except TimeoutError`) work without knowing this
 
 from __future__ import annotations
 
+import os
+
 __all__ = [
     "ArenaError",
     "ArenaExhausted",
@@ -121,3 +123,10 @@ class SpillCorrupt(SpillError):
 
 class ProtocolError(GcmaError, ValueError):
     """A malformed or unsupported message."""
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says to people, without the number that the system has for it."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else str(error.strerror)

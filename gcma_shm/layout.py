@@ -79,15 +79,12 @@ assert AREA_ENTRY.size <= AREA_CLOCK_AT
 TYPE_LIFE_AT = 0x00
 TYPE_BASE_AT = 0x08
 TYPE_SLOTS_AT = 0x10
-TYPE_FLAGS_AT = 0x18
-TYPE_SHARE_AT = 0x20
 WRITE_BEHIND = 1
 
 # A client's record. Number 0 is nobody (its counters are those of the departed); number 1 is the broker itself.
 CLIENT_STATE_AT = 0x00
 CLIENT_PID_AT = 0x08
 CLIENT_START_AT = 0x10
-CLIENT_TAG_AT = 0x18
 CLIENT_PIDNS_AT = 0x20
 CLIENT_CLAIMS_AT = 0x28
 CLIENT_INHERITED_AT = 0x38  # of a forked child: its parent's count of claims at the fork

@@ -1,4 +1,4 @@
-"""Sizes and times as people write them."""
+"""Sizes, counts and times as people write them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ def format_size(size_bytes: int) -> str:
         if size_bytes >= unit_bytes:
             return f"{size_bytes / unit_bytes:.1f}".removesuffix(".0") + f" {unit}"
     return f"{size_bytes} B"
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """`"1 client"`, `"2 clients"`; `many`: where that is not `one` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def check_seconds(name: str, value: float, least: float = 0.0) -> float:

@@ -700,6 +700,7 @@ def test_a_name_given_twice_by_command() -> None:
     )
     assert done.returncode == 2
     assert "each name once" in done.stderr
+    assert done.stderr.startswith("usage: gcma broker ")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import struct
 import tempfile
@@ -25,7 +26,7 @@ from gcma_shm.broker.checking import DAMAGED, LINES_MAX, SOUND, UNCHECKED
 from gcma_shm.broker.cli import main
 from gcma_shm.check import LOOKS, Inspected, Report, check, look_once, repeated
 from gcma_shm.endpoint import arena_name, default_spill_dir
-from gcma_shm.entries import ClientEntry
+from gcma_shm.entries import ClientEntry, read_guests
 from gcma_shm.standing import Standing
 from tests.processes import Broker, Said, broker, eventually, forked
 
@@ -515,6 +516,19 @@ def test_there_is_none(capsys: pytest.CaptureFixture[str], endpoint: str) -> Non
     assert "there is no arena" in capsys.readouterr().err
 
 
+def test_a_name_ends_at_its_first_zero(copy: Copy) -> None:
+    """What is behind it is left of an older name, whose removal was cut off."""
+    at = copy.entry("buffer 1") + layout.ALLOCATION_NAME_AT
+    copy.bytes[at : at + layout.NAME_BYTES] = b"new\0r 1".ljust(layout.NAME_BYTES - 3, b"\0") + b"old"
+    names = {guest.name for guest in read_guests(memoryview(copy.bytes), copy.g)}
+    assert b"new" in names
+    assert not any(b"\0" in name for name in names)
+    copy.write(at, 0)
+    unnamed = [guest.index for guest in read_guests(memoryview(copy.bytes), copy.g) if not guest.name]
+    assert (at - layout.ALLOCATION_NAME_AT - copy.g.allocations_at) // layout.ALLOCATION_BYTES in unnamed
+    assert not copy.look()
+
+
 # --- files and values
 
 
@@ -536,6 +550,9 @@ def test_spill_files(endpoint: str) -> None:
         found(look(endpoint).damaged, "spill file", "000.1, of a living type, cannot be opened: No such file")
         through.symlink_to(kept)
         assert look(endpoint).damaged, "a link is not the file"
+        through.unlink()
+        shutil.copy(kept, through)
+        found(look(endpoint).damaged, "spill file", "000.1 is not the file that its life began with")
         through.unlink()
         kept.rename(through)
         through.write_bytes(whole)
@@ -635,7 +652,7 @@ def test_after_a_death_and_after_a_takeover(endpoint: str) -> None:
             assert not check(arena_name(endpoint), values=True).findings
 
 
-def test_a_stopped_broker_is_no_damage(endpoint: str) -> None:
+def test_a_stopped_broker_is_no_damage(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with in_use(endpoint) as (first, _), forked(lambda said: churn(endpoint, said, lambda: False)) as child:
         child.receive()
         for _ in range(5):
@@ -643,6 +660,8 @@ def test_a_stopped_broker_is_no_damage(endpoint: str) -> None:
             try:
                 assert eventually(lambda: not look(endpoint).served)
                 assert not look(endpoint).damaged
+                assert main(["check", "--endpoint", endpoint]) == SOUND
+                assert ", its broker is stopped\n" in capsys.readouterr().out
             finally:
                 os.kill(first.pid, signal.SIGCONT)
 

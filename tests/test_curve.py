@@ -46,7 +46,7 @@ def test_keygen_never_writes_over_a_file(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     again = gcma("keygen", str(tmp_path))
     assert again.returncode == 1
-    assert "client.key_secret" in again.stderr
+    assert again.stderr == f"gcma keygen: {tmp_path}/client.key_secret: exists; never written over\n"
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before, "nor leaves half of what it was to make"
     (tmp_path / "bob.key").symlink_to(tmp_path / "elsewhere")
     assert gcma("keygen", str(tmp_path), "bob").returncode == 1

@@ -73,3 +73,10 @@ def test_they_survive_the_way_back_from_a_worker_process(error: Exception) -> No
     assert str(back) == str(error)
     for attribute in ("requested", "largest_free", "holders", "errno", "stored"):
         assert getattr(back, attribute, None) == getattr(error, attribute, None)
+
+
+def test_in_words() -> None:
+    assert errors.in_words(errors.ArenaError(28, "too small")) == "too small"
+    assert errors.in_words(errors.ArenaError("too small")) == "too small"
+    assert errors.in_words(FileNotFoundError(2, "No such file", "/a")) == "/a: No such file"
+    assert errors.in_words(ValueError("none")) == "none"

@@ -93,7 +93,9 @@ def test_a_living_brokers_is_left_alone(endpoint: str, capsys: pytest.CaptureFix
         swap.store(1, b"x" * PAGE)
         for options in (["--endpoint", endpoint], ["--endpoint", endpoint, "--force"]):
             assert reap(*options) == 1
-            assert f"a broker serves {arena_name(endpoint)}" in capsys.readouterr().err
+            told = capsys.readouterr()
+            assert f"a broker serves {arena_name(endpoint)}" in told.err
+            assert told.out == ""
         assert reap("--all", "--force", "--dry-run") == 0  # other tests' brokers may have died just now
         assert f"a broker serves {arena_name(endpoint)}" in capsys.readouterr().out
         assert swap.load(1) == b"x" * PAGE
@@ -117,8 +119,32 @@ def test_living_clients_are_in_the_way(endpoint: str, capsys: pytest.CaptureFixt
         assert not any(path.exists() for path in paths(endpoint))
         with pytest.raises(gcma_shm.Closed):
             swap.load(1)
+        with pytest.raises(gcma_shm.BrokerUnavailable):
+            client.alloc_contig(PAGE)
         held.view[:4] = b"mine"  # what it has mapped stays mapped
         assert promised.nbytes == 5 * PAGE
+
+
+def test_a_broker_on_tcp_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no socket of its own in the file system, nor a directory for it."""
+    for _ in range(10):  # where another process has taken the port meanwhile, the next one
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            endpoint = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        try:
+            with broker(endpoint, "--insecure") as one:
+                one.stop(signal.SIGKILL)
+                assert reap("--endpoint", endpoint) == 0
+            break
+        except AssertionError as error:
+            if "cannot listen" not in str(error):
+                raise
+    else:
+        pytest.fail("no port is free")
+    told = capsys.readouterr().out
+    assert re.search(rf"^removed arena /dev/shm{arena_name(endpoint)}, \d+ bytes$", told, re.M)
+    assert re.search(r"^removed spill directory ", told, re.M)
+    assert "socket" not in told
+    assert not default_spill_dir(endpoint).exists()
 
 
 def test_a_client_that_died_is_not(endpoint: str) -> None:

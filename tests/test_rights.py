@@ -9,6 +9,7 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from zmq.utils import z85
 
 from gcma_shm import messages
 from gcma_shm.broker import rights
@@ -134,6 +135,25 @@ def test_a_file_that_others_may_write_is_none(tmp_path: Path) -> None:
         assert admission.rights(Sender(remote=True, key=OTHER)) is None
         assert admission.rights(Sender(remote=True)) is None
         admission.close()
+
+
+def test_the_log_tells_who_came_from_where(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    known, other = "0" * 40, "1" * 40
+    file = tmp_path / "authorized"
+    file.write_text(f"a {known}\n")
+    file.chmod(0o600)
+    with zmq.Context() as context:
+        admission = Admission(context, file)
+        for key, status in ((known, b"200"), (other, b"400")):
+            question = [b"1.0", b"1", b"gcma", b"127.0.0.1", b"", b"CURVE", z85.decode(key)]
+            assert admission._answer(question)[2] == status
+        admission.close()
+    assert caplog.messages == [
+        f"{file}: 1 key",
+        "a is let in from 127.0.0.1",
+        f"not let in: 1 since the last such line, now 127.0.0.1 with key {other}",
+    ]
 
 
 def test_without_keys_nobody_administers(tmp_path: Path) -> None:

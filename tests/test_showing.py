@@ -81,4 +81,4 @@ def test_with_and_without_a_broker(capsys: pytest.CaptureFixture[str]) -> None:
         remove_dead(arena_name(endpoint))
     assert not Path(endpoint.removeprefix("ipc://")).exists()
     assert main(["status", *at]) == 1
-    assert "there is no arena" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith("gcma status: there is no arena")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gcma_shm.sizes import format_size, parse_size
+from gcma_shm.sizes import counted, format_size, parse_size
 
 
 @pytest.mark.parametrize(
@@ -74,3 +74,8 @@ def test_what_is_written_can_be_read_where_it_is_exact(size_bytes: int) -> None:
         unit_bytes = parse_size(f"1{unit}")
         assert int(number) * unit_bytes <= size_bytes * 1.05 + 1
         assert parse_size(written) == int(number) * unit_bytes
+
+
+def test_counts() -> None:
+    assert [counted(n, "client") for n in (0, 1, 2)] == ["0 clients", "1 client", "2 clients"]
+    assert [counted(n, "key or name", "keys and names") for n in (1, 2)] == ["1 key or name", "2 keys and names"]
