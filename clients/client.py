@@ -84,9 +84,8 @@ class Client(Allocator):
         }
         if self._channel.greeting:  # not the first time: no other arena will do
             who["arena_id"] = self._channel.greeting["arena_id"]
-            if (
-                self._greeted_pid == pid and "client" in self._channel.greeting
-            ):  # not a forked child, which is a new client
+            # Not in a forked child, which is a new client, nor over TCP, where a session ends with its connection.
+            if self._greeted_pid == pid and "client" in self._channel.greeting and not is_tcp(self.endpoint):
                 who["client"] = self._channel.greeting["client"]
                 who["generation"] = self._channel.greeting["generation"]
         self._greeted_pid = pid
