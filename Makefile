@@ -16,8 +16,9 @@ all: .venv/ready
 run: all
 	$(BIN)/python bench/main_job.py
 
+# Many tests wait for processes, so one more at a time than there are processors.
 test: all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $$(($$(nproc) + 1))
 
 lint: all
 	$(BIN)/ruff check .
