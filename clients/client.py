@@ -90,19 +90,21 @@ class Client(Allocator):
                 who["generation"] = self._channel.greeting["generation"]
         self._greeted_pid = pid
         if self._plane is not None:  # a forked child, or one whose session was lost: say who we are and what we hold
-            holds = self._channel.holds
-            attaching = (
-                self._channel.attaching
-            )  # should a broker have done that and died before it said so: we come for it again
-            buffers = [*holds.buffers(), *(p["buffer"] for p in attaching)]
-            who |= {"client": self._plane.number, "generation": self._generation, "buffers": buffers}
-            with cast(Claims, self._claims).lock:  # after the channel's, as before a fork
-                own, made = (
-                    list(cast(Claims, self._claims).live),
-                    self._plane.read(self._record + layout.CLIENT_CLAIMS_AT),
-                )
-            who |= {"claims": [*own, *holds.shares(), *(p["buffer"] for p in attaching if "claim" in p)], "made": made}
+            who |= {"client": self._plane.number, "generation": self._generation} | self._holding()
         return who
+
+    def _holding(self) -> dict[str, Any]:
+        """What this client knows that it holds; what else a broker thinks is taken back by the hello that says so."""
+        plane, claims, holds = cast(Plane, self._plane), cast(Claims, self._claims), self._channel.holds
+        with claims.lock:  # after the channel's, as before a fork
+            own, made = list(claims.live), plane.read(self._record + layout.CLIENT_CLAIMS_AT)
+        # Should a broker have let us attach, and died before it said so: we come for it again, and it must be there still.
+        attaching = self._channel.attaching
+        return {
+            "buffers": [*holds.buffers(), *(p["buffer"] for p in attaching)],
+            "claims": [*own, *holds.shares(), *(p["buffer"] for p in attaching if "claim" in p)],
+            "made": made,
+        }
 
     @property
     def _record(self) -> int:
