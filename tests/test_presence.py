@@ -116,6 +116,31 @@ def held(client: gcma_shm.Client) -> int:
     return sum(area.held for area in client.areas())
 
 
+def test_a_child_does_not_keep_its_parents(client: EmbeddedClient) -> None:
+    """Else a parent that nobody sees would be taken for alive as long as its child lives."""
+    assert client._presence is not None
+    looking = client._presence.anew()
+
+    def parent(said: Said) -> None:
+        own = gcma_shm.connect(client.endpoint)
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+        said.say((own.number, child))
+        said.hear()
+
+    with forked(parent) as process:
+        number, child = process.receive()
+        try:
+            assert looking.is_held(number)
+            process.kill()
+            assert eventually(lambda: not looking.is_held(number))
+        finally:
+            os.kill(child, signal.SIGKILL)
+    looking.close()
+    assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
+
+
 # --- containers: one /dev/shm, two PID namespaces
 
 
