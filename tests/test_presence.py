@@ -116,8 +116,15 @@ def held(client: gcma_shm.Client) -> int:
     return sum(area.held for area in client.areas())
 
 
-def test_a_child_does_not_keep_its_parents(client: EmbeddedClient) -> None:
-    """Else a parent that nobody sees would be taken for alive as long as its child lives."""
+def test_a_child_does_not_keep_its_parents() -> None:
+    """Not even one for which no record was free, and which is no client: else a parent that nobody sees would be taken for alive
+    as long as its child lives.
+    """
+    with gcma_shm.embedded("4M", clients=4) as client:
+        _forks_and_dies(client)
+
+
+def _forks_and_dies(client: EmbeddedClient) -> None:
     assert client._presence is not None
     looking = client._presence.anew()
 
