@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gcma_shm import layout
 from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.broker.ask import ask
 from gcma_shm.broker.checking import add_check
@@ -94,6 +95,8 @@ def _settings(parsed: argparse.Namespace) -> Settings:
         clients_max=parsed.clients,
         quota=parse_size(parsed.quota) if parsed.quota else None,
         spill_dir=parsed.spill_dir,
+        spill_io=parsed.spill_io,
+        policy=parsed.policy,
         owner_pidfd=parsed.owner_pidfd,
         doorway=doorway,
     )
@@ -191,6 +194,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     broker.add_argument("--quota", help="what each client may hold in buffers and reservations (default: no bound)")
     broker.add_argument("--spill-dir", type=Path, help="a directory on a disk (default: in the user's cache directory)")
+    broker.add_argument(
+        "--spill-io",
+        default=layout.SPILL_IO[0],
+        choices=layout.SPILL_IO,
+        help="buffered: spill files through the kernel's page cache; uncached: dropped from it behind the write; direct: past it "
+        "(default %(default)s)",
+    )
+    broker.add_argument(
+        "--policy",
+        default=layout.POLICIES[0],
+        choices=layout.POLICIES,
+        help="what stays in memory (default %(default)s)",
+    )
     broker.add_argument("--endpoint", default=default_endpoint(), help="where to listen (default %(default)s)")
     broker.add_argument(
         "--listen",

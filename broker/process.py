@@ -55,6 +55,8 @@ class Settings:
     clients_max: int | None = None
     quota: int | None = None
     spill_dir: Path | None = None
+    spill_io: str = layout.SPILL_IO[0]
+    policy: str = layout.POLICIES[0]
     owner_pidfd: int = -1
     doorway: Doorway = field(default_factory=Doorway)
 
@@ -70,7 +72,13 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     _raise_descriptor_limit()
     geometry, areas = layout.plan(
-        settings.size, settings.page_size, settings.areas, settings.slots, settings.clients_max
+        settings.size,
+        settings.page_size,
+        settings.areas,
+        settings.slots,
+        settings.clients_max,
+        settings.policy,
+        settings.spill_io,
     )
     check_endpoint(settings.endpoint)
     settings.doorway.check(settings.endpoint)
@@ -89,7 +97,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             estate.callback(shutil.rmtree, spill_dir, ignore_errors=True)
             if not arena.fresh and arena.geometry != geometry:
                 log.warning(
-                    "taking over an arena of another size, or with other areas, than asked for; it stays as it is"
+                    "taking over an arena of another size, or with other areas or ways of working, than asked for; it stays as it is"
                 )
             plane = begin(arena, spill_dir)
             scheduler_slice(SLICE_S)  # of this thread, and of ZeroMQ's, which is started here
@@ -179,7 +187,8 @@ def describe(arena: arenas.Arena, endpoint: str, spill_dir: Path, epoch: int, ov
             f"{format_size(geometry.nursery_pages * geometry.page_size)}, {geometry.grants_max} pages a client at once",
         ),
         *((f"area {area.name}", _describe_area(area, geometry.page_size)) for area in arena.areas),
-        ("spill files", f"{spill_dir}"),
+        ("policy", layout.POLICIES[geometry.policy]),
+        ("spill files", f"{spill_dir}, {layout.SPILL_IO[geometry.spill_io]}"),
         *(("over tcp", at) for at in over_tcp),
         ("endpoint", endpoint),
     ]

@@ -35,14 +35,15 @@ class TypeRegistry:
         self._living: dict[int, Slots] = {}
         self._base: dict[int, int] = {}  # where a living type's slots begin in the slot table
 
-    def declare(self, type_: int, slots: int, write: str) -> Slots:
+    def declare(self, type_: int, slots: int, write: str, share: int = layout.SHARE_WHOLE) -> Slots:
         """Begins a life of `type_`, or finds the one that was declared alike. Raises ValueError, SpillError."""
         living = self._living.get(type_)
         if living is not None:
-            if (living.slots, living.write_through) != (slots, write == "through"):
+            if (living.slots, living.write_through, living.share) != (slots, write == "through", share):
                 raise ValueError(
-                    f"type {type_} is declared with {living.slots} slots, write={'through' if living.write_through else 'behind'!r}; "
-                    f"asked for {slots} slots, write={write!r}. Open it as declared, or invalidate_area() it first"
+                    f"type {type_} is declared with {living.slots} slots, write={'through' if living.write_through else 'behind'!r}, "
+                    f"share={living.share}; asked for {slots} slots, write={write!r}, share={share}. Open it as declared, or "
+                    "invalidate_area() it first"
                 )
             return living
         base = self._extents.choose(slots)
@@ -54,7 +55,7 @@ class TypeRegistry:
         life = self._plane.read(self._geometry.type_at(type_) + layout.TYPE_LIFE_AT) + 1
         self._make_file(type_, life)
         self._extents.take(base, slots)
-        self._plane.begin_type(type_, base, slots, 0 if write == "through" else layout.WRITE_BEHIND)
+        self._plane.begin_type(type_, base, slots, 0 if write == "through" else layout.WRITE_BEHIND, share)
         try:
             living = self._plane.slots(type_, life, STORE_TIMEOUT_S)
         except BaseException:  # out of descriptors, say
@@ -150,7 +151,12 @@ class TypeRegistry:
     def describe(self) -> dict[int, dict[str, int | str]]:
         """The declared types, for statistics."""
         return {
-            type_: {"slots": slots.slots, "life": slots.life, "write": "through" if slots.write_through else "behind"}
+            type_: {
+                "slots": slots.slots,
+                "life": slots.life,
+                "write": "through" if slots.write_through else "behind",
+                "share": slots.share,
+            }
             for type_, slots in sorted(self._living.items())
         }
 

@@ -260,6 +260,8 @@ class Service:
                 "epoch": self._epoch,
                 "size": geometry.size,
                 "page_size": geometry.page_size,
+                "policy": layout.POLICIES[geometry.policy],
+                "spill_io": layout.SPILL_IO[geometry.spill_io],
                 "slots": geometry.slots,
                 "nursery": geometry.nursery_pages * geometry.page_size,
                 "nursery_free": max(nursery_free, 0) * geometry.page_size,
@@ -500,8 +502,14 @@ class Service:
         return job
 
     def _swap_init(self, p: dict[str, Any], _request: Request) -> Results:
-        slots = self._registry.declare(p["type"], p["slots"], p["write"])
-        return {"type": p["type"], "life": slots.life, "slots": slots.slots, "write": p["write"]}, []
+        slots = self._registry.declare(p["type"], p["slots"], p["write"], p.get("share", layout.SHARE_WHOLE))
+        return {
+            "type": p["type"],
+            "life": slots.life,
+            "slots": slots.slots,
+            "write": p["write"],
+            "share": slots.share,
+        }, []
 
     def _invalidate_area(self, p: dict[str, Any], _request: Request) -> Results:
         self._registry.end(p["type"], p["life"])

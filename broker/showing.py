@@ -121,12 +121,19 @@ def _status_figures(inspected: Inspected, geometry: Geometry, areas: list[Area],
         "stopped": standing.is_stopped(),
         "pid": word(memory, layout.BROKER_PID_AT),
         "spill_dir": str(inspected.spill_dir() or Path()),
+        "policy": layout.POLICIES[geometry.policy],
+        "spill_io": layout.SPILL_IO[geometry.spill_io],
         "clients": {
             "living": sum(standing.lives(client) is not False for client in clients),
             "max": geometry.clients_max - 1,
         },
         "types": [
-            {"type": type_.number, "slots": type_.slots, "write": "behind" if type_.flags & layout.WRITE_BEHIND else "through"}
+            {
+                "type": type_.number,
+                "slots": type_.slots,
+                "write": "behind" if type_.flags & layout.WRITE_BEHIND else "through",
+                "share": type_.share,
+            }
             for type_ in read_types(memory, geometry)
         ],
         "areas": list(told.values()),

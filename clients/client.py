@@ -145,8 +145,11 @@ class Client(Allocator):
         """Counters and gauges of the arena, its clients and its broker; docs/protocol.md lists the keys."""
         return cast(dict[str, Any], self._channel.request("stats").results)
 
-    def swap(self, type: int, slots: int, write: Literal["through", "behind"] = "through") -> Swap:
-        """Declares swap type `type` (0 to 255) with `slots` slots, or opens it as it was declared.
+    def swap(
+        self, type: int, slots: int, write: Literal["through", "behind"] = "through", share: int = layout.SHARE_WHOLE
+    ) -> Swap:
+        """Declares swap type `type` (0 to 255) with `slots` slots, or opens it as it was declared. `share`: how many percent of the
+        cache its pages may have at once.
 
         Raises ValueError when it is declared otherwise or the arena has too few slots left, TypeError, Closed,
         BrokerUnavailable.
@@ -158,7 +161,10 @@ class Client(Allocator):
             raise ValueError(f"{slots} slots: expected 1 to {SLOTS_MAX}")
         if write not in ("through", "behind"):
             raise ValueError(f"write={write!r}: expected 'through' or 'behind'")
-        declared = self._channel.request("swap_init", {"type": type_, "slots": slots, "write": write}).results
+        if not 1 <= operator.index(share) <= layout.SHARE_WHOLE:
+            raise ValueError(f"share={share}: expected 1 to {layout.SHARE_WHOLE} percent of the cache")
+        wanted = {"type": type_, "slots": slots, "write": write, "share": operator.index(share)}
+        declared = self._channel.request("swap_init", wanted).results
         swap: MappedSwap | MessageSwap
         if self._plane is not None:
             swap = MappedSwap(self._plane, type_, declared["life"], self._channel.timeout, self)

@@ -61,6 +61,8 @@ def embedded(
     clients: int | None = None,
     quota: int | str | None = None,
     spill_dir: str | os.PathLike[str] | None = None,
+    spill_io: str = "buffered",
+    policy: str = "s3fifo",
     prefault: bool = False,
     timeout: float = 5.0,
 ) -> EmbeddedClient:
@@ -70,13 +72,13 @@ def embedded(
     `size` of the arena, tables included; `areas`: name to size, or to text such as `"512M,cache=off,align=2M,share=75"`, by
     default one called `default`; `slots`: of all swap types together, by default four per page; `clients`: how many at
     once; `quota`: what each may hold in buffers and reservations, by default without bound; `spill_dir`: on a disk, by default in the
-    user's cache directory.
+    user's cache directory; `spill_io` and `policy`: as `gcma broker --spill-io` and `--policy`.
 
     Raises ArenaError when there is too little memory or the broker cannot start, ValueError for what is no size.
     """
     specs = {name: parse_area(spec) for name, spec in (areas or {}).items()}
     size_bytes, page_bytes = parse_size(size), parse_size(page_size)
-    plan(size_bytes, page_bytes, specs, slots, clients)  # refuses here what the broker would refuse
+    plan(size_bytes, page_bytes, specs, slots, clients, policy, spill_io)  # refuses here what the broker would refuse
     endpoint = f"ipc://{tempfile.gettempdir()}/gcma-{os.getuid()}-{secrets.token_hex(8)}/broker"
     command = [
         sys.executable,
@@ -89,7 +91,7 @@ def embedded(
         "--endpoint",
         endpoint,
     ]
-    command += ["--size", str(size_bytes), "--page-size", str(page_bytes)]
+    command += ["--size", str(size_bytes), "--page-size", str(page_bytes), "--policy", policy, "--spill-io", spill_io]
     for name, spec in specs.items():
         command += ["--area", f"{name}={spec}"]
     spill_path = None if spill_dir is None else Path(spill_dir).absolute()  # the broker runs in another directory

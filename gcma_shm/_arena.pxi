@@ -132,7 +132,7 @@ cdef struct TypeEntry:  # in the arena, one cache line
     uint64_t base
     uint64_t slots
     uint64_t flags
-    uint64_t share
+    uint64_t share      # percent of the cache that the type may have
     uint64_t inode      # of this life's spill file, and its device: what else has its name is not it
     uint64_t device
     uint64_t spare[1]
@@ -209,6 +209,8 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t page_size
     uint64_t pages
     uint64_t nursery
+    uint64_t policy         # index into layout.POLICIES
+    uint64_t spill_io       # index into layout.SPILL_IO
     uint64_t slots_count
     uint64_t allocations_count
     # The broker's own. Ranges of the areas, first page:32 · pages:32, not read from the arena: what a peer may write there is not

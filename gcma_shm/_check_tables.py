@@ -62,6 +62,8 @@ def check_types(view: View) -> None:
             continue
         if type_.flags & ~layout.WRITE_BEHIND:
             view.always("type", f"{where}: flags {type_.flags:#x} are unknown")
+        if not 1 <= type_.share <= layout.SHARE_WHOLE:
+            view.always("type", f"{where}: a share of {type_.share} %")
         inside.append(type_)
     for text in _overlapping("slots", ((type_.base, type_.end, f"type {type_.number}") for type_ in inside)):
         view.always("type", text)

@@ -140,6 +140,8 @@ cdef class Plane:
         a.page_size = geometry.page_size
         a.pages = geometry.pages
         a.nursery = geometry.nursery_pages
+        a.policy = geometry.policy
+        a.spill_io = geometry.spill_io
         a.slots_count = geometry.slots
         a.allocations_count = geometry.allocations_max
         a.pins_max = geometry.grants_max
@@ -500,13 +502,14 @@ cdef class Plane:
             raise IndexError(f"slots {base} to {base + slots} are not in the slot table")
         return &self.a.types[type_]
 
-    def begin_type(self, uint64_t type_, uint64_t base, uint64_t slots, uint64_t flags):
+    def begin_type(self, uint64_t type_, uint64_t base, uint64_t slots, uint64_t flags, uint64_t share=100):
         """A new life of a type on these slots, which no living type has; its file exists. Returns the life. Raises SpillError."""
         cdef TypeEntry *entry = self.type_entry(type_, base, slots)
         cdef int failed = note_file(self.a, type_, entry.life + 1)
         if failed:
             raise SpillError(-failed, f"{os.strerror(-failed)}: the spill file of type {type_} cannot be opened")
         store_relaxed(&entry.flags, flags)
+        store_relaxed(&entry.share, share)
         with nogil:
             begin_type(self.a, entry, base, slots)
         return entry.life

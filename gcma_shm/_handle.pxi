@@ -54,6 +54,7 @@ cdef class Slots:
     cdef Plane plane
     cdef Handle t
     cdef readonly bint write_through
+    cdef readonly int share     # percent of the cache that the type may have
     cdef uint64_t timeout_ns
     cdef bint closed
     cdef bint opened    # t.fd is ours to close: 0 is a descriptor, and a constructor that is refused its arguments never begins
@@ -69,6 +70,7 @@ cdef class Slots:
         self.t.base = load_acquire(&plane.a.types[type_].base)
         self.t.slots = load_acquire(&plane.a.types[type_].slots)
         self.write_through = not load_acquire(&plane.a.types[type_].flags) & 1
+        self.share = load_acquire(&plane.a.types[type_].share)
         if not living(plane.a, &self.t):
             refuse(plane, &self.t, ENDED, None, False)
         if self.t.slots > plane.a.slots_count or self.t.base > plane.a.slots_count - self.t.slots:

@@ -30,6 +30,7 @@ class TypeEntry:
     base: int
     slots: int
     flags: int
+    share: int
     inode: int
     device: int
 
@@ -109,9 +110,9 @@ def read_types(memory: memoryview, geometry: Geometry) -> list[TypeEntry]:
     """The living types."""
     found = []
     for number in range(geometry.types_max):
-        life, base, slots, flags, _share, inode, device = _TYPE.unpack_from(memory, geometry.type_at(number))
+        life, base, slots, flags, share, inode, device = _TYPE.unpack_from(memory, geometry.type_at(number))
         if life & 1:
-            found.append(TypeEntry(number, life, base, slots, flags, inode, device))
+            found.append(TypeEntry(number, life, base, slots, flags, share, inode, device))
     return found
 
 

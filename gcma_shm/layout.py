@@ -1,9 +1,9 @@
 """Where everything lies in an arena.
 
 Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back once magic, version, size
-and checksum fit. The layout (version 3), from the arena's first byte:
+and checksum fit. The layout (version 4), from the arena's first byte:
 
-    header         4 KiB: identity and geometry with a checksum, words that change, hot ones on lines of their own, and
+    header         4 KiB: identity, geometry and ways of working with a checksum, words that change, hot ones on lines of their own, and
                    where the spill files are
     areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges; an area that was grown may have several
     types          256 entries of 64 bytes: life, slots, ways of writing
@@ -29,7 +29,7 @@ from gcma_shm.errors import ArenaError
 from gcma_shm.sizes import format_size
 
 MAGIC = b"GCMA-SHM"
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 
 PAGE_SIZE_MIN = 4 << 10
 PAGE_SIZE_MAX = 2 << 20
@@ -40,6 +40,8 @@ GRANTS_MAX = 32
 NURSERY_PAGES_MIN = 16
 NURSERY_SHARE = 10  # one page in ten: the size of the small queue in the S3-FIFO paper (Yang et al., SOSP 2023)
 SLOTS_PER_PAGE = 4
+POLICIES = ("s3fifo", "sieve", "clock")  # what stays in memory; the header has the index
+SPILL_IO = ("buffered", "uncached", "direct")  # how spill files are read and written; likewise
 
 HEADER_BYTES = 4096
 AREA_BYTES = 128
@@ -80,6 +82,8 @@ TYPE_LIFE_AT = 0x00
 TYPE_BASE_AT = 0x08
 TYPE_SLOTS_AT = 0x10
 WRITE_BEHIND = 1
+TYPE_SHARE_AT = 0x20  # percent
+SHARE_WHOLE = 100
 
 # A client's record. Number 0 is nobody (its counters are those of the departed); number 1 is the broker itself.
 CLIENT_STATE_AT = 0x00
@@ -123,7 +127,9 @@ CLAIM_GENERATION_SHIFT = 17
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes in bytes, counts, and the offset (`…_at`) of each table from the arena's start."""
+    """Sizes in bytes, counts, the offset (`…_at`) of each table from the arena's start; `policy` and `spill_io`: indexes into
+    POLICIES and SPILL_IO.
+    """
 
     size: int
     page_size: int
@@ -145,6 +151,8 @@ class Geometry:
     key_at: int
     visited_at: int
     pages_at: int
+    policy: int
+    spill_io: int
 
     @property
     def holder_bytes(self) -> int:
@@ -249,6 +257,8 @@ def plan(
     areas: Mapping[str, int | str | AreaSpec] | None = None,
     slots: int | None = None,
     clients_max: int | None = None,
+    policy: str = POLICIES[0],
+    spill_io: str = SPILL_IO[0],
 ) -> tuple[Geometry, list[Area]]:
     """The geometry of an arena of `size` bytes in all, tables included, and its areas (sizes rounded up to pages).
 
@@ -264,6 +274,9 @@ def plan(
     wanted_clients = min(max(size // page_size // 64, 8), 256) if clients_max is None else clients_max
     if not 2 <= wanted_clients <= CLIENTS_MAX:
         raise ValueError(f"{wanted_clients} clients: expected 2 to {CLIENTS_MAX}")
+    for what, one, known in (("policy", policy, POLICIES), ("spill_io", spill_io, SPILL_IO)):
+        if one not in known:
+            raise ValueError(f"{what} {one!r}: expected one of {', '.join(known)}")
     specs = {name: _parse_area(name, spec) for name, spec in (areas or {}).items()}
     _refuse_areas(specs)
 
@@ -284,6 +297,8 @@ def plan(
         types_max=TYPES_MAX,
         clients_max=wanted_clients,
         grants_max=0,
+        policy=POLICIES.index(policy),
+        spill_io=SPILL_IO.index(spill_io),
         **at,
     )
     placed = _lay_out(specs, geometry)
@@ -348,6 +363,8 @@ def read_header(memory: memoryview, mapped_bytes: int) -> tuple[Geometry, list[A
     geometry = Geometry(*_GEOMETRY.unpack_from(memory, _IDENTITY.size))
     if geometry.size != mapped_bytes:
         raise ArenaError(f"the arena was truncated: {mapped_bytes} bytes, its header says {geometry.size}")
+    if geometry.policy >= len(POLICIES) or geometry.spill_io >= len(SPILL_IO):
+        raise ArenaError("the arena's header is damaged: it names ways of working that there are not")
     areas: list[Area] = []
     for index in range(AREAS_MAX):
         name, *numbers = AREA_ENTRY.unpack_from(memory, geometry.area_at(index))

@@ -104,6 +104,7 @@ OPERATIONS: dict[str, Operation] = {
             "type": _integer(0, layout.TYPES_MAX - 1),
             "slots": _integer(1, 2**40),
             "write": Parameter(lambda v: v in ("through", "behind"), "'through' or 'behind'"),
+            "share": _integer(1, layout.SHARE_WHOLE, required=False),
         }
     ),
     "sync": Operation(_LIFE | {"timeout_ms": _integer(0, 2**40, required=False)}),

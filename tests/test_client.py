@@ -78,7 +78,7 @@ def test_stats_have_stable_keys(client: EmbeddedClient, either: Client) -> None:
     assert set(stats) >= {"arena", "areas", "types", "counters", "clients", "broker"}
     assert stats["counters"]["stores"] == 1
     assert stats["counters"]["hits_nursery"] == 1
-    assert stats["types"]["0"] == {"slots": 10, "life": 1, "write": "through"}
+    assert stats["types"]["0"] == {"slots": 10, "life": 1, "write": "through", "share": 100}
     assert str(client.number) in stats["clients"]
     assert stats["broker"]["requests"]["hello"] == 2
 

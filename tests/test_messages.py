@@ -29,7 +29,7 @@ SOUND: dict[str, dict[str, Any]] = {
     },
     "bye": {},
     "ping": {},
-    "swap_init": {"type": 0, "slots": 1, "write": "behind"},
+    "swap_init": {"type": 0, "slots": 1, "write": "behind", "share": 100},
     "sync": {"type": 255, "life": 1, "timeout_ms": 0},
     "store": {"type": 0, "life": 1, "offset": 0},
     "load": {"type": 0, "life": 1, "offset": 2**40},

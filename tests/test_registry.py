@@ -26,8 +26,8 @@ def test_declared_and_found(registry: TypeRegistry, bare: Bare) -> None:
     behind = registry.declare(4, 50, "behind")
     assert not behind.write_through
     assert registry.describe() == {
-        3: {"slots": 100, "life": 1, "write": "through"},
-        4: {"slots": 50, "life": 1, "write": "behind"},
+        3: {"slots": 100, "life": 1, "write": "through", "share": 100},
+        4: {"slots": 50, "life": 1, "write": "behind", "share": 100},
     }
     files = sorted(bare.spill_dir.iterdir())
     assert [file.name for file in files] == ["003.1", "004.1"]

@@ -41,7 +41,7 @@ def test_with_and_without_a_broker(capsys: pytest.CaptureFixture[str]) -> None:
             client.drain_area("a")
             status = figures(capsys, "status", *at)
             assert (status["served"], status["stopped"], status["pid"], status["epoch"]) == (True, False, one.pid, 1)
-            assert status["types"] == [{"type": 3, "slots": 100, "write": "behind"}]
+            assert status["types"] == [{"type": 3, "slots": 100, "write": "behind", "share": 100}]
             assert status["clients"]["living"] == 1
             infos = {info.name: info for info in client.areas()}
             for area in status["areas"]:
