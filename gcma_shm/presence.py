@@ -60,7 +60,7 @@ class Presence:
         deadline = time.monotonic() + TAKE_S
         while True:
             try:
-                fcntl.fcntl(self.fileno(), fcntl.F_OFD_SETLK, self._wish(number))
+                self.lock(self._geometry.client_at(number))
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise ArenaError(f"the record of client {number} is locked by another process") from None
@@ -68,9 +68,17 @@ class Presence:
             else:
                 return
 
+    def lock(self, at: int) -> None:
+        """Locks the byte at that offset of the arena. Raises BlockingIOError when another open file has it locked."""
+        fcntl.fcntl(self.fileno(), fcntl.F_OFD_SETLK, _wish(fcntl.F_WRLCK, at))
+
+    def unlock(self, at: int) -> None:
+        """Gives that lock back."""
+        fcntl.fcntl(self.fileno(), fcntl.F_OFD_SETLK, _wish(fcntl.F_UNLCK, at))
+
     def is_held(self, number: int) -> bool:
         """Whether another open file than this one has the lock of that record."""
-        found = fcntl.fcntl(self.fileno(), fcntl.F_OFD_GETLK, self._wish(number))
+        found = fcntl.fcntl(self.fileno(), fcntl.F_OFD_GETLK, _wish(fcntl.F_WRLCK, self._geometry.client_at(number)))
         return bool(_FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
 
     def close(self) -> None:
@@ -78,5 +86,6 @@ class Presence:
         self._fd = -1
         self._close()
 
-    def _wish(self, number: int) -> bytes:
-        return _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, self._geometry.client_at(number), 1, 0)
+
+def _wish(kind: int, at: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, at, 1, 0)
