@@ -1,0 +1,300 @@
+"""SwapMapping: a mapping as zict describes one, whole values under concurrent writers, writers that are killed anywhere."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from zict.tests.utils_test import check_mapping
+
+import gcma_shm
+from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.mapping import SwapMapping
+from gcma_shm.clients.mapping_pages import MAGIC, RUNS_INLINE, Shape, find_in_bucket, read_bucket
+from gcma_shm.clients.swap import Swap
+
+from .processes import Said, eventually, forked, in_fork
+
+PAGE = 4096
+SLOTS = 2000
+LENGTHS = [0, 1, 100, PAGE - 1000, PAGE - 33, PAGE - 32, PAGE, 3 * PAGE, 100_000]
+
+
+@pytest.fixture
+def mapping(client: EmbeddedClient) -> SwapMapping:
+    return SwapMapping(client, 1, SLOTS)
+
+
+def stored(client: EmbeddedClient) -> Swap:
+    """The type under the mapping."""
+    return client.swap(1, SLOTS, "behind")
+
+
+def test_what_zict_expects_of_a_mapping(mapping: SwapMapping) -> None:
+    check_mapping(mapping)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("key", ["", "k", "ä" * 900, "x" * (PAGE // 2)])
+def test_values_of_any_length(mapping: SwapMapping, client: EmbeddedClient, key: str, length: int) -> None:
+    value = random.Random(length).randbytes(length)
+    mapping[key] = value
+    assert mapping[key] == value
+    assert SwapMapping(client, 1, SLOTS)[key] == value
+    del mapping[key]
+    assert key not in mapping
+    assert len(stored(client)) == 2  # its own page, and a bucket
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"abc", bytearray(b"abc"), memoryview(b"abc"), memoryview(bytes(12)).cast("I")],
+    ids=["bytes", "bytearray", "view", "ints"],
+)
+def test_bytes_like_values(mapping: SwapMapping, value: bytes | bytearray | memoryview) -> None:
+    mapping["a"] = value
+    assert mapping["a"] == bytes(value)
+
+
+def test_misuse(mapping: SwapMapping, client: EmbeddedClient) -> None:
+    with pytest.raises(TypeError, match="expected text"):
+        mapping[3] = b""  # type: ignore[index]
+    with pytest.raises(TypeError):
+        mapping["a"] = "text"
+    with pytest.raises(ValueError, match="at most 2048"):
+        mapping["x" * (PAGE // 2 + 1)] = b""
+    with pytest.raises(KeyError):
+        del mapping["x"]
+    with pytest.raises(KeyError):
+        mapping[3]  # type: ignore[index]
+    with pytest.raises(ValueError, match="needs more than"):
+        SwapMapping(client, 2, 2)
+    with pytest.raises(ValueError, match="declared"):
+        SwapMapping(client, 1, SLOTS + 1)
+    client.swap(3, 500, "behind").store(0, b"\1" * PAGE)
+    with pytest.raises(ValueError, match="something else"):
+        SwapMapping(client, 3, 500)
+    assert not mapping
+
+
+def test_a_mapping_of_another_shape_is_refused(client: EmbeddedClient) -> None:
+    client.swap(3, 500, "behind").store(0, (MAGIC + bytes(8) + bytes(PAGE))[:PAGE])
+    with pytest.raises(ValueError, match="something else"):
+        SwapMapping(client, 3, 500)
+
+
+def test_pop_and_setdefault(mapping: SwapMapping) -> None:
+    assert mapping.setdefault("a", b"1") == b"1"
+    assert mapping.setdefault("a", b"2") == b"1"
+    assert mapping.pop("a") == b"1"
+    assert mapping.pop("a", b"none") == b"none"
+    mapping["b"] = b"3"
+    assert mapping.popitem() == ("b", b"3")
+
+
+def test_full_and_nothing_changed(mapping: SwapMapping, client: EmbeddedClient) -> None:
+    mapping["kept"] = b"kept" * 5000
+    before = len(stored(client))
+    with pytest.raises(gcma_shm.QuotaExceeded, match="remove some"):
+        mapping["kept"] = bytes(SLOTS * PAGE)
+    assert mapping["kept"] == b"kept" * 5000
+    assert len(stored(client)) == before
+
+
+def test_no_room_in_the_nursery_leaves_the_old_value(mapping: SwapMapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    mapping["a"] = b"old" * 3000
+    count = len(mapping._swap)
+
+    def refuse(*_: object) -> None:
+        raise gcma_shm.NurseryFull("planted")
+
+    with monkeypatch.context() as patch, pytest.raises(gcma_shm.NurseryFull):
+        patch.setattr("gcma_shm.clients.mapping.pages.head_page", refuse)
+        mapping["a"] = b"new" * 3000
+    assert mapping["a"] == b"old" * 3000
+    assert len(mapping._swap) == count
+
+
+def test_runs_that_do_not_fit_into_the_head(mapping: SwapMapping, client: EmbeddedClient) -> None:
+    free = SLOTS - Shape(PAGE, SLOTS).first
+    for n in range(free):
+        mapping[str(n)] = b"x"
+    with pytest.raises(gcma_shm.QuotaExceeded):
+        mapping["more"] = b"x"
+    for n in range(0, free, 2):
+        del mapping[str(n)]
+    value = random.Random(1).randbytes(PAGE * (free // 2 - 20))
+    mapping["big"] = value
+    assert free // 2 - 20 > RUNS_INLINE + Shape(PAGE, SLOTS).runs_per_list  # so that there are two list pages
+    assert mapping["big"] == value
+    before = len(stored(client))
+    del mapping["big"]
+    assert before - len(stored(client)) >= len(value) // PAGE
+    assert mapping.collect() == 0
+
+
+def test_a_full_bucket_page_is_found_in(mapping: SwapMapping) -> None:
+    for n in range(500):
+        mapping[f"key {n}"] = str(n).encode()
+    shape = mapping._shape
+    listed = [read_bucket(mapping._swap.load(bucket), shape) for bucket in range(1, shape.first)]
+    assert sum(map(len, listed)) == 500 == len(mapping)
+    for bucket, entries in enumerate(listed, 1):
+        for entry in entries:
+            assert find_in_bucket(mapping._swap.load(bucket), entry.hash, shape) == [entry]
+    assert dict(mapping) == {f"key {n}": str(n).encode() for n in range(500)}
+
+
+def test_by_messages_it_can_be_read(mapping: SwapMapping, client: EmbeddedClient) -> None:
+    mapping["a"] = b"value" * 10_000
+    with gcma_shm.connect(client.endpoint, mapped=False) as other:
+        reader = SwapMapping(other, 1, SLOTS)
+        assert reader["a"] == b"value" * 10_000
+        assert list(reader) == ["a"]
+        with pytest.raises(gcma_shm.ArenaError, match="maps the arena"):
+            reader["a"] = b""
+        with pytest.raises(gcma_shm.ArenaError, match="maps the arena"):
+            SwapMapping(other, 2, SLOTS)
+
+
+def test_a_damaged_value_is_told_and_can_be_replaced(mapping: SwapMapping, client: EmbeddedClient) -> None:
+    mapping["a"] = b"value" * 10_000
+    swap = stored(client)
+    victim = next(
+        n for n in range(mapping._shape.first, SLOTS) if swap.load(n) and b"value" * 800 in (swap.load(n) or b"")
+    )
+    swap.store(victim, b"\7" * PAGE)
+    with pytest.raises(gcma_shm.SpillCorrupt, match="'a'"):
+        mapping["a"]
+    mapping["a"] = b"new"
+    assert mapping["a"] == b"new"
+    assert "a" in mapping
+
+
+def test_a_child_has_it_and_writes(mapping: SwapMapping) -> None:
+    mapping["a"] = b"parent"
+
+    def work(_: Said) -> tuple[bytes, bool]:
+        value = mapping["a"]
+        mapping["b"] = b"child"
+        return value, mapping._turn is not None and mapping._turn._pid == os.getpid()
+
+    with mapping._writing():
+        pass
+    assert in_fork(work) == (b"parent", True)
+    assert mapping["b"] == b"child"
+
+
+def test_a_child_does_not_share_the_turn_of_its_parent(mapping: SwapMapping) -> None:
+    mapping._turn._timeout = 0.2  # type: ignore[union-attr]
+
+    def work(said: Said) -> str:
+        try:
+            mapping["b"] = b"child"
+        except gcma_shm.SlotBusy as error:
+            return str(error)
+        return "written"
+
+    with mapping._writing():
+        assert "another process" in in_fork(work)
+    assert in_fork(work) == "written"
+
+
+def test_a_stopped_writer_keeps_others_for_a_bounded_time_only(mapping: SwapMapping) -> None:
+    mapping["a"] = b"before"
+
+    def work(said: Said) -> None:
+        with mapping._writing():
+            said.say("mine")
+            said.hear()
+
+    with forked(work) as child:
+        assert child.receive() == "mine"
+        mapping._turn._timeout = 0.1  # type: ignore[union-attr]
+        with pytest.raises(gcma_shm.SlotBusy):
+            mapping["a"] = b"after"
+        assert mapping["a"] == b"before"  # readers take no turn
+        child.kill()
+    mapping["a"] = b"after"
+    assert mapping["a"] == b"after"
+
+
+def whole(n: int, length: int) -> bytes:
+    """Each part of it says which value it is of."""
+    return n.to_bytes(8, "little") * (length // 8)
+
+
+def is_whole(value: bytes) -> bool:
+    return value == value[:8] * (len(value) // 8)
+
+
+def write_on(mapping: SwapMapping, said: Said, seed: int) -> None:
+    chance = random.Random(seed)
+    said.say("ready")
+    for n in range(1_000_000):
+        key = f"key {chance.randrange(12)}"
+        if chance.random() < 0.1:
+            mapping.pop(key, None)
+        else:
+            mapping[key] = whole(n * 10 + seed, 8 * chance.choice([1, 100, 600, 3000]))
+
+
+def test_readers_never_see_a_mix_of_two_writers(mapping: SwapMapping) -> None:
+    with forked(lambda said: write_on(mapping, said, 1)) as one, forked(lambda said: write_on(mapping, said, 2)) as two:
+        one.receive(), two.receive()
+        seen: set[bytes] = set()
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline or len(seen) < 100:
+            for n in range(12):
+                value = mapping.get(f"key {n}")
+                if value is not None:
+                    assert is_whole(value)
+                    seen.add(value[:8])
+        one.kill(), two.kill()
+    writers = {int.from_bytes(first, "little") % 10 for first in seen}
+    assert writers == {1, 2}
+    for _, value in mapping.items():
+        assert is_whole(value)
+
+
+@pytest.fixture
+def small(client: EmbeddedClient) -> SwapMapping:
+    return SwapMapping(client, 5, 200)
+
+
+def test_a_writer_killed_at_any_moment_leaves_values_whole_and_no_slot_lost(small: SwapMapping) -> None:
+    chance = random.Random(7)
+    small["kept"] = whole(77, 8 * 2000)
+    collected = 0
+    for round_ in range(40):
+        with forked(lambda said, seed=round_: write_on(small, said, seed)) as child:  # type: ignore[misc]
+            child.receive()
+            time.sleep(chance.random() * 0.02)  # not to wait for anything: where the kill falls
+            os.kill(child.pid, signal.SIGKILL)
+        assert small["kept"] == whole(77, 8 * 2000)
+        assert all(is_whole(value) for value in small.values())
+        collected += small.collect()
+        assert small.collect() == 0
+    small.clear()
+    small["last"] = b"x" * PAGE * 150
+    assert small["last"] == b"x" * PAGE * 150
+    assert collected > 0
+
+
+def test_it_outlives_the_one_who_wrote(mapping: SwapMapping) -> None:
+    def work(_: Said) -> None:
+        mapping["a"] = b"left behind" * 1000
+
+    in_fork(work)
+    assert eventually(lambda: mapping["a"] == b"left behind" * 1000)
+
+
+def test_nothing_but_slots_is_used(client: EmbeddedClient, tmp_path: Path) -> None:
+    mapping = SwapMapping(client, 1, SLOTS, write="through")
+    mapping["a"] = b"x" * 50_000
+    assert mapping._swap.write_through
+    assert repr(mapping) == "<SwapMapping on type 1, 2000 slots>"
