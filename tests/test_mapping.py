@@ -254,7 +254,8 @@ def test_readers_never_see_a_mix_of_two_writers(mapping: SwapMapping) -> None:
                 if value is not None:
                     assert is_whole(value)
                     seen.add(value[:8])
-        one.kill(), two.kill()
+        one.kill()
+        two.kill()
     writers = {int.from_bytes(first, "little") % 10 for first in seen}
     assert writers == {1, 2}
     for _, value in mapping.items():
