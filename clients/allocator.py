@@ -117,6 +117,19 @@ class Allocator:
             raise TypeError(f"{name!r} is a buffer: use attach()")
         return Reservation(self, place)
 
+    def locate(self, memory: memoryview) -> tuple[Reference, int] | None:
+        """Which buffer of this client all of that memory lies in, and how many bytes from its start; None: in none."""
+        plane = self._plane
+        at = -1 if plane is None or plane.closed else plane.place_of(memory)
+        if plane is None or at < 0:
+            return None
+        claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
+        for span in (*self._spans, *claimed):
+            begin = 0 if span is None else span.first * plane.page_size
+            if span is not None and begin <= at and at + memory.nbytes <= begin + span.nbytes:
+                return Reference(self.endpoint, self.arena_id, *span.held), at - begin
+        return None
+
     def names(self) -> list[NameInfo]:
         """The named buffers and reservations of the arena, in the order of their names."""
         found: list[NameInfo] = []
@@ -172,6 +185,10 @@ class Allocator:
     def arena_id(self) -> bytes:
         """16 bytes that no other arena has."""
         return bytes(self._channel.greeting["arena_id"])
+
+    def hand_over(self, reference: Reference, timeout: float) -> Handle:
+        """For what this client holds, as `Buffer.hand_over`."""
+        return self._hand_over(reference.number, reference.claim, timeout)
 
     def attach_handle(self, reference: Reference) -> Buffer:
         """For `Handle`. Raises StaleHandle."""

@@ -41,6 +41,7 @@ class Buffer:
         self._claim = claim  # the generation of the reservation's claim that it is; 0: an allocation of its own
         self._free = free
         self._freed = False
+        span.held = (number, claim)
         #: Bytes, whole pages.
         self.nbytes: int = span.nbytes
         #: The area's name.
@@ -100,13 +101,18 @@ class Buffer:
         return self._client._hand_over(self._number, self._claim, timeout)
 
     @property
+    def reference(self) -> Reference:
+        """What a handle that holds nothing says. Raises StaleHandle after `free`."""
+        self._living()
+        return Reference(self._client.endpoint, self._client.arena_id, self._number, self._claim)
+
+    @property
     def freed(self) -> bool:
         """Whether `free` was called, or the client closed."""
         return self._freed or self._span.sealed or self._client.closed
 
     def __reduce__(self) -> tuple[object, ...]:
-        self._living()
-        return load_buffer, (Reference(self._client.endpoint, self._client.arena_id, self._number, self._claim),)
+        return load_buffer, (self.reference,)
 
     @property
     def exports(self) -> int:

@@ -42,7 +42,7 @@ class Handle:
     """
 
     def __init__(self, reference: Reference, reservation: bool = False) -> None:
-        self._reference = reference
+        self.reference = reference
         self._reservation = reservation
 
     def attach(self, client: Allocator | None = None) -> Buffer:
@@ -52,37 +52,36 @@ class Handle:
         """
         if self._reservation:
             raise TypeError("this is the handle of a reservation: pickle it, and load it in another process")
-        return load_buffer(self._reference, client)
+        return load_buffer(self.reference, client)
 
     def __reduce__(self) -> tuple[object, ...]:
-        return load_reservation if self._reservation else load_buffer, (self._reference,)
+        return load_reservation if self._reservation else load_buffer, (self.reference,)
 
     def __repr__(self) -> str:
         what = "reservation" if self._reservation else "buffer"
-        return f"<handle of {what} {self._reference.number} on {self._reference.endpoint}>"
+        return f"<handle of {what} {self.reference.number} on {self.reference.endpoint}>"
 
 
 def load_buffer(reference: Reference, client: Allocator | None = None) -> Buffer:
     """Attaches to what a pickled buffer, or a handle, stands for. Raises StaleHandle, QuotaExceeded, BrokerUnavailable."""
-    return (client or _client_of(reference)).attach_handle(reference)
+    return (client or client_of(reference.endpoint, reference.arena_id)).attach_handle(reference)
 
 
 def load_reservation(reference: Reference) -> Reservation:
     """The same for a pickled reservation."""
-    return _client_of(reference).attach_reservation_handle(reference)
+    return client_of(reference.endpoint, reference.arena_id).attach_reservation_handle(reference)
 
 
-def _client_of(reference: Reference) -> Client:
+def client_of(endpoint: str, arena_id: bytes) -> Client:
+    """This process's client of that arena, connected to `endpoint` if there is none. Raises StaleHandle, BrokerUnavailable."""
     from gcma_shm.clients.client import connect
 
     with connecting:  # two threads that load handles share one client
         for client in list(clients):
-            if client.mapped and not client.closed and client.arena_id == reference.arena_id:
+            if client.mapped and not client.closed and client.arena_id == arena_id:
                 return client
-        client = connect(reference.endpoint, mapped=True)  # lives as long as what is attached through it
-        if client.arena_id != reference.arena_id:
+        client = connect(endpoint, mapped=True)  # lives as long as what is attached through it
+        if client.arena_id != arena_id:
             client.close()
-            raise StaleHandle(
-                f"the arena of this handle has ended; the broker on {reference.endpoint} serves another one since"
-            )
+            raise StaleHandle(f"the arena of this handle has ended; the broker on {endpoint} serves another one since")
         return client

@@ -88,6 +88,15 @@ def scheduler_slice(double seconds):
     return set_slice(<uint64_t>(seconds * 1e9)) / 1e9
 
 
+def address_of(memory):
+    """Where the memory of a contiguous bytes-like object begins in this process."""
+    cdef Py_buffer view
+    PyObject_GetBuffer(memory, &view, PyBUF_SIMPLE)
+    at = <uint64_t><uint8_t *>view.buf
+    PyBuffer_Release(&view)
+    return at
+
+
 cdef class Plane:
     """One process's view of a mapped arena.
 
@@ -555,6 +564,16 @@ cdef class Plane:
                 page, stop = run * LENT_BLOCK, min(block * LENT_BLOCK, self.a.pages)
                 failed = madvise(page_bytes(self.a, page), (stop - page) * self.a.page_size, MADV_POPULATE_WRITE)
         # Not every kernel has it (Linux 5.14): the pages are faulted in one by one then.
+
+    def place_of(self, memory):
+        """The offset of a bytes-like object's memory from the arena's first page, in bytes; -1: it is not in the arena's pages."""
+        cdef Py_buffer view
+        cdef uint64_t at
+        PyObject_GetBuffer(memory, &view, PyBUF_SIMPLE)
+        at = <uint64_t><uint8_t *>view.buf - <uint64_t>self.a.data  # below the first page it wraps to far above the last
+        end = at + <uint64_t>view.len
+        PyBuffer_Release(&view)
+        return at if at < end <= self.a.pages * self.a.page_size else -1
 
     def span(self, uint64_t first, uint64_t nbytes):
         """The memory of a buffer that begins at page `first`."""

@@ -27,10 +27,11 @@ cdef class Span:
 
     cdef Plane plane
     cdef uint8_t *start
-    cdef uint64_t first
+    cdef readonly uint64_t first
     cdef readonly bint sealed
     cdef readonly Py_ssize_t nbytes
     cdef readonly Py_ssize_t exports
+    cdef public object held     # the number of its buffer and the generation of its claim, for handles
     cdef object __weakref__
 
     def __cinit__(self, Plane plane, uint64_t first, uint64_t nbytes):

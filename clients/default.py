@@ -1,0 +1,53 @@
+"""The client of a program that names none: what an import that was changed, and nothing else, works with.
+
+One client a process. It is connected to `$GCMA_ENDPOINT`, or to this user's default endpoint when a broker serves there; else it owns an
+embedded broker, and children find that by `$GCMA_ENDPOINT`, which is set for them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+
+from gcma_shm.clients.client import Client, connect
+from gcma_shm.clients.embedded import embedded
+from gcma_shm.errors import BrokerUnavailable
+
+ENDPOINT = "GCMA_ENDPOINT"
+SIZE = "GCMA_SIZE"  # of the arena of an embedded broker
+SIZE_DEFAULT = "1G"
+
+_lock = threading.Lock()
+_client: Client | None = None
+
+
+def default_client() -> Client:
+    """This process's client. It maps the arena.
+
+    Raises BrokerUnavailable when nobody serves `$GCMA_ENDPOINT`, ArenaError when there is too little shared memory for an arena of
+    `$GCMA_SIZE`, by default 1 GiB.
+    """
+    global _client  # noqa: PLW0603 - one a process
+    with _lock:
+        if _client is None or _client.closed:
+            _client = _make()
+        return _client
+
+
+def _make() -> Client:
+    try:
+        return connect(mapped=True)
+    except BrokerUnavailable:
+        if os.environ.get(ENDPOINT):
+            raise
+    owner = embedded(os.environ.get(SIZE, SIZE_DEFAULT))
+    os.environ[ENDPOINT] = owner.endpoint
+    return owner
+
+
+def _after_fork_in_child() -> None:
+    global _lock  # noqa: PLW0603 - another thread of the parent may have held it
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
