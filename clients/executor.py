@@ -74,11 +74,19 @@ class ArenaExecutor(ProcessPoolExecutor):
         """As `Executor.submit`."""
         given = [wrap(value, self._threshold) for value in args]
         named = {name: wrap(value, self._threshold) for name, value in kwargs.items()}
-        shipment = cast(Parcel, _Shipment(self._packer, (fn, given, named)))  # that is what the worker gets
-        future = super().submit(_work, shipment, self._desk)
+        shipment = _Shipment(self._packer, (fn, given, named))
+        future = super().submit(_work, cast(Parcel, shipment), self._desk)  # a parcel is what the worker gets
         future.__class__ = _Opening
-        future.add_done_callback(_open)
+        future.add_done_callback(shipment.end)
         return cast("Future[T]", future)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As `Executor.shutdown`."""
+        super().shutdown(wait, cancel_futures=cancel_futures)
+        if (
+            wait
+        ):  # after cancel_futures the standard library's pool would keep the last tasks, and with them their results
+            self._pending_work_items: dict[int, Any] = {}
 
 
 class _Opening(Future[Any]):
@@ -105,12 +113,8 @@ class _Opening(Future[Any]):
                     self._exception = error
 
 
-def _open(future: Future[Any]) -> None:
-    cast(_Opening, future).open()
-
-
 class _Shipment:
-    """What a task is given, packed when it is pickled; keeps what its parcel refers to for as long as the pool keeps the task."""
+    """What a task is given, packed when it is pickled; keeps what its parcel refers to until the task's future is done."""
 
     def __init__(self, packer: Packer, what: Any) -> None:
         self._packer = packer
@@ -120,6 +124,11 @@ class _Shipment:
     def __reduce__(self) -> tuple[Any, ...]:
         parcel, self._kept = self._packer.pack(self._what)
         return Parcel, (parcel.data, parcel.pieces)
+
+    def end(self, future: Future[Any]) -> None:
+        """The future is done. Not left to the pool, which may keep the tasks that it has cancelled."""
+        self._what, self._kept = None, []
+        cast(_Opening, future).open()
 
 
 class _Desk:

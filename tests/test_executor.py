@@ -1,0 +1,344 @@
+"""ArenaExecutor: what it carries and how, what becomes of the memory, and that it is a ProcessPoolExecutor in all else."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, as_completed, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import gcma_shm
+from gcma_shm.clients.default import default_client
+from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.executor import ArenaExecutor
+from gcma_shm.clients.handles import clients
+
+from .processes import eventually
+
+Array = npt.NDArray[np.float64]
+THRESHOLD = 4096
+LARGE = 100_000  # floats
+
+
+@pytest.fixture
+def pool(client: EmbeddedClient) -> Iterator[ArenaExecutor]:
+    with ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as executor:
+        yield executor
+
+
+def held(client: gcma_shm.Client) -> int:
+    return sum(area.held for area in client.areas())
+
+
+# --- what workers do
+
+
+def twice(array: Array) -> Array:
+    return array * 2
+
+
+def echo(value: object) -> object:
+    return value
+
+
+def in_arena(memory: Any) -> bool:
+    return any(client.mapped and client.locate(memoryview(memory)) is not None for client in clients)
+
+
+def looked_at(array: Array) -> tuple[bool, bool, float]:
+    return in_arena(array), array.flags.writeable, float(array.sum())
+
+
+def kinds(*values: Any, **named: Any) -> list[str]:
+    return [type(value).__name__ for value in (*values, *named.values())]
+
+
+def fill(array: Array, value: float) -> None:
+    array[:] = value
+
+
+def fail(array: Array) -> None:
+    raise LookupError(f"planted, {array.size}")
+
+
+def die(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_and_die(size: int) -> Array:
+    """The process ends a moment after its result is on its way."""
+    return np.full(size, 7.0)
+
+
+def nap(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def pid(_: object = None) -> int:
+    return os.getpid()
+
+
+def unpicklable() -> Callable[[], None]:
+    return lambda: None
+
+
+def explode() -> None:
+    raise ZeroDivisionError("planted in unpickling")
+
+
+class Explosive:
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return explode, ()
+
+
+def started(value: int) -> None:
+    os.environ["GCMA_TEST_STARTED"] = str(value)
+
+
+def look_started() -> str:
+    return os.environ["GCMA_TEST_STARTED"]
+
+
+def refuse_to_start() -> None:
+    raise LookupError("planted")
+
+
+# --- what it carries
+
+
+def test_an_array_there_and_back(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    array = np.arange(LARGE, dtype=float)
+    result = pool.submit(twice, array).result()
+    assert np.array_equal(result, array * 2)
+    assert result.flags.writeable
+    assert in_arena(result)
+    result[0] = 1.0
+    assert held(client) == -(-result.nbytes // 4096) * 4096
+    del result
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_a_worker_sees_the_memory_itself_and_may_not_write(pool: ArenaExecutor) -> None:
+    array = np.ones(LARGE)
+    assert pool.submit(looked_at, array).result() == (True, False, LARGE)
+    assert pool.copied == array.nbytes
+    with pytest.raises(ValueError, match="read-only"):
+        pool.submit(fill, array, 3.0).result()
+    assert array[0] == 1.0
+
+
+def test_small_ones_do_not_go_there(pool: ArenaExecutor) -> None:
+    array = np.ones(THRESHOLD // 8 - 1)
+    assert pool.submit(looked_at, array).result() == (False, True, array.size)
+    assert pool.copied == 0
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"x" * LARGE,
+        bytearray(b"y" * LARGE),
+        {"deep": [np.arange(LARGE), "text"]},
+        np.asfortranarray(np.arange(float(LARGE)).reshape(100, -1)),
+        np.arange(float(LARGE))[::2],
+        np.zeros((0, 5)),
+        None,
+        3.5,
+        "text" * LARGE,
+    ],
+    ids=["bytes", "bytearray", "nested", "fortran", "strided", "empty", "none", "float", "text"],
+)
+def test_values_of_many_kinds(pool: ArenaExecutor, value: object) -> None:
+    got = pool.submit(echo, value).result()
+    assert type(got) is type(value)
+    np.testing.assert_equal(got, value)
+
+
+def test_bytes_are_bytes_in_the_worker(pool: ArenaExecutor) -> None:
+    large = b"x" * LARGE
+    assert pool.submit(kinds, large, bytearray(large), other=large).result() == ["bytes", "bytearray", "bytes"]
+    assert pool.copied == 2 * LARGE  # one copy of the same bytes, one of the bytearray
+
+
+def test_to_many_tasks_it_travels_once(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    array = np.ones(LARGE)
+    assert {found[2] for found in pool.map(looked_at, [array] * 30)} == {LARGE}
+    assert array.nbytes <= pool.copied <= 3 * array.nbytes  # whenever none was under way it is copied anew
+    assert {found[2] for found in pool.map(looked_at, [array] * 30, chunksize=30)} == {LARGE}
+    assert eventually(lambda: held(client) == 0)
+
+
+def test_what_was_changed_after_a_task_is_seen_by_the_next(pool: ArenaExecutor) -> None:
+    array = np.ones(LARGE)
+    for n in range(5):
+        array[:] = n
+        assert pool.submit(looked_at, array).result()[2] == n * LARGE
+
+
+def test_an_array_that_was_built_in_the_arena_is_passed_as_it_is(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    buffer = client.alloc_contig(8 * LARGE)
+    array = buffer.numpy(LARGE, "float64")
+    part = array[100:]
+    array[:] = 1
+    assert pool.submit(looked_at, part).result() == (True, True, LARGE - 100)
+    pool.submit(fill, part, 5.0).result()
+    assert array[99] == 1
+    assert set(part) == {5.0}
+    assert pool.copied == 0
+    assert pool.submit(echo, part).result()[0] == 5.0  # type: ignore[index]
+    del array, part
+    assert eventually(lambda: buffer.exports == 0)
+    buffer.free()
+    assert eventually(lambda: held(client) == 0)
+
+
+def test_an_array_on_a_claimed_reservation_too(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    reservation = client.reserve(8 * LARGE)
+    array = reservation.claim().numpy(LARGE, "float64")
+    array[:] = 2
+    assert pool.submit(looked_at, array).result() == (True, True, 2 * LARGE)
+    assert pool.copied == 0
+
+
+def test_without_room_it_goes_through_the_pipe_and_says_so(
+    pool: ArenaExecutor, client: EmbeddedClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    guest = client.alloc_contig(client.areas()[0].largest_free)
+    array = np.arange(LARGE, dtype=float)
+    with caplog.at_level(logging.WARNING):
+        results = [pool.submit(twice, array).result() for _ in range(2)]
+    assert all(np.array_equal(result, array * 2) for result in results)
+    assert pool.fallbacks == 2
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "through the pipe" in caplog.text
+    guest.free()
+    assert pool.submit(looked_at, array).result()[0]
+    assert pool.fallbacks == 2
+
+
+# --- what becomes of the memory
+
+
+def test_a_worker_that_is_killed_keeps_nothing(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    array = np.ones(LARGE)
+    with pytest.raises(BrokenProcessPool):
+        pool.submit(die, array).result()
+    assert eventually(lambda: held(client) == 0)
+
+
+def test_failed_cancelled_and_forgotten_tasks_keep_nothing(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    array = np.ones(LARGE)
+    with pytest.raises(LookupError, match=f"planted, {LARGE}"):
+        pool.submit(fail, array).result()
+    for _ in range(5):
+        pool.submit(twice, array)
+    futures: list[Future[Any]] = [pool.submit(nap, 0.2), *(pool.submit(twice, array + n) for n in range(20))]
+    cancelled = [future.cancel() for future in futures]
+    assert any(cancelled)
+    wait(futures)
+    with pytest.raises(CancelledError):
+        futures[cancelled.index(True)].result()
+    del futures
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_results_outlive_their_worker(client: EmbeddedClient) -> None:
+    with ArenaExecutor(1, multiprocessing.get_context("spawn"), client=client, max_tasks_per_child=1) as pool:
+        pids = {pool.submit(pid).result() for _ in range(2)}
+        result = pool.submit(make_and_die, LARGE).result()
+    assert len(pids) == 2
+    assert set(result) == {7.0}
+    assert in_arena(result)
+
+
+# --- a ProcessPoolExecutor in all else
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_ways_to_start(client: EmbeddedClient, method: str) -> None:
+    context = multiprocessing.get_context(method)
+    with ArenaExecutor(2, context, started, (42,), client=client, threshold=THRESHOLD) as pool:
+        assert pool.submit(look_started).result() == "42"
+        assert pool.submit(looked_at, np.ones(LARGE)).result() == (True, False, LARGE)
+        assert list(pool.map(abs, range(-10, 0), chunksize=3)) == list(range(10, 0, -1))
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        pool.submit(pid)
+
+
+def test_futures_are_futures(pool: ArenaExecutor) -> None:
+    futures = [pool.submit(twice, np.full(LARGE, float(n))) for n in range(6)]
+    seen: list[float] = []
+    futures[0].add_done_callback(lambda future: seen.append(float(future.result()[0])))
+    assert sorted(float(future.result()[0]) for future in as_completed(futures)) == [0, 2, 4, 6, 8, 10]
+    assert eventually(lambda: seen == [0.0])
+    assert all(future.exception() is None and future.done() for future in futures)
+    with pytest.raises(TimeoutError):
+        pool.submit(nap, 5 * 0.1).result(timeout=0.001)
+
+
+def test_what_cannot_be_pickled(pool: ArenaExecutor) -> None:
+    with pytest.raises(Exception, match="pickle"):
+        pool.submit(echo, lambda: None).result()
+    with pytest.raises(Exception, match="pickle"):
+        pool.submit(unpicklable).result()
+    # In the standard library's pool this ends the worker, and with it the pool.
+    with pytest.raises(ZeroDivisionError, match="planted"):
+        pool.submit(echo, Explosive()).result()
+    assert isinstance(pool.submit(Explosive).exception(), ZeroDivisionError)
+    assert pool.submit(echo, 1).result() == 1
+
+
+def test_an_initializer_that_fails_breaks_the_pool(client: EmbeddedClient) -> None:
+    with (
+        ArenaExecutor(1, multiprocessing.get_context("spawn"), refuse_to_start, client=client) as pool,
+        pytest.raises(BrokenProcessPool),
+    ):
+        pool.submit(pid).result()
+
+
+def test_shutdown_cancels_what_has_not_begun(client: EmbeddedClient) -> None:
+    pool = ArenaExecutor(1, multiprocessing.get_context("spawn"), client=client, threshold=THRESHOLD)
+    futures: list[Future[Any]] = [pool.submit(nap, 0.2), *(pool.submit(twice, np.ones(LARGE)) for _ in range(10))]
+    pool.shutdown(cancel_futures=True)
+    assert futures[0].result() == 0.2
+    assert sum(future.cancelled() for future in futures) >= 6
+    del futures
+    assert eventually(lambda: held(client) == 0)
+
+
+def test_misuse(client: EmbeddedClient) -> None:
+    with pytest.raises(ValueError, match="threshold"):
+        ArenaExecutor(client=client, threshold=0)
+    with pytest.raises(ValueError, match="max_workers"):
+        ArenaExecutor(0, client=client)
+    with gcma_shm.connect(client.endpoint, mapped=False) as other, pytest.raises(ValueError, match="maps the arena"):
+        ArenaExecutor(client=other)
+
+
+def test_without_a_client_it_has_the_processes_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCMA_SIZE", "32M")
+    mine = default_client()
+    try:
+        assert default_client() is mine
+        assert os.environ["GCMA_ENDPOINT"] == mine.endpoint
+        with ArenaExecutor(1, multiprocessing.get_context("spawn"), threshold=THRESHOLD) as pool:
+            assert pool.submit(looked_at, np.ones(LARGE)).result() == (True, False, LARGE)
+    finally:
+        mine.close()
+        monkeypatch.delenv("GCMA_ENDPOINT", raising=False)
+    again = default_client()
+    assert again is not mine
+    again.close()
+    monkeypatch.setenv("GCMA_ENDPOINT", "ipc:///tmp/gcma-nobody-is-here")
+    with pytest.raises(gcma_shm.BrokerUnavailable):
+        default_client()
