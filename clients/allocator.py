@@ -117,16 +117,18 @@ class Allocator:
             raise TypeError(f"{name!r} is a buffer: use attach()")
         return Reservation(self, place)
 
-    def locate(self, memory: memoryview) -> tuple[Reference, int] | None:
-        """Which buffer of this client all of that memory lies in, and how many bytes from its start; None: in none."""
+    def locate(self, address: int, nbytes: int) -> tuple[Reference, int] | None:
+        """Which buffer of this client that memory of this process lies in, all of it, and how many bytes from its start; None: in
+        none.
+        """
         plane = self._plane
-        at = -1 if plane is None or plane.closed else plane.place_of(memory)
+        at = -1 if plane is None or plane.closed else plane.place_of(address, nbytes)
         if plane is None or at < 0:
             return None
         claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
         for span in (*self._spans, *claimed):
             begin = 0 if span is None else span.first * plane.page_size
-            if span is not None and begin <= at and at + memory.nbytes <= begin + span.nbytes:
+            if span is not None and begin <= at and at + nbytes <= begin + span.nbytes:
                 return Reference(self.endpoint, self.arena_id, *span.held), at - begin
         return None
 

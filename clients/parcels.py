@@ -17,12 +17,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, cast
 
 from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import Reference, load_buffer
+from gcma_shm.clients.reducer import reduce_array
 from gcma_shm.errors import ArenaExhausted, QuotaExceeded
 
 log = logging.getLogger(__name__)
@@ -106,12 +107,12 @@ class Packer:
             return False
 
         stream = io.BytesIO()
-        ForkingPickler(stream, PROTOCOL, True, in_band).dump(what)
+        _Pickler(stream, PROTOCOL, True, in_band).dump(what)
         return Parcel(stream.getvalue(), pieces), kept
 
     def _place(self, memory: memoryview, given: pickle.PickleBuffer) -> tuple[Piece, object] | None:
         client = self._client()
-        located = client.locate(memory)
+        located = client.locate(address_of(memory), memory.nbytes)
         if located is not None:  # built there, to be shared: whoever gets it may write as its maker may
             reference, start = located
             if not self._shared:
@@ -147,6 +148,16 @@ class Packer:
             view[: memory.nbytes] = memory
         self.copied += memory.nbytes
         return buffer
+
+
+class _Pickler(ForkingPickler):
+    """As multiprocessing's, but for arrays, whose buffers are to be given out of band."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        registered = cast(Any, self)  # attributes that its stub does not have
+        others = {kind: how for kind, how in registered._extra_reducers.items() if how is not reduce_array}
+        self.dispatch_table = registered._copyreg_dispatch.new_child(others)
 
 
 class Bytes:

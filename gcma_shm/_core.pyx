@@ -565,15 +565,11 @@ cdef class Plane:
                 failed = madvise(page_bytes(self.a, page), (stop - page) * self.a.page_size, MADV_POPULATE_WRITE)
         # Not every kernel has it (Linux 5.14): the pages are faulted in one by one then.
 
-    def place_of(self, memory):
-        """The offset of a bytes-like object's memory from the arena's first page, in bytes; -1: it is not in the arena's pages."""
-        cdef Py_buffer view
-        cdef uint64_t at
-        PyObject_GetBuffer(memory, &view, PyBUF_SIMPLE)
-        at = <uint64_t><uint8_t *>view.buf - <uint64_t>self.a.data  # below the first page it wraps to far above the last
-        end = at + <uint64_t>view.len
-        PyBuffer_Release(&view)
-        return at if at < end <= self.a.pages * self.a.page_size else -1
+    def place_of(self, uint64_t address, uint64_t nbytes):
+        """The offset of that memory of this process from the arena's first page, in bytes; -1: it is not all in the arena's pages."""
+        cdef uint64_t at = address - <uint64_t>self.a.data  # of memory below the first page it wraps to far above the last
+        cdef uint64_t size = self.a.pages * self.a.page_size
+        return at if nbytes <= size and at <= size - nbytes else -1
 
     def span(self, uint64_t first, uint64_t nbytes):
         """The memory of a buffer that begins at page `first`."""

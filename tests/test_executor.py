@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 
 import gcma_shm
+from gcma_shm._core import address_of
 from gcma_shm.clients.default import default_client
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
@@ -51,7 +52,9 @@ def echo(value: object) -> object:
 
 
 def in_arena(memory: Any) -> bool:
-    return any(client.mapped and client.locate(memoryview(memory)) is not None for client in clients)
+    return any(
+        client.mapped and client.locate(address_of(memory), memoryview(memory).nbytes) is not None for client in clients
+    )
 
 
 def looked_at(array: Array) -> tuple[bool, bool, float]:

@@ -1,0 +1,76 @@
+"""multiprocessing's queues, pipes and pools carry Buffers, and arrays on Buffers, as handles.
+
+`register()` once, before anything is sent, in each process that sends. What is received lies on the very memory, and holds it; on its way a
+handle holds it, so that its sender may drop it at once. Arrays that lie anywhere else are pickled as ever.
+"""
+
+from __future__ import annotations
+
+from multiprocessing.reduction import ForkingPickler
+from typing import TYPE_CHECKING, Any
+
+from gcma_shm.clients.buffer import Buffer
+from gcma_shm.clients.handles import Reference, clients, load_buffer
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+HAND_OVER_S = 60.0  # what is sent and not received for so long is given up: StaleHandle
+
+
+def register() -> None:
+    """Makes multiprocessing send Buffers, and, where numpy is installed, arrays on them, as handles. A second time has no effect."""
+    ForkingPickler.register(Buffer, _reduce_buffer)
+    try:
+        import numpy as np
+    except ImportError:
+        return
+    ForkingPickler.register(np.ndarray, reduce_array)
+
+
+def _reduce_buffer(buffer: Buffer) -> tuple[Any, ...]:
+    return buffer.hand_over(HAND_OVER_S).__reduce__()
+
+
+def reduce_array(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+    """For pickle: a handle, and how the array lies on it; or what it always was."""
+    begin, end = _bounds(array)
+    for client in list(clients):
+        located = None if client.closed or not array.size else client.locate(begin, end - begin)
+        if located is not None:
+            reference, at = located
+            start = at + array.__array_interface__["data"][0] - begin
+            handle = client.hand_over(reference, HAND_OVER_S)
+            return load_array, (
+                handle.reference, start, array.dtype, array.shape, array.strides, array.flags.writeable
+            )  # fmt: skip
+    return array.__reduce_ex__(4)  # type: ignore[return-value] # as multiprocessing does
+
+
+def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """The addresses of the first byte of an array, and of the one behind its last; strides may be negative."""
+    begin = end = array.__array_interface__["data"][0]
+    for count, stride in zip(array.shape, array.strides, strict=True):
+        if stride < 0:
+            begin += (count - 1) * stride
+        else:
+            end += (count - 1) * stride
+    return begin, end + array.itemsize
+
+
+def load_array(
+    reference: Reference,
+    start: int,
+    dtype: npt.DTypeLike,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    writeable: bool,
+) -> np.ndarray[Any, Any]:
+    """An array over a handle's memory, which it keeps. Raises StaleHandle when it comes too late."""
+    import numpy as np
+
+    memory = np.frombuffer(load_buffer(reference).view, np.uint8)
+    array: np.ndarray[Any, Any] = np.ndarray(shape, dtype, buffer=memory, offset=start, strides=strides)
+    array.flags.writeable = writeable
+    return array
