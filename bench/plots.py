@@ -1,4 +1,4 @@
-"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc` and `plots.py fragmentation`.
+"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc`, `plots.py fragmentation`; `bars` for `publish.py`.
 
 Readable on a light and on a dark page: a panel of their own behind them. Needs matplotlib.
 """
@@ -9,7 +9,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
-from _common import OUT
+from _common import OUT, Bar
 from alloc_job import POINTS
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -38,6 +38,7 @@ COLOURS = {
     "alloc_contig": "#1261a8", "claim": "#1a9e77", "idle": "#7fb3dd", "SharedMemory": "#d1495b", "posix-ipc": "#e39aa4",
     "plasma": "#7a4fa3", "O_DIRECT": "#c06a00", "buffered": "#e0b050",
 }  # fmt: skip
+OURS, THEIRS = "#1261a8", "#d9a441"
 POLICIES = {"ours": "#1261a8", "best fit": "#2a9d8f", "first fit": "#c06a00", "buddy": "#7a4fa3"}
 
 
@@ -52,8 +53,8 @@ def figure(
         )
         flat = [ax for row in axes for ax in row]
         yield flat
-        named = {label: line for ax in flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        drawn.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), 4))
+        if named := {label: line for ax in flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}:
+            drawn.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), 4))
         drawn.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(drawn)
     # A tenth of a point is finer than anyone sees, and half of the file.
@@ -157,6 +158,30 @@ def fragmentation(source: Path, directory: Path) -> None:
             below.set_xlabel(f"% of the run, at {float(list(loads)[-1]):.0%}")
         axes[0].set_ylabel("avoidable failures, % of requests")
         axes[len(mixes)].set_ylabel("largest free range / all that is free")
+
+
+def bars(path: Path, title: str, unit: str, found: Sequence[Bar]) -> None:
+    """A bar a contender, the least on top, on a log scale; ours are blue and bold, and a thin line is the spread over the rounds."""
+    ordered = sorted(found, key=lambda bar: bar.value)
+    height = 0.9 + 0.27 * len(ordered)
+    with figure(path, 1, 1, (7.6, height)) as (ax,):
+        for at, bar in enumerate(ordered):
+            ax.barh(at, bar.value, color=OURS if bar.ours else THEIRS, height=0.68)
+            if bar.low is not None and bar.high is not None:
+                ax.plot([bar.low, bar.high], [at, at], color=INK, linewidth=0.9)
+            ax.annotate(f" {bar.value:.3g}", (max(bar.value, bar.high or 0), at), va="center", fontsize=8)
+        ax.set_xscale("log")
+        low, high = ordered[0].value, max(bar.high or bar.value for bar in ordered)
+        ax.set_xlim(low / 2, high * 2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.set_yticks(range(len(ordered)), [bar.label for bar in ordered], fontsize=8)
+        for label, bar in zip(ax.get_yticklabels(), ordered, strict=True):
+            label.set_fontweight("bold" if bar.ours else "normal")
+        ax.invert_yaxis()
+        ax.grid(visible=False, axis="y")
+        ax.tick_params(axis="y", length=0)
+        ax.set_xlabel(unit)
+        ax.set_title(title, fontsize=9, loc="left")
 
 
 def main() -> int:
