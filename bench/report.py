@@ -89,7 +89,7 @@ class Section:
 
 def tell(section: Section) -> None:
     """Prints it."""
-    print("\n" + table(section.columns, section.rows, section.title))
+    print("\n" + (table(section.columns, section.rows, section.title) if section.rows else section.title))
     if section.note:
         print(section.note)
     if section.verdicts:

@@ -32,7 +32,8 @@ SET: dict[str, list[str]] = {
 
 def run(names: list[str], arguments: dict[str, list[str]]) -> tuple[list[str], list[str]]:
     """One after another; the names of those that ended well, and of those that did not."""
-    good, bad = [], []
+    good: list[str] = []
+    bad: list[str] = []
     for name in names:
         command = [sys.executable, str(HERE / f"{name}.py"), *arguments.get(name, [])]
         print(f"\n=== {name}", flush=True)
