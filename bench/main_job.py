@@ -244,9 +244,16 @@ def report(client: Client, latencies: dict[int, list[float]], failures: int, fin
     return not failures and not mismatches
 
 
-def write(out: Path, client: Client, latencies: dict[int, list[float]], failures: int, finished: list[Done]) -> None:
+def write(
+    out: Path,
+    found: dict[str, Any],
+    client: Client,
+    latencies: dict[int, list[float]],
+    failures: int,
+    finished: list[Done],
+) -> None:
     """The run's record, as the benchmarks here write it."""
-    from _common import Section, Verdict, machine, write_json  # needs the `bench` extra; the job itself does not
+    from _common import Section, Verdict, write_json  # needs the `bench` extra; the job itself does not
 
     workers = [
         [
@@ -285,13 +292,18 @@ def write(out: Path, client: Client, latencies: dict[int, list[float]], failures
         "failures": failures,
         "stats": client.stats(),
     }
-    write_json(out, " ".join(str(__doc__).split("\n\n")[0].split()), machine(), {}, results, sections)
+    write_json(out, " ".join(str(__doc__).split("\n\n")[0].split()), found, {}, results, sections)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="also write the figures there, as JSON")
     parsed = parser.parse_args()
+    found: dict[str, Any] = {}
+    if parsed.out:
+        from _common import machine
+
+        found = machine()
     files = real_files()
     parts = split(files)
     context = multiprocessing.get_context("spawn")
@@ -319,7 +331,7 @@ def main() -> int:
                 worker.kill()
         sound = report(client, latencies, failures, finished)
         if parsed.out:
-            write(parsed.out, client, latencies, failures, finished)
+            write(parsed.out, found, client, latencies, failures, finished)
     return 0 if sound else 1
 
 

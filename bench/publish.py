@@ -93,11 +93,11 @@ def benchmark(name: str, record: Mapping[str, Any], reading: Reading | None, mac
     """All of one script: what it asks, on what machine it ran, its sections, and what a person wrote about it."""
     heading = reading.heading if reading else name
     found = record["machine"]
-    load = ", ".join(f"{value:.1f}" for value in found["load_average_before"])
+    load = ", ".join(f"{value:.1f}" for value in found["load_average_before"]) or "not noted"
     parts = [
         f"## {heading} (`bench/{name}.py`)",
         f"{record['question']}",
-        f"Measured {found['time']} on machine {machine}, load before the run {load}: `{record['command']}`",
+        f"Measured {found['time']} on machine {machine}, load before the run {load}: `{record['command']}`.",
         *map(section, record["sections"]),
     ]
     if reading and reading.text:
