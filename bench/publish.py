@@ -28,7 +28,7 @@ ORDER = (
 ALL = "all"
 PUBLISHED = ("question", "machine", "command", "sections")
 HEADING = "# Figures"
-FIGURE = re.compile(r"[≤≥]? ?-?[\d.,]+|[-–]?$")
+FIGURE = re.compile(r"[≤≥]? ?-?[\d.,]+(e[+-]?\d+)?( ?[×%])?( \([-\d.,e+]+\))?|[-–]?")
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Reading:
 def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns of figures to the right, the first and those of words to the left."""
     body = [[_cell(value) for value in row] for row in rows]
-    figures = [all(FIGURE.match(row[n]) for row in body) for n in range(len(columns))]
+    figures = [all(FIGURE.fullmatch(row[n]) for row in body) for n in range(len(columns))]
     head = "| " + " | ".join(map(_cell, columns)) + " |"
     rule = "|" + "".join("---:|" if n and figures[n] else "---|" for n in range(len(columns)))
     return "\n".join([head, rule, *("| " + " | ".join(row) + " |" for row in body)])
