@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import peers_tell
 from _common import OUT, Crew, crew, describe_machine, machine, scratch, tell, write_json
+from peers_blackboard import board
 from peers_servers import KINDS, Server, resident_bytes, serving
 from peers_tell import Found
 from peers_ways import OPERATIONS, STORE, STORE_MANY, NotHere, Place
@@ -47,8 +48,13 @@ class Measurement:
         self._pids = pids
         self._nursery_pages = nursery
         self._workers = len(team.connections)
-        ways, self.missing = self._first.ask("contenders")[0]
-        self._ways: dict[str, list[tuple[str, str]]] = ways
+        answers = team.ask("contenders")
+        self.missing: dict[str, str] = answers[0][1]
+        # What every worker can do: a blackboard, for one, has a single writer.
+        self._ways: dict[str, list[tuple[str, str]]] = {
+            operation: [way for way in ways if all(way in other[operation] for other, _ in answers)]
+            for operation, ways in answers[0][0].items()
+        }
 
     def run(self) -> dict[str, dict[str, Found]]:
         """Every operation's contenders, proved before."""
@@ -105,7 +111,23 @@ class Measurement:
         one.add(blocks, peers_tell.cpu_ns(pid) - before, sustained=operation in (STORE, STORE_MANY))
 
 
-def measure(options: argparse.Namespace, page_size: int, directory: Path, servers: dict[str, Server]) -> dict[str, Any]:
+def start(stores: list[str], directory: Path, stack: ExitStack) -> tuple[dict[str, Server], dict[str, str]]:
+    """The servers that these stores need; and the stores whose server is not here, with the reason."""
+    servers: dict[str, Server] = {}
+    missing: dict[str, str] = {}
+    for name in KINDS:
+        clients = [store for store in stores if SERVER_OF.get(store) == name]
+        try:
+            if clients:
+                servers[name] = stack.enter_context(serving(name, directory))
+        except NotHere as reason:
+            missing |= dict.fromkeys(clients, str(reason))
+    return servers, missing
+
+
+def measure(
+    options: argparse.Namespace, page_size: int, directory: Path, servers: dict[str, Server], stores: list[str]
+) -> dict[str, Any]:
     """One page size: a broker and files of its own, and the servers."""
     pages = options.working_set // page_size
     home = directory / f"pages-{page_size}"
@@ -117,14 +139,21 @@ def measure(options: argparse.Namespace, page_size: int, directory: Path, server
         sockets = {name: server.socket for name, server in servers.items()}
         batch = max(min(BATCH, BATCH_BYTES_MAX // page_size), 1)
         place = Place(page_size, pages, batch, options.seed, home, client.endpoint, sockets)
+        missing: dict[str, str] = {}
+        if "iceoryx2" in stores:
+            try:
+                sockets["iceoryx2"] = stack.enter_context(board(home, page_size, pages))
+            except NotHere as reason:
+                missing["iceoryx2"] = str(reason)
+        wanted = [store for store in stores if store not in missing]
         pids = {name: server.pid for name, server in servers.items()} | {"broker": client.broker_pid}
         nursery = client.stats()["arena"]["nursery"] // page_size
-        by_workers, missing = {}, {}
+        by_workers = {}
         for workers in options.workers:
-            with crew(workers, make_worker, place, options.stores) as team:
+            with crew(workers, make_worker, place, wanted) as team:
                 measurement = Measurement(options, place, team, pids, nursery)
                 by_workers[workers] = measurement.run()
-                missing = measurement.missing
+                missing |= measurement.missing
         memory = {name: resident_bytes(server.pid) for name, server in servers.items()}
         disk = {
             "ours" if path.name.startswith("gcma-") else path.name: peers_tell.disk_bytes(path)
@@ -146,16 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     with scratch() as directory:
         for page_size in options.page_size:
             with ExitStack() as stack:  # new servers for each size, so that their memory is of this one
-                servers: dict[str, Server] = {}
-                for name in KINDS:
-                    try:
-                        if name in {SERVER_OF.get(store) for store in options.stores}:
-                            servers[name] = stack.enter_context(serving(name, directory))
-                    except NotHere as reason:
-                        missing |= {store: str(reason) for store, server in SERVER_OF.items() if server == name}
-                options.stores = [store for store in options.stores if store not in missing]
-                results.append(measure(options, page_size, directory, servers))
-                missing |= results[-1]["missing"]
+                servers, not_here = start(options.stores, directory, stack)
+                stores = [store for store in options.stores if store not in not_here]
+                results.append(measure(options, page_size, directory, servers, stores))
+                missing |= not_here | results[-1]["missing"]
     sections = peers_tell.sections(results, missing, options)
     for section in sections:
         tell(section)

@@ -27,6 +27,7 @@ class Place:
     directory: Path  # on a disk
     endpoint: str  # of our broker
     sockets: dict[str, str]  # of the servers that run
+    index: int = 0  # of this process; the first fills and proves
 
     @property
     def page(self) -> bytes:
