@@ -23,7 +23,7 @@ from peers_blackboard import board
 from peers_servers import KINDS, Server, resident_bytes, serving
 from peers_tell import Found
 from peers_ways import OPERATIONS, STORE, STORE_MANY, NotHere, Place
-from peers_work import SERVER_OF, STORES, Block, make_worker
+from peers_work import OPTIONAL, SERVER_OF, STORES, Block, make_worker
 
 import gcma_shm
 from gcma_shm.sizes import format_size, parse_size
@@ -194,7 +194,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--page-size", type=parse_size, nargs="+", default=[4 << 10, 64 << 10, 1 << 20], metavar="SIZE")
     add("--workers", type=int, nargs="+", default=[1, 2], metavar="N", help="processes at once (default: 1 2)")
     add("--operation", nargs="+", choices=OPERATIONS, default=list(OPERATIONS), metavar="OPERATION", help=f"of: {', '.join(OPERATIONS)}")  # fmt: skip
-    add("--stores", nargs="+", choices=list(STORES), default=list(STORES), metavar="STORE", help=f"of: {', '.join(STORES)}; ours is always there")  # fmt: skip
+    add("--stores", nargs="+", choices=list(STORES), default=[name for name in STORES if name not in OPTIONAL], metavar="STORE", help=f"of: {', '.join(STORES)}; ours is always there; default: all but {', '.join(OPTIONAL)}, which installs pyarrow 11 in ~/.cache/gcma-bench")  # fmt: skip
     add("--rounds", type=int, default=9, metavar="N")
     add("--block-s", type=float, default=0.1, metavar="SECONDS", help="of each contender in its turn")
     add("--wraps", type=int, default=12, metavar="N", help="of the nursery, in a block of stores behind (default: 12)")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from _common import STOP_S
+from peers_plasma import plasma_command
 from peers_ways import NotHere
 
 START_S = 20.0  # until it accepts connections
@@ -61,6 +62,7 @@ class Kind:
 KINDS = {
     "redis": Kind(redis_command, "Debian: redis-server"),
     "memcached": Kind(memcached_command, "Debian: memcached"),
+    "plasma": Kind(plasma_command, "PyPI: pyarrow==11.0.0"),
 }
 
 

@@ -51,6 +51,7 @@ class Way:
     prepare: Callable[[Which], Any]
     run: Callable[[Any], object]
     see: Callable[[Any], list[bytes]] | None = None  # of a way to load: what `run` would have got, for proof
+    single: bool = True  # whether a single call's time says something
 
 
 class Store(Protocol):
@@ -122,6 +123,17 @@ class Ways:
     def store_many(self, name: str, prepare: Callable[[Which], Any], put: Callable[[Any], Any]) -> None:
         """`put(prepared)` stores the place's page at all of them."""
         self._add(STORE_MANY, name, Way(prepare, put))
+
+    def loop(
+        self,
+        operation: str,
+        name: str,
+        prepare: Callable[[Which], Any],
+        run: Callable[[Any], Any],
+        see: Callable[[Any], list[bytes]] | None,
+    ) -> None:
+        """`run(keys)` loops over them itself, elsewhere; so its single calls are not timed."""
+        self._add(operation, name, Way(prepare, run, see, single=False))
 
     def _add(self, operation: str, name: str, way: Way) -> None:
         named = self.found.setdefault(operation, {})

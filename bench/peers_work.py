@@ -14,6 +14,7 @@ from peers_blackboard import Blackboard
 from peers_clients import Pylibmc, Pymemcache, Redis
 from peers_local import DiskCache, File, Lmdb, MappedFile
 from peers_ours import Messages, Ours
+from peers_plasma import Plasma
 from peers_ways import LOAD, LOAD_MANY, OPERATIONS, STORE, STORE_MANY, NotHere, Place, Store, Way, Which
 
 STORES: dict[str, Callable[[Place, ExitStack], Store]] = {
@@ -27,6 +28,7 @@ STORES: dict[str, Callable[[Place, ExitStack], Store]] = {
     "file": File,
     "mmap": MappedFile,
     "iceoryx2": Blackboard,
+    "plasma": Plasma,
 }
 SERVER_OF = {
     "ours": "broker",
@@ -34,7 +36,9 @@ SERVER_OF = {
     "redis": "redis",
     "pylibmc": "memcached",
     "pymemcache": "memcached",
+    "plasma": "plasma",
 }
+OPTIONAL = ("plasma",)  # only when asked for
 SAME = {"messages": "ours", "pymemcache": "pylibmc"}  # another way to the very pages of that one
 PROVED = 32  # pages of each way, or two batches
 
@@ -166,6 +170,8 @@ class Worker:
     def singles(self, operation: str, name: str, calls: int) -> list[float]:
         """Nanoseconds of calls timed one by one: of a page, or of a batch."""
         way = self._ways[operation, name]
+        if not way.single:
+            return []
         size = self._size(operation)
         prepared = [way.prepare(which) for which in self._batches(size, calls * size)]
         run, clock, times = way.run, time.perf_counter_ns, []
