@@ -56,7 +56,7 @@ fuzz: all
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz.target
 
-# The whole set of benchmarks, one after another, some forty minutes; then docs/benchmarks.md and its plots from what they found. Alone on the
+# The whole set of benchmarks, one after another, some tens of minutes (each tells its time); then docs/benchmarks.md and its plots from what they found. Alone on the
 # machine, or the figures are its load's. Some of them only: `make bench NAMES='peers checksum'`. The peers' servers: apt-get install redis-server memcached.
 bench: all
 	$(BIN)/python bench/suite.py $(NAMES)

@@ -156,7 +156,8 @@ def _table(one: Mapping[str, Any], operation: str) -> Section:
         f"Medians of the rounds, in brackets their middle 80 % ({counted}); × ours: how many times as long as “{OURS_OF[operation]}”; {call}; "
         "processor: µs a page of the workers, and of the server or our broker."
     )
-    return Section(title, columns, rows, note, plots=[_plot(size, operation, by_workers)])
+    plots = [_plot(size, operation, by_workers)] if not many or one["page_size"] == PAGE else []
+    return Section(title, columns, rows, note, plots=plots)
 
 
 def _cells(found: Found, ours: Found) -> list[object]:

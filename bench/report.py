@@ -120,6 +120,15 @@ def cell(value: object) -> str:
     return str(value)
 
 
+def command() -> str:
+    """How this script was started, but for where its record goes."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return shlex.join([f"bench/{Path(sys.argv[0]).name}", *arguments])
+
+
 def write_json(
     path: Path,
     question: str,
@@ -133,7 +142,7 @@ def write_json(
     record = {
         "question": question,
         "machine": found,
-        "command": shlex.join([f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(),
         "options": options,
         "sections": [section.plain() for section in sections],
         "results": results,
