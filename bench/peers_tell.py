@@ -66,6 +66,11 @@ class Found:
         """Of a call that takes so many pages."""
         return float(np.median(self.rounds_ns)) * pages
 
+    @property
+    def processor_ns(self) -> float:
+        """A page, of workers and server together."""
+        return float(np.mean(self.worker_cpu_ns) + np.mean(self.server_cpu_ns))
+
     def with_sync(self, workers: int) -> Found:
         """The same, counted until all is in the file."""
         rounds = [
@@ -95,7 +100,8 @@ def sections(
         for workers, by_operation in one["workers"].items():
             _count_syncs(by_operation, workers)
     tables = [_table(one, operation) for operation in OPERATIONS if operation in options.operation for one in results]
-    note = "; ".join(f"not measured: {name} ({reason})" for name, reason in missing.items())
+    note = "Medians of the rounds' ratios; beside the verdict their middle 80 %, and the ratio of the processor time of workers and servers together."
+    note += "".join(f" Not measured: {name} ({reason})." for name, reason in missing.items())
     expected = Section("How many times as fast as each peer", [], [], note, list(_verdicts(results, missing)))
     return [expected, *tables, _room(results)]
 
@@ -114,8 +120,11 @@ def _verdicts(results: Sequence[Mapping[str, Any]], missing: Mapping[str, str]) 
                 found = by_operation.get(operation, {})
                 words = f"{theirs} / {OURS_OF[operation]}, {format_size(one['page_size'])}, {_workers(workers)}"
                 if theirs in found:
-                    ratio = Ratio.of(found[theirs].rounds_ns, found[OURS_OF[operation]].rounds_ns)
-                    yield Verdict(words, limit, ratio.median, at_least=True, why=f"{ratio.low:.3g} to {ratio.high:.3g}")
+                    ours = found[OURS_OF[operation]]
+                    ratio = Ratio.of(found[theirs].rounds_ns, ours.rounds_ns)
+                    processor = found[theirs].processor_ns / ours.processor_ns
+                    why = f"{ratio.low:.3g} to {ratio.high:.3g}; by processor time {processor:.3g}"
+                    yield Verdict(words, limit, ratio.median, at_least=True, why=why)
                 elif operation in by_operation:
                     why = missing.get(store, "not asked for")
                     yield Verdict(words, limit, None, at_least=True, why=why)

@@ -169,7 +169,9 @@ def bars(path: Path, title: str, unit: str, found: Sequence[Bar]) -> None:
             ax.barh(at, bar.value, color=OURS if bar.ours else THEIRS, height=0.68)
             if bar.low is not None and bar.high is not None:
                 ax.plot([bar.low, bar.high], [at, at], color=INK, linewidth=0.9)
-            ax.annotate(f" {bar.value:.3g}", (max(bar.value, bar.high or 0), at), va="center", fontsize=8)
+            words = f"{bar.value:.2f}" if bar.value < 10 else f"{bar.value:.3g}"
+            end = max(bar.value, bar.high or 0)
+            ax.annotate(words, (end, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
         ax.set_xscale("log")
         low, high = ordered[0].value, max(bar.high or bar.value for bar in ordered)
         ax.set_xlim(low / 2, high * 2)
@@ -178,6 +180,7 @@ def bars(path: Path, title: str, unit: str, found: Sequence[Bar]) -> None:
         for label, bar in zip(ax.get_yticklabels(), ordered, strict=True):
             label.set_fontweight("bold" if bar.ours else "normal")
         ax.invert_yaxis()
+        ax.set_axisbelow(True)
         ax.grid(visible=False, axis="y")
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel(unit)

@@ -319,8 +319,8 @@ def test_the_peers_are_compared_and_what_is_missing_is_told(tmp_path: Path) -> N
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     record = json.loads((tmp_path / "peers.json").read_text())
     expected, *tables = record["sections"]
-    assert "not measured: redis (no redis-server (Debian: redis-server))" in expected["note"]
-    assert "not measured: pylibmc (no memcached (Debian: memcached))" in expected["note"]
+    assert "Not measured: redis (no redis-server (Debian: redis-server))." in expected["note"]
+    assert "Not measured: pylibmc (no memcached (Debian: memcached))." in expected["note"]
     words = {one["what"]: one["verdict"] for one in expected["verdicts"]}
     assert words["Redis GET / ours, load, 4 KiB, one worker"] == "not measured"
     assert words["LMDB get / ours, load, 4 KiB, one worker"] in ("met", "missed")
