@@ -171,6 +171,26 @@ def test_one_that_fails_does_not_end_the_set(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "ran").exists()
 
 
+def test_the_set_writes_the_document(tmp_path: Path, docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    run(out, "peers", SECTION)
+    (out / "peers.json").rename(tmp_path / "record")
+    run(out, "alloc", SECTION, time="2025-05-05")
+    published(tmp_path, "alloc")
+    for name, value in (("HERE", tmp_path), ("OUT", out), ("SET", {"peers": [], "alloc": []})):
+        monkeypatch.setattr(suite, name, value)
+    monkeypatch.setattr(publish, "OUT", out)
+    monkeypatch.setattr(publish, "DOCS", tmp_path)
+    (tmp_path / "peers.py").write_text(
+        f"import os; os.rename({str(tmp_path / 'record')!r}, {str(out / 'peers.json')!r})"
+    )
+    (tmp_path / "alloc.py").write_text("raise SystemExit(1)")
+    assert suite.main([]) == 1, "one of them failed"
+    text = (tmp_path / "benchmarks.md").read_text()
+    assert MACHINE["time"] in text, "what ran is published"
+    assert "2025-05-05" in text, "what failed keeps what it had"
+
+
 def test_the_set_is_of_scripts_that_there_are() -> None:
     assert not [name for name in suite.SET if not (ROOT / "bench" / f"{name}.py").exists()]
 
