@@ -15,6 +15,7 @@ from peers_local import DiskCache, Lmdb
 from peers_ours import Ours
 from peers_ways import LOAD, LOAD_MANY, OPERATIONS, STORE, STORE_MANY
 from peers_work import Block
+from report import cell
 
 from gcma_shm.sizes import format_size
 
@@ -123,7 +124,7 @@ def _verdicts(results: Sequence[Mapping[str, Any]], missing: Mapping[str, str]) 
                     ours = found[OURS_OF[operation]]
                     ratio = Ratio.of(found[theirs].rounds_ns, ours.rounds_ns)
                     processor = found[theirs].processor_ns / ours.processor_ns
-                    why = f"{ratio.low:.3g} to {ratio.high:.3g}; by processor time {processor:.3g}"
+                    why = f"{cell(ratio.low)} to {cell(ratio.high)}; by processor time {cell(processor)}"
                     yield Verdict(words, limit, ratio.median, at_least=True, why=why)
                 elif operation in by_operation:
                     why = missing.get(store, "not asked for")
@@ -173,7 +174,7 @@ def _cells(found: Found, ours: Found) -> list[object]:
     ratio = Ratio.of(found.rounds_ns, ours.rounds_ns)
     return [
         float(np.median(found.rounds_ns)) / 1e3,
-        f"{ratio.median:.3g} ({ratio.low:.3g}-{ratio.high:.3g})",
+        f"{cell(ratio.median)} ({cell(ratio.low)}-{cell(ratio.high)})",
         float(np.percentile(found.singles, 99)) / 1e3 if found.singles else "-",
         f"{np.median(found.per_second):,.0f}",
         float(np.mean(found.worker_cpu_ns)) / 1e3,
