@@ -37,7 +37,7 @@ EXPECTED: tuple[tuple[str, str, str, float], ...] = (
     (STORE, "pymemcache", Pymemcache.SET, 20),
 )
 EXPECTED_LARGE = ((LOAD, "lmdb", Lmdb.GET, 1), (STORE, "lmdb", Lmdb.PUT, 1))  # ahead of it
-PAGE = 4096
+PAGE, MIB = 4096, 1 << 20
 COLUMNS = 6  # for each number of workers
 
 
@@ -212,7 +212,7 @@ def _room(results: Sequence[Mapping[str, Any]]) -> Section:
     for name in names:
         cells: list[float | None] = [one["resident_bytes"].get(name) or one["disk_bytes"].get(name) for one in results]
         kind = "resident memory" if name in results[0]["resident_bytes"] else "on the disk, and in the page cache"
-        if any(cells):  # a directory of sockets takes none
+        if any(size and size >= MIB for size in cells):  # not a directory of a few names
             rows.append([f"{name}, {kind}", *("-" if cell is None else f"{cell / (1 << 20):.0f}" for cell in cells)])
     working_set = results[0]["pages"] * results[0]["page_size"]
     note = "MiB. Ours stores two types, so twice the working set; its memory is the arena's, whose size was given (`--arena`)."
