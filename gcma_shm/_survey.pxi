@@ -44,7 +44,7 @@ cdef int suspicion(Arena *a, int64_t type_, uint64_t slot, uint64_t word, Suspec
         return NO_STATE
     if word & DIRTY and state != CACHED:
         return DIRTY_NOTHING
-    if page and (state == EMPTY or state == ZERO or state == CLOSED):
+    if page and (state == EMPTY or state == CLOSED):
         return SAYS_TOO_MUCH
     if state == CACHED and page >= a.pages:
         return NO_PAGE

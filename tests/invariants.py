@@ -17,7 +17,7 @@ from gcma_shm.layout import Geometry
 
 REST_S = 30.0  # how long an arena may take to come to rest: its broker sweeps and writes behind
 
-EMPTY, CACHED, SPILLED, ZERO, CLOSED = range(5)
+EMPTY, CACHED, SPILLED, FILLED, CLOSED = range(5)
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)
 _BUFFER_KIND, _RESERVATION_KIND = 1, 2
 _BROKER = 1
@@ -127,9 +127,9 @@ def _check_slots(s: Snapshot) -> None:
             assert state == CLOSED or word == 0, f"{where}: a slot of no living type"
         else:
             assert state != CLOSED, f"{where}: closed in a living type"
-        if state in (EMPTY, ZERO, CLOSED):
+        if state in (EMPTY, FILLED, CLOSED):
             assert not dirty, f"{where}: dirty with nothing to write"
-            assert payload == 0, f"{where}: a payload with nothing to say"
+            assert payload == 0 or state == FILLED, f"{where}: a payload with nothing to say"
         elif state == SPILLED:
             assert not dirty, f"{where}: in the file and dirty"
         else:

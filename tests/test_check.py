@@ -33,7 +33,7 @@ from tests.processes import Broker, Said, broker, eventually, forked
 PAGE = 4096
 MIB = 1 << 20
 AREAS = ("--area", "a=4M", "--area", "b=1M,cache=off", "--slots", "6000")
-CACHED, SPILLED, ZERO, CLOSED = 1, 2, 3, 4
+EMPTY, CACHED, SPILLED, FILLED, CLOSED = range(5)
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)
 DIRTY = 1 << 32
 CHURN_LOOKS = 40
@@ -331,7 +331,7 @@ DAMAGE: dict[str, tuple[Callable[[Copy], None], str, str]] = {
     "claim-cannot-be": (word_of("claimed", 0x30, lambda _, v: v & ~0xFFFF | 0xFFF), "allocation", "claimed by client 4095"),
     "slot-state": (slot_becomes(lambda _, w: with_state(w, 6), lambda _, w: state(w) == SPILLED), "slot", "state that is unknown"),
     "slot-dirty-nothing": (slot_becomes(lambda _, w: w | DIRTY, lambda _, w: state(w) == SPILLED), "slot", "dirty with nothing"),
-    "slot-says-too-much": (slot_becomes(lambda _, w: w | 5, lambda _, w: state(w) == ZERO), "slot", "payload with nothing to say"),
+    "slot-says-too-much": (slot_becomes(lambda _, w: w | 5, lambda _, w: state(w) == EMPTY), "slot", "payload with nothing to say"),
     "slot-no-page": (
         slot_becomes(lambda c, w: w & ~0xFFFFFFFF | c.g.pages, lambda c, w: state(w) == CACHED and not in_nursery(c, w)),
         "slot", "names page .* of an arena of",
@@ -340,7 +340,7 @@ DAMAGE: dict[str, tuple[Callable[[Copy], None], str, str]] = {
         slot_becomes(lambda _, w: w | DIRTY, lambda c, w: state(w) == CACHED and not in_nursery(c, w)), "slot", "dirty on page",
     ),
     "slot-not-its-page": (named_twice, "slot", "whose life is .* and whose key"),
-    "slot-closed-alive": (slot_becomes(lambda _, w: with_state(w, CLOSED) & ~0xFFFFFFFF, lambda _, w: state(w) == ZERO), "slot", "closed in a living"),
+    "slot-closed-alive": (slot_becomes(lambda _, w: with_state(w, CLOSED) & ~0xFFFFFFFF, lambda _, w: state(w) == FILLED), "slot", "closed in a living"),
     "slot-claimed-by-nobody": (writes(0), "slot", "claimed by client 0, which cannot be"),
     "slot-claimed-by-stranger": (writes(7), "slot", "claimed by client 7, which is not there"),
     "page-of-stranger": (life_becomes(free_in_nursery, lives_as(GRANTED, 7)), "page", "granted to client 7, which is not there"),

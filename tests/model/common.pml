@@ -13,7 +13,7 @@
 #define EMPTY   0
 #define CACHED  1
 #define SPILLED 2
-#define ZERO    3
+#define FILLED  3   /* the payload is a pattern, and no page */
 #define CLOSED  4
 
 #define WORD(version, state, dirty, page) ((version) << 6 | (state) << 3 | (dirty) << 2 | (page))
