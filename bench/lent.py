@@ -16,21 +16,21 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import OUT, Ratio, describe_machine, scratch, table, write_json
+from _common import OUT, describe_machine, scratch, tell, write_json
 from _common import machine as this_machine
 from lent_machine import Guests, Machine, Slice, dropped, machine, read_us
+from lent_tell import BOUND, CMA, IDLE, LENT, NEVER, Cell, figures, sections
 from lent_work import PAGE, Work, slots_of
 
 from gcma_shm.sizes import format_size
 
 MIB = 1 << 20
-IDLE, LENT, CMA, BOUND = "idle", "lent", "CMA", "no reserve"
+QUESTION = "What is a reserve worth that is lent to the cache, to the same work beside the same guests?"
 WORKS = {  # data set, nursery, reserve: the build's data set is the standard library
     "pool": (96 * MIB, 8 * MIB, 48 * MIB),
     "build": (0, 2 * MIB, 12 * MIB),
@@ -41,8 +41,6 @@ DUTIES = (0.1, 0.3, 0.5, 0.7, 0.9)
 SHARES = (0.5, 0.9)  # of the reserve that a guest takes
 WARM_S = 1.0  # before what is measured, or a period if that is longer
 ALONE_S = 8.0  # before what is measured without guests: the cache takes the reserve back only as it is read
-Cell = tuple[float, float, float]  # share of the reserve, period, duty; NEVER: no guests
-NEVER: Cell = (0.0, 0.0, 0.0)
 
 
 def cells(options: argparse.Namespace) -> list[Cell]:
@@ -102,123 +100,26 @@ def take(
         found[name].append(machines[name].run(comes, warm_s, seconds))
 
 
-def tell(kind: str, found: dict[Cell, dict[str, list[Slice]]]) -> list[dict[str, Any]]:
-    """Prints the tables of one kind of work; returns them as figures."""
-    told = [figures(cell, found[cell]) for cell in sorted(found)]
-    rows = [
-        [
-            words(one), f"{one['rates'][IDLE]:.0f}", f"{one['rates'][LENT]:.0f}", one["lent/idle"], one["lent/idle, undelayed"], one["CMA/idle"], one["lent/no reserve"],
-            f"{one['hits'][IDLE]:.0%}", f"{one['hits'][LENT]:.0%}", f"{one['hits'][BOUND]:.0%}",
-        ]
-        for one in told
-    ]  # fmt: skip
-    head = (
-        "guests hold",
-        "idle /s",
-        "lent /s",
-        "lent / idle",
-        "undelayed",
-        "CMA / idle",
-        "lent / no reserve",
-        "hits: idle",
-        "lent",
-        "no reserve",
-    )
-    print(table(head, rows, f"\n{kind}: operations a second, and how many pages were in memory"))
-    waits = [
-        [words(one), *(one["waits"][name].get(p, "-") for name in (IDLE, LENT, CMA) for p in ("p50", "p99"))]
-        for one in told
-        if one["share"]
-    ]
-    columns = [f"{name} {p}" for name in (IDLE, LENT, CMA) for p in ("p50", "p99")]
-    print(table(("guests hold", *columns), waits, f"\n{kind}: a guest's wait for its buffer, µs"))
-    return told
-
-
-def words(one: dict[str, Any]) -> str:
-    """Of a cell."""
-    if not one["share"]:
-        return "never"
-    return f"{one['share']:.0%} of it for {one['duty'] * one['period_s']:.3g} s every {one['period_s']:g} s ({one['duty']:.0%})"
-
-
-def figures(cell: Cell, slices: dict[str, list[Slice]]) -> dict[str, Any]:
-    """Of one cell: rates in operations a second, ratios, waits in microseconds."""
-    rates = {name: [one.done.operations / one.done.seconds for one in many] for name, many in slices.items()}
-    calm = {
-        name: [one.done.operations / (one.done.seconds - one.done.delayed_s) for one in many]
-        for name, many in slices.items()
-    }
-    pages = {name: [one.done.pages_loaded / one.done.seconds for one in many] for name, many in slices.items()}
-    share, period, duty = cell
-    return {
-        "share": share, "period_s": period, "duty": duty,
-        "rates": {name: float(np.median(many)) for name, many in rates.items()},
-        "pages_loaded_a_second": {name: float(np.median(many)) for name, many in pages.items()},
-        "hits": {name: float(np.median([one.hit_ratio for one in many])) for name, many in slices.items()},
-        "lent/idle": Ratio.of(rates[LENT], rates[IDLE]),
-        "CMA/idle": Ratio.of(rates[CMA], rates[IDLE]),
-        "lent/idle, undelayed": Ratio.of(calm[LENT], calm[IDLE]),
-        "lent/no reserve": Ratio.of(rates[LENT], rates[BOUND]),
-        "waits": {name: waits(many) for name, many in slices.items()},
-        "failures": {name: sum(one.failures for one in many) for name, many in slices.items()},
-        "mismatches": sum(one.done.mismatches + one.damaged for many in slices.values() for one in many),
-    }  # fmt: skip
-
-
-def waits(slices: Sequence[Slice]) -> dict[str, float]:
-    """Microseconds."""
-    times = np.concatenate([np.asarray(one.latencies_us) for one in slices])
-    if not times.size:
-        return {}
-    return {
-        "count": times.size,
-        "p50": float(np.median(times)),
-        "p99": float(np.percentile(times, 99)),
-        "worst": float(times.max()),
-    }
-
-
-def all_waits(found: dict[Cell, dict[str, list[Slice]]]) -> dict[str, dict[str, float]]:
-    """Of all cells together."""
-    return {name: waits([one for by_name in found.values() for one in by_name[name]]) for name in (IDLE, LENT, CMA)}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the comparison."""
     options = parse(argv)
     about = this_machine()
     print(describe_machine(about))
     results: dict[str, Any] = {}
-    sound = True
     for kind in options.work:
         with scratch() as directory:
             found, disk_us = run(options, kind, directory)
-        told = tell(kind, found)
-        results[kind] = {
-            "cells": told,
-            "waits": all_waits(found),
-            "sizes": dict(zip(("data", "nursery", "reserve"), WORKS[kind], strict=True)),
-        }
-        failures = sum(sum(one["failures"].values()) for one in told)
-        mismatches = sum(one["mismatches"] for one in told)
-        pages = sum(one.done.pages_loaded for by_name in found.values() for many in by_name.values() for one in many)
-        together = ", ".join(
-            f"{name} {of.get('count', 0)} buffers, p50 {of.get('p50', 0):.0f} µs, p99 {of.get('p99', 0):.0f}, worst {of.get('worst', 0):.0f}"
-            for name, of in results[kind]["waits"].items()
-        )
-        print(
-            f"\na page from the disk: {disk_us:.0f} µs; all guests: {together}\nfailures {failures}, of {pages:,} pages wrong {mismatches}",
-            flush=True,
-        )
-        results[kind] |= {"failures": failures, "mismatches": mismatches, "pages_compared": pages, "disk_us": disk_us}
-        sound = sound and not failures and not mismatches
-    write_json(options.out, "What is a reserve worth that is lent to the cache?", about, vars(options), results)
+        sizes = dict(zip(("data", "nursery", "reserve"), WORKS[kind], strict=True))
+        results[kind] = figures(found) | {"sizes": sizes, "disk_us": disk_us}
+    parts = sections(results, options.plots)
+    for part in parts:
+        tell(part)
+    write_json(options.out, QUESTION, about, vars(options), results, parts)
     if options.plots:
         import plots
 
         plots.lent(options.out, plots.DOCS)
-    return 0 if sound else 1
+    return 1 if any(of["failures"] or of["mismatches"] for of in results.values()) else 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import os
 import shutil
 import sqlite3
@@ -24,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from _common import OUT, Ratio, address_of, compile_c, describe_machine, machine, scratch, table, write_json
+from _common import OUT, Ratio, Section, address_of, compile_c, describe_machine, machine, scratch, tell, write_json
 
+QUESTION = "Is it worth it to store pages nowhere that repeat one word other than zero?"
 PAGE = 4096
 MIB = 1 << 20
 WIDTHS = (1, 2, 4, 8)
@@ -313,36 +313,35 @@ def main(argv: list[str] | None = None) -> int:
                 pages.add(data)
             counted[name] = pages.figures()
         timed = costs(directory, options.rounds)
-    everything = [*counted.items()]
-    rows = [
-        [
-            name,
-            f"{of['pages']:,}",
-            percent(of["zero"], of["pages"]),
-            *(percent(of["repeats"][width], of["pages"]) for width in WIDTHS),
-        ]
-        for name, of in everything
-    ]
-    print(
-        table(
-            ("pages of", "pages", "zeros", *(f"{width} byte{'s' * (width > 1)}" for width in WIDTHS)),
-            rows,
-            "\nrepeat one pattern of, and not zeros",
-        )
-    )
-    for name, of in everything:
-        print(f"  {name}: {json.dumps(of['patterns'])}")
-    for kind, by_test in timed.items():
-        rows = [[name, of["ns"], of["over no test"], of["over zero"]] for name, of in by_test.items()]
-        print(table(("test", "ns a page", "/ no test", "/ zero"), rows, f"\ntest and copy, pages: {kind}"))
-    write_json(
-        options.out,
-        "Is it worth it to store same-filled pages nowhere?",
-        about,
-        vars(options),
-        {"pages": counted, "costs": timed},
-    )
+    parts = [counts_section(counted), *(cost_section(kind, by_test) for kind, by_test in timed.items())]
+    for part in parts:
+        tell(part)
+    write_json(options.out, QUESTION, about, vars(options), {"pages": counted, "costs": timed}, parts)
     return 0
+
+
+def counts_section(counted: dict[str, Any]) -> Section:
+    """How often."""
+    rows = [
+        [name, f"{of['pages']:,}", percent(of["zero"], of["pages"]), *(percent(of["repeats"][width], of["pages"]) for width in WIDTHS)]
+        for name, of in counted.items()
+    ]  # fmt: skip
+    seen = {
+        name: ", ".join(f"{pattern} ({count})" for pattern, count in of["patterns"].items())
+        for name, of in counted.items()
+    }
+    return Section(
+        "pages that repeat one pattern",
+        ("pages of", "pages", "zeros", *(f"{width} byte{'s' * (width > 1)}" for width in WIDTHS)),
+        rows,
+        "Each page is counted at its narrowest pattern. Seen most, as bytes in memory: " + "; ".join(f"{name}: {most}" for name, most in seen.items() if most) + ".",
+    )  # fmt: skip
+
+
+def cost_section(kind: str, by_test: dict[str, Any]) -> Section:
+    """What it costs."""
+    rows = [[name, of["ns"], of["over no test"], of["over zero"]] for name, of in by_test.items()]
+    return Section(f"the test and the copy, pages: {kind}", ("test", "ns a page", "/ no test", "/ zero"), rows)
 
 
 def percent(part: int, whole: int) -> str:

@@ -79,6 +79,7 @@ def in_use(endpoint: str) -> Iterator[tuple[Broker, gcma_shm.Client]]:
             through.store(n, page_of(n + 1))
             through.load(n)
         through.store(2900, bytes(PAGE))
+        through.store(2901, b"\7" * PAGE)
         for n in range(50):
             behind.store(n, page_of(n + 1))
         client.alloc_contig(20 * PAGE, area="a").free()  # some of it is free then
@@ -331,7 +332,7 @@ DAMAGE: dict[str, tuple[Callable[[Copy], None], str, str]] = {
     "claim-cannot-be": (word_of("claimed", 0x30, lambda _, v: v & ~0xFFFF | 0xFFF), "allocation", "claimed by client 4095"),
     "slot-state": (slot_becomes(lambda _, w: with_state(w, 6), lambda _, w: state(w) == SPILLED), "slot", "state that is unknown"),
     "slot-dirty-nothing": (slot_becomes(lambda _, w: w | DIRTY, lambda _, w: state(w) == SPILLED), "slot", "dirty with nothing"),
-    "slot-says-too-much": (slot_becomes(lambda _, w: w | 5, lambda _, w: state(w) == EMPTY), "slot", "payload with nothing to say"),
+    "slot-says-too-much": (slot_becomes(lambda _, w: with_state(w, EMPTY) | 5, lambda _, w: state(w) == FILLED), "slot", "payload with nothing to say"),
     "slot-no-page": (
         slot_becomes(lambda c, w: w & ~0xFFFFFFFF | c.g.pages, lambda c, w: state(w) == CACHED and not in_nursery(c, w)),
         "slot", "names page .* of an arena of",
