@@ -14,8 +14,9 @@ cdef enum:
     EMPTY = 0
     CACHED = 1
     SPILLED = 2
-    FILLED = 3          # the payload, four bytes as they lie in memory, over and over: stored nowhere else
+    ZERO = 3
     CLOSED = 4
+    FILLED = 5          # the payload, four bytes as they lie in memory, over and over: stored nowhere else
 
 cdef uint64_t DIRTY = 1ull << 32
 cdef uint64_t PAYLOAD = 0xffffffffull

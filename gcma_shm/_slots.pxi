@@ -58,7 +58,7 @@ cdef int store_page(
     cdef int64_t page
     cdef uint32_t pattern
     if is_filled(data, a.page_size, &pattern):
-        if swing(a, t, slot, FILLED, pattern, &before, stored) != OK:     # @store.filled
+        if swing(a, t, slot, FILLED if pattern else ZERO, pattern, &before, stored) != OK:  # @store.filled
             return ENDED
         tally.counts[C_STORES_FILLED if pattern else C_STORES_ZERO] += 1
     else:
@@ -184,9 +184,13 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *ta
         if state == EMPTY:
             tally.counts[C_MISSES] += 1
             return MISS
+        if state == ZERO:
+            memset(out, 0, a.page_size)
+            tally.counts[C_HITS_ZERO] += 1
+            return OK
         if state == FILLED:
             repeat(out, a.page_size, <uint32_t>(word & PAYLOAD))
-            tally.counts[C_HITS_FILLED if word & PAYLOAD else C_HITS_ZERO] += 1
+            tally.counts[C_HITS_FILLED] += 1
             return OK
         if state == CACHED:
             status = load_cached(a, key_of(t, offset), slot, word, out, tally)
@@ -218,7 +222,7 @@ cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
 
 cdef int64_t holds_page(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
     cdef uint64_t state = state_of(load_acquire(&slot_of(a, t, offset).word))
-    return state == CACHED or state == SPILLED or state == FILLED
+    return state == CACHED or state == SPILLED or state == ZERO or state == FILLED
 
 
 cdef int64_t count_pages(Arena *a, Handle *t) noexcept nogil:

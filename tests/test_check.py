@@ -33,7 +33,7 @@ from tests.processes import Broker, Said, broker, eventually, forked
 PAGE = 4096
 MIB = 1 << 20
 AREAS = ("--area", "a=4M", "--area", "b=1M,cache=off", "--slots", "6000")
-EMPTY, CACHED, SPILLED, FILLED, CLOSED = range(5)
+EMPTY, CACHED, SPILLED, ZERO, CLOSED, FILLED = range(6)
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)
 DIRTY = 1 << 32
 CHURN_LOOKS = 40
@@ -330,9 +330,9 @@ DAMAGE: dict[str, tuple[Callable[[Copy], None], str, str]] = {
     "guests-named-alike": (named_alike, "allocation", "named like the buffer"),
     "claim-of-nobody": (word_of("lent", 0x30, lambda _, v: v | 1 << 16), "allocation", "that nobody has is shared"),
     "claim-cannot-be": (word_of("claimed", 0x30, lambda _, v: v & ~0xFFFF | 0xFFF), "allocation", "claimed by client 4095"),
-    "slot-state": (slot_becomes(lambda _, w: with_state(w, 6), lambda _, w: state(w) == SPILLED), "slot", "state that is unknown"),
+    "slot-state": (slot_becomes(lambda _, w: with_state(w, 7), lambda _, w: state(w) == SPILLED), "slot", "state that is unknown"),
     "slot-dirty-nothing": (slot_becomes(lambda _, w: w | DIRTY, lambda _, w: state(w) == SPILLED), "slot", "dirty with nothing"),
-    "slot-says-too-much": (slot_becomes(lambda _, w: with_state(w, EMPTY) | 5, lambda _, w: state(w) == FILLED), "slot", "payload with nothing to say"),
+    "slot-says-too-much": (slot_becomes(lambda _, w: w | 5, lambda _, w: state(w) == ZERO), "slot", "payload with nothing to say"),
     "slot-no-page": (
         slot_becomes(lambda c, w: w & ~0xFFFFFFFF | c.g.pages, lambda c, w: state(w) == CACHED and not in_nursery(c, w)),
         "slot", "names page .* of an arena of",

@@ -495,7 +495,7 @@ def test_counters_tell_each_way_that_an_operation_went(bare: Bare) -> None:
         swap.load(1)
 
 
-CACHED, FILLED = 1, 3
+CACHED, FILLED = 1, 5
 
 
 def page_of(first: bytes) -> bytes:

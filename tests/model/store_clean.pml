@@ -3,7 +3,7 @@
  * the broker runs its death pass meanwhile.
  *
  * Client 1 stores a value, written through. Client 2 does one of: a store written through, a store left behind, a store of
- * a pattern or of zeros, which is one, an invalidation.
+ * zeros or of another pattern, an invalidation.
  *
  * Shows: the slot's latest value is never lost, whoever dies where; a clean word means that the file and the checksum are of
  * its value; a store that was written through and returns is clean or superseded; no claim and no grant outlives the death pass;
@@ -17,8 +17,8 @@
 
 #define PAGES  2
 #define BROKER 3
-#define NOTHING 3           /* the latest "value" of an invalidated slot */
-#define PATTERN(p) (4 + (p)) /* ... and of one that is filled with a pattern; 0: zeros */
+#define NOTHING 3            /* the latest "value" of an invalidated slot; 0 is a page of zeros */
+#define PATTERN(p) (4 + (p)) /* ... and of one that is filled with a pattern */
 
 short word = WORD(0, EMPTY, 0, 0);
 short side;
@@ -45,6 +45,7 @@ inline check() {
     assert(STATE(word) != CACHED || (IN_USE(life[PAGE(word)]) && keyed[PAGE(word)]));
     assert(STATE(word) != CACHED || (page_first[PAGE(word)] == latest && page_second[PAGE(word)] == latest));
     assert(STATE(word) != EMPTY || latest == NOTHING);
+    assert(STATE(word) != ZERO || latest == 0);
     assert(STATE(word) != FILLED || latest == PATTERN(PAGE(word)));
     assert(!IS_CLEAN(word) || (file_first == latest && file_second == latest));
     assert(!IS_CLEAN(word) || CRC(side) == CRC_OF(latest, latest))
@@ -83,7 +84,7 @@ inline store(client, stored) {
 #endif
 }
 
-/* A change that needs no page: a pattern, or nothing at all. */
+/* A change that needs no page: a pattern, zeros, or nothing at all. */
 inline change(state, payload, stored) {
     won = false;
     do
@@ -159,7 +160,7 @@ proctype worker(byte me) {
         if
         :: store(me, me); write_through(me)
         :: me == 2 -> store(me, me)
-        :: me == 2 -> change(FILLED, 0, PATTERN(0))
+        :: me == 2 -> change(ZERO, 0, 0)
         :: me == 2 -> change(FILLED, 1, PATTERN(1))
         :: me == 2 -> change(EMPTY, 0, NOTHING)
         fi
