@@ -24,7 +24,7 @@ from gcma_shm.sizes import format_size
 from gcma_shm.standing import Standing
 
 # What a page holds; of a cell in which two are as frequent, the first. `kept`: from the cache, though no buffer has it.
-MARKS = {"buffer": "█", "claimed": "▓", "reserved": "▒", "cache": "░", "free": "·", "kept": " "}
+MARKS = {"buffer": "█", "claimed": "▓", "reserved": "▒", "cache": "░", "free": "·", "kept": "-"}
 WORDS = {
     "buffer": "buffer",
     "claimed": "reservation, claimed",
@@ -74,7 +74,7 @@ def drawn(areas: Sequence[Figures], width: int) -> Iterator[str]:
         yield f"{head:<{max(map(len, heads))}}  {''.join(_cells(area['ranges'], area['size'], cells))}"
     shown = {run["kind"] for area in areas for run in area["ranges"]}
     yield ""
-    yield "   ".join(f"{MARKS[kind] if kind != 'kept' else '(blank)'} {WORDS[kind]}" for kind in MARKS if kind in shown)
+    yield "   ".join(f"{MARKS[kind]} {WORDS[kind]}" for kind in MARKS if kind in shown)
     if areas:
         yield f"a character: up to {format_size(-(-largest // room))}, and what most of it holds"
 
