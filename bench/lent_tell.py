@@ -48,6 +48,7 @@ def _cell(cell: Cell, slices: Mapping[str, Sequence[Slice]]) -> dict[str, Any]:
         "lent/idle": Ratio.of(rates[LENT], rates[IDLE]),
         "CMA/idle": Ratio.of(rates[CMA], rates[IDLE]),
         "lent/idle, undelayed": Ratio.of(calm[LENT], calm[IDLE]),
+        "no reserve/idle, undelayed": Ratio.of(calm[BOUND], calm[IDLE]),
         "lent/no reserve": Ratio.of(rates[LENT], rates[BOUND]),
         "waits": {name: waits(many) for name, many in slices.items()},
     }  # fmt: skip
