@@ -116,7 +116,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]], title: str = ""
 def cell(value: object) -> str:
     """As it is shown: three digits that count, or all of a large one's before the point."""
     if isinstance(value, float):
-        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{value:.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
     return str(value)
 
 
