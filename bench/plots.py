@@ -1,4 +1,5 @@
-"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc`, `plots.py fragmentation`; `bars` for `publish.py`.
+"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc`, `plots.py fragmentation`, `plots.py lent`; `bars`
+for `publish.py`.
 
 Readable on a light and on a dark page: a panel of their own behind them. Needs matplotlib.
 """
@@ -40,6 +41,8 @@ COLOURS = {
 }  # fmt: skip
 OURS, THEIRS = "#1261a8", "#d9a441"
 POLICIES = {"ours": "#1261a8", "best fit": "#2a9d8f", "first fit": "#c06a00", "buddy": "#7a4fa3"}
+RATIO = "lent/idle, undelayed"  # wall time is at the mercy of whatever else the machine does
+PERIOD_COLOURS = ("#1261a8", "#1a9e77", "#7a4fa3", "#c06a00")
 
 
 @contextmanager
@@ -187,14 +190,46 @@ def bars(path: Path, title: str, unit: str, found: Sequence[Bar]) -> None:
         ax.set_title(title, fontsize=9, loc="left")
 
 
+def lent(source: Path, directory: Path) -> None:
+    """The one of `lent.py`: for each kind of work, the speed-up of a lent reserve over an idle one by how long guests hold it."""
+    works = json.loads(source.read_text())["results"]
+    with figure(directory / "lent.svg", len(works), 2, (9.5, 3.1 * len(works)), share_y=True) as axes:
+        for n, (work, found) in enumerate(works.items()):
+            shares = sorted({one["share"] for one in found["cells"] if one["share"]})
+            for ax, share in zip(axes[2 * n : 2 * n + 2], shares, strict=True):
+                _speed_ups(ax, found["cells"], share)
+                ax.set_title(f"{work}: guests take {share:.0%} of the reserve", fontsize=9)
+            axes[2 * n].set_ylabel("work a second, lent / idle, undelayed")
+        for ax in axes[-2:]:
+            ax.set_xlabel("% of the time that guests hold it")
+
+
+def _speed_ups(ax: Axes, cells: list[dict[str, Any]], share: float) -> None:
+    never = next(one for one in cells if not one["share"])
+    mine = [one for one in cells if one["share"] == share]
+    if bound := never.get("no reserve/idle, undelayed"):
+        ax.axhline(bound["median"], color="#888888", linestyle="--", linewidth=1.0, label="no reserve, no guests")
+    ax.axhline(1.0, color=COLOURS["idle"], linewidth=1.0, label="idle reserve")
+    for shade, period in zip(PERIOD_COLOURS, sorted({one["period_s"] for one in mine}), strict=False):
+        line = [(one["duty"], one[RATIO]) for one in mine if one["period_s"] == period]  # in order, as they were told
+        points = [(0.0, never[RATIO]), *line]
+        at = [100 * duty for duty, _ in points]
+        ax.plot(
+            at, [of["median"] for _, of in points], color=shade, marker=".", label=f"lent, a guest every {period:g} s"
+        )
+        ax.fill_between(at, [of["low"] for _, of in points], [of["high"] for _, of in points], color=shade, alpha=0.12)
+    ax.set_xlim(0, 100)
+    ax.set_ylim(bottom=0)
+
+
 def main() -> int:
     """Draws what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("alloc", "fragmentation"))
+    parser.add_argument("what", choices=("alloc", "fragmentation", "lent"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/out/WHAT.json")
     parser.add_argument("--to", type=Path, default=DOCS, metavar="DIRECTORY")
     options = parser.parse_args()
-    draw = alloc if options.what == "alloc" else fragmentation
+    draw = {"alloc": alloc, "fragmentation": fragmentation, "lent": lent}[options.what]
     draw(options.json or OUT / f"{options.what}.json", options.to)
     return 0
 

@@ -16,6 +16,7 @@ cdef enum:
     SPILLED = 2
     ZERO = 3
     CLOSED = 4
+    FILLED = 5          # the payload, four bytes as they lie in memory, over and over: stored nowhere else
 
 cdef uint64_t DIRTY = 1ull << 32
 cdef uint64_t PAYLOAD = 0xffffffffull
@@ -91,7 +92,7 @@ cdef enum:
 # `Slots` alone, under the GIL, by plain stores: a locked instruction would wait until all of a page's copy has left the
 # store buffer. The others may be counted up by any thread.
 cdef enum:
-    HOT = 8
+    HOT = 10
     C_STORES = 0
     C_STORES_ZERO
     C_OVERWRITES_SAVED
@@ -100,6 +101,8 @@ cdef enum:
     C_HITS_ZERO
     C_HITS_SPILL
     C_MISSES
+    C_STORES_FILLED
+    C_HITS_FILLED
     C_INVALIDATIONS
     C_CLEANED
     C_SPILL_FAILURES
@@ -121,7 +124,7 @@ cdef enum:
 
 COUNTERS = (
     "stores", "stores_zero", "overwrites_saved", "hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses",
-    "invalidations", "cleaned", "spill_failures", "refaults", "promotions", "evictions", "discards", "orphans_freed", "heals", "retries",
+    "stores_filled", "hits_filled", "invalidations", "cleaned", "spill_failures", "refaults", "promotions", "evictions", "discards", "orphans_freed", "heals", "retries",
     "direct_reclaims", "refused_closed", "refused_nursery_full", "refused_slot_busy", "refused_spill_error",
     "refused_spill_corrupt", "refused_damaged",
 )  # fmt: skip

@@ -28,9 +28,23 @@ cdef int swing(Arena *a, Handle *t, Slot *slot, uint64_t state, uint64_t rest, u
         count(a, C_RETRIES)
 
 
-cdef bint all_zero(const uint8_t *page, size_t size) noexcept nogil:
-    """Compares the page with itself, shifted: memcmp stops at the first byte that differs, at once for most pages."""
-    return page[0] == 0 and memcmp(page, page + 1, size - 1) == 0
+cdef bint is_filled(const uint8_t *page, size_t size, uint32_t *pattern) noexcept nogil:
+    """Whether the page is its first four bytes over and over, as zeros are, or any one byte. The ends first: they differ in most pages,
+    also in those that begin with many zeros. Then the page is compared with itself, shifted, up to the first byte that differs.
+    """
+    cdef uint32_t last
+    memcpy(pattern, page, sizeof(uint32_t))
+    memcpy(&last, page + size - sizeof(uint32_t), sizeof(uint32_t))
+    return pattern[0] == last and memcmp(page, page + sizeof(uint32_t), size - sizeof(uint32_t)) == 0
+
+
+cdef void repeat(uint8_t *out, size_t size, uint32_t pattern) noexcept nogil:
+    """The page that `is_filled` said this of; `size` is a power of two, and what is there is doubled until it is all."""
+    cdef size_t done = sizeof(uint32_t)
+    memcpy(out, &pattern, sizeof(uint32_t))
+    while done < size:
+        memcpy(out + done, out, done)
+        done *= 2
 
 
 cdef int store_page(
@@ -42,10 +56,11 @@ cdef int store_page(
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t before
     cdef int64_t page
-    if all_zero(data, a.page_size):
-        if swing(a, t, slot, ZERO, 0, &before, stored) != OK:             # @store.zero
+    cdef uint32_t pattern
+    if is_filled(data, a.page_size, &pattern):
+        if swing(a, t, slot, FILLED if pattern else ZERO, pattern, &before, stored) != OK:  # @store.filled
             return ENDED
-        tally.counts[C_STORES_ZERO] += 1
+        tally.counts[C_STORES_FILLED if pattern else C_STORES_ZERO] += 1
     else:
         page = grant(a, True, deadline, &tally.refusal)
         if page < 0:
@@ -173,6 +188,10 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *ta
             memset(out, 0, a.page_size)
             tally.counts[C_HITS_ZERO] += 1
             return OK
+        if state == FILLED:
+            repeat(out, a.page_size, <uint32_t>(word & PAYLOAD))
+            tally.counts[C_HITS_FILLED] += 1
+            return OK
         if state == CACHED:
             status = load_cached(a, key_of(t, offset), slot, word, out, tally)
         elif state == SPILLED:
@@ -203,7 +222,7 @@ cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
 
 cdef int64_t holds_page(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
     cdef uint64_t state = state_of(load_acquire(&slot_of(a, t, offset).word))
-    return state == CACHED or state == SPILLED or state == ZERO
+    return state == CACHED or state == SPILLED or state == ZERO or state == FILLED
 
 
 cdef int64_t count_pages(Arena *a, Handle *t) noexcept nogil:

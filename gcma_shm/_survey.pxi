@@ -40,7 +40,7 @@ cdef struct Suspect:
 cdef int suspicion(Arena *a, int64_t type_, uint64_t slot, uint64_t word, Suspect *s) noexcept nogil:
     """What is wrong with a slot of the living type `type_`, -1: of none, whose word is `word`."""
     cdef uint64_t state = state_of(word), page = word & PAYLOAD
-    if state > CLOSED:
+    if state > FILLED:
         return NO_STATE
     if word & DIRTY and state != CACHED:
         return DIRTY_NOTHING

@@ -17,7 +17,7 @@ from gcma_shm.layout import Geometry
 
 REST_S = 30.0  # how long an arena may take to come to rest: its broker sweeps and writes behind
 
-EMPTY, CACHED, SPILLED, ZERO, CLOSED = range(5)
+EMPTY, CACHED, SPILLED, ZERO, CLOSED, FILLED = range(6)
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)
 _BUFFER_KIND, _RESERVATION_KIND = 1, 2
 _BROKER = 1
@@ -122,14 +122,14 @@ def _check_slots(s: Snapshot) -> None:
         state, dirty, payload = word >> 33 & 7, bool(word & _DIRTY), word & _LOW
         where = f"slot {slot} of type {owner}, word {word:#x}"
         assert side >> 32 == 0, f"{where}: somebody holds its place in the file, side {side:#x}"
-        assert state <= CLOSED, f"{where}: no such state"
+        assert state <= FILLED, f"{where}: no such state"
         if owner is None:
             assert state == CLOSED or word == 0, f"{where}: a slot of no living type"
         else:
             assert state != CLOSED, f"{where}: closed in a living type"
-        if state in (EMPTY, ZERO, CLOSED):
+        if state in (EMPTY, ZERO, CLOSED, FILLED):
             assert not dirty, f"{where}: dirty with nothing to write"
-            assert payload == 0, f"{where}: a payload with nothing to say"
+            assert payload == 0 or state == FILLED, f"{where}: a payload with nothing to say"
         elif state == SPILLED:
             assert not dirty, f"{where}: in the file and dirty"
         else:

@@ -33,7 +33,7 @@ from tests.processes import Broker, Said, broker, eventually, forked
 PAGE = 4096
 MIB = 1 << 20
 AREAS = ("--area", "a=4M", "--area", "b=1M,cache=off", "--slots", "6000")
-CACHED, SPILLED, ZERO, CLOSED = 1, 2, 3, 4
+EMPTY, CACHED, SPILLED, ZERO, CLOSED, FILLED = range(6)
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)
 DIRTY = 1 << 32
 CHURN_LOOKS = 40
@@ -79,6 +79,7 @@ def in_use(endpoint: str) -> Iterator[tuple[Broker, gcma_shm.Client]]:
             through.store(n, page_of(n + 1))
             through.load(n)
         through.store(2900, bytes(PAGE))
+        through.store(2901, b"\7" * PAGE)
         for n in range(50):
             behind.store(n, page_of(n + 1))
         client.alloc_contig(20 * PAGE, area="a").free()  # some of it is free then
@@ -329,7 +330,7 @@ DAMAGE: dict[str, tuple[Callable[[Copy], None], str, str]] = {
     "guests-named-alike": (named_alike, "allocation", "named like the buffer"),
     "claim-of-nobody": (word_of("lent", 0x30, lambda _, v: v | 1 << 16), "allocation", "that nobody has is shared"),
     "claim-cannot-be": (word_of("claimed", 0x30, lambda _, v: v & ~0xFFFF | 0xFFF), "allocation", "claimed by client 4095"),
-    "slot-state": (slot_becomes(lambda _, w: with_state(w, 6), lambda _, w: state(w) == SPILLED), "slot", "state that is unknown"),
+    "slot-state": (slot_becomes(lambda _, w: with_state(w, 7), lambda _, w: state(w) == SPILLED), "slot", "state that is unknown"),
     "slot-dirty-nothing": (slot_becomes(lambda _, w: w | DIRTY, lambda _, w: state(w) == SPILLED), "slot", "dirty with nothing"),
     "slot-says-too-much": (slot_becomes(lambda _, w: w | 5, lambda _, w: state(w) == ZERO), "slot", "payload with nothing to say"),
     "slot-no-page": (
@@ -340,7 +341,7 @@ DAMAGE: dict[str, tuple[Callable[[Copy], None], str, str]] = {
         slot_becomes(lambda _, w: w | DIRTY, lambda c, w: state(w) == CACHED and not in_nursery(c, w)), "slot", "dirty on page",
     ),
     "slot-not-its-page": (named_twice, "slot", "whose life is .* and whose key"),
-    "slot-closed-alive": (slot_becomes(lambda _, w: with_state(w, CLOSED) & ~0xFFFFFFFF, lambda _, w: state(w) == ZERO), "slot", "closed in a living"),
+    "slot-closed-alive": (slot_becomes(lambda _, w: with_state(w, CLOSED) & ~0xFFFFFFFF, lambda _, w: state(w) == FILLED), "slot", "closed in a living"),
     "slot-claimed-by-nobody": (writes(0), "slot", "claimed by client 0, which cannot be"),
     "slot-claimed-by-stranger": (writes(7), "slot", "claimed by client 7, which is not there"),
     "page-of-stranger": (life_becomes(free_in_nursery, lives_as(GRANTED, 7)), "page", "granted to client 7, which is not there"),

@@ -294,9 +294,39 @@ def test_one_byte_is_enough_not_to_be_zeros(swap: Swap, place: Place, at: int) -
     assert swap.load(1) == bytes(page)
 
 
-def test_a_page_of_one_byte_repeated_is_not_zeros(swap: Swap, place: Place) -> None:
-    swap.store(1, b"\xff" * place.size)
-    assert swap.load(1) == b"\xff" * place.size
+PATTERNS = [b"\xff", b"\x01\x00", b"\x00\x00\x80\x3f", b"\x00\x00\x00\x80", b"\x00\x00\x00\x00\x00\x00\xf8\x7f"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=bytes.hex)
+def test_pages_that_repeat_a_pattern(swap: Swap, place: Place, pattern: bytes) -> None:
+    filled = pattern * (place.size // len(pattern))
+    swap.store(1, filled)
+    swap.store(2, page_of(2, place.size))
+    assert swap.load(1) == filled
+    assert 1 in swap
+    assert len(swap) == 2
+    out = bytearray(page_of(3, 2 * place.size + 1))
+    assert swap.load_into(1, memoryview(out)[1 : 1 + place.size]), "where no word is aligned"
+    assert out == page_of(3, 2 * place.size + 1)[:1] + filled + page_of(3, 2 * place.size + 1)[1 + place.size :]
+    swap.store(1, page_of(1, place.size))
+    assert swap.load(1) == page_of(1, place.size)
+    swap.store(1, memoryview(b"x" + filled)[1:])
+    assert swap.load(1) == filled, "a pattern replaces what was there"
+    swap.store_many([1, 2], filled + bytes(place.size))
+    both = bytearray(2 * place.size)
+    assert swap.load_many([2, 1], both) == [True, True]
+    assert both == bytes(place.size) + filled
+    swap.invalidate_page(1)
+    assert swap.load(1) is None
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=bytes.hex)
+@pytest.mark.parametrize("at", [0, 3, 4, -5, -4, -1])
+def test_one_byte_is_enough_not_to_repeat_a_pattern(swap: Swap, place: Place, pattern: bytes, at: int) -> None:
+    page = bytearray(pattern * (place.size // len(pattern)))
+    page[at] ^= 1
+    swap.store(1, page)
+    assert swap.load(1) == bytes(page)
 
 
 def test_load_into(swap: Swap, place: Place) -> None:

@@ -56,6 +56,7 @@ MODELS = (
             "DEATH_FREES_ALL_GRANTS": "",
             "DEATH_KEEPS_CLAIM": "",
             "DEATH_TAKES_ANY_CLAIM": "",
+            "PATTERN_NAMES_A_PAGE": "",
         },
     ),
     Model(
