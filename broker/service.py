@@ -28,6 +28,7 @@ from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.rights import LOCAL, Rights, Sender, no_rights
 from gcma_shm.broker.sessions import NOBODY, Client, Sessions
 from gcma_shm.broker.table import Allocation
+from gcma_shm.broker.window import Entry
 from gcma_shm.broker.workers import Job, Worker
 from gcma_shm.errors import ArenaError, Closed, Forbidden, GcmaError, ProtocolError, SlotBusy
 from gcma_shm.messages import Frame, Reply, Request
@@ -45,16 +46,17 @@ DROPS_MAX = 64  # buffers of a client that has left, freed in one turn of the lo
 HELLO_NEEDED = "HelloNeeded"  # the status that tells a peer to introduce itself (again)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Peer:
-    """Whom a worker's reply goes to, and whose window it was in."""
+    """Whom a worker's reply goes to, and what it was in their window."""
 
     address: bytes
     client: Client
+    entry: Entry
 
 
 Answer = Callable[[Peer, Reply], None]
-Results = tuple[dict[str, Any], list[bytes]]
+Results = tuple[dict[str, Any], list[Frame]]
 
 
 def window_of(page_size: int) -> int:
@@ -96,7 +98,7 @@ class Service:
         self.sessions = Sessions(plane, self._inherit, watch, arena.presence)
         self.health = Health(time.time())
         self.window = window_of(arena.geometry.page_size)
-        jobs_max = arena.geometry.clients_max * messages.WINDOW
+        jobs_max = arena.geometry.clients_max * (messages.WINDOW + 2 * messages.BATCHES)
         self._page_workers = [Worker(f"pages-{n}", jobs_max) for n in range(PAGE_WORKERS)]
         self._type_worker = Worker("types", jobs_max)
         self._sync_worker = Worker("sync", jobs_max)
@@ -136,6 +138,8 @@ class Service:
             "contains": lambda p, _r: ({"contains": p["offset"] in registry.find(p["type"], p["life"])}, []),
             "store": self._store,
             "load": self._load,
+            "store_many": self._store_many,
+            "load_many": self._load_many,
             "invalidate_page": self._invalidate_page,
         }
         assert {*self._control, *self._open, *self._jobs, "hello", "sync"} == set(messages.OPERATIONS)
@@ -175,7 +179,7 @@ class Service:
             return Reply(request.number, HELLO_NEEDED, {"message": "no session: say hello first"})
         if request.operation in self._control:
             return Reply(request.number, "ok", self._control[request.operation](client, request))
-        self._submit(Peer(peer, client), request)
+        self._submit(peer, client, request)
         return None
 
     def client_ended(self, pidfd: int) -> None:
@@ -308,6 +312,7 @@ class Service:
             "epoch": self._epoch,
             "page_size": self._arena.geometry.page_size,
             "window": self.window,
+            "batch": messages.batch_max(self._arena.geometry.page_size),
         }
 
     def _bye(self, client: Client, _request: Request) -> dict[str, Any]:
@@ -432,22 +437,22 @@ class Service:
         log.info("area %s: %s", name, request.operation)
         return next(info for info in self.allocations.describe() if info["name"] == name)
 
-    def _submit(self, peer: Peer, request: Request) -> None:
-        client = peer.client
-        if client.under_way >= self.window:
-            raise ProtocolError(f"more than {self.window} requests under way in one session; wait for replies first")
+    def _submit(self, address: bytes, client: Client, request: Request) -> None:
+        peer = Peer(address, client, client.window.enter(request, self.window))
+        party = 0  # in the order in which they came, whoever sent them
         if request.operation == "sync":
             worker, job = self._sync_worker, self._sync(peer, request)
         else:
-            types = request.operation in ("swap_init", "invalidate_area")
-            worker = self._type_worker if types else self._page_workers[client.number % PAGE_WORKERS]
+            if request.operation in ("swap_init", "invalidate_area"):
+                worker = self._type_worker
+            else:
+                worker, party = self._page_workers[client.number % PAGE_WORKERS], client.number
 
             def job() -> None:
                 self._work(peer, request)
 
-        client.under_way += 1
-        if not worker.submit(job):
-            client.under_way -= 1
+        if not worker.submit(job, party):
+            client.window.leave(peer.entry)
             raise ProtocolError("the broker's queue is full; try again later")
 
     def _refuse(self, number: int, error: Exception) -> Reply:
@@ -457,7 +462,7 @@ class Service:
 
     def answered(self, peer: Peer, reply: Reply) -> None:
         """For each reply that a worker gave: one request less under way."""
-        peer.client.under_way -= 1
+        peer.client.window.leave(peer.entry, has_pages=bool(reply.pages))
         if reply.status != "ok":
             self._refusals[reply.status] += 1
 
@@ -475,6 +480,8 @@ class Service:
     def _work(self, peer: Peer, request: Request) -> None:
         try:
             results, pages = self._jobs[request.operation](request.parameters, request)
+            if pages and peer.entry.receipt:
+                results["receipt"] = peer.entry.receipt
             reply = Reply(request.number, "ok", results, pages)
         except Exception as error:  # one request must not end the worker
             reply = self._as_reply(request.number, error)
@@ -522,6 +529,27 @@ class Service:
     def _load(self, p: dict[str, Any], _request: Request) -> Results:
         page = self._registry.find(p["type"], p["life"]).load(p["offset"])
         return {"hit": page is not None}, [] if page is None else [page]
+
+    def _store_many(self, p: dict[str, Any], request: Request) -> Results:
+        slots = self._registry.find(p["type"], p["life"])
+        slots.store_many(messages.unpack_offsets(p["offsets"]), request.pages[0])
+        return {}, []
+
+    def _load_many(self, p: dict[str, Any], _request: Request) -> Results:
+        slots = self._registry.find(p["type"], p["life"])
+        offsets = messages.unpack_offsets(p["offsets"])
+        size = slots.page_size
+        pages = bytearray(len(offsets) * size)
+        hits = slots.load_many(offsets, pages)
+        held = 0
+        for i, hit in enumerate(hits):  # what a miss leaves behind is nobody's to see
+            if hit:
+                if held != i:
+                    pages[held * size : (held + 1) * size] = pages[i * size : (i + 1) * size]
+                held += 1
+        if held < len(hits):
+            del pages[held * size :]
+        return {"hits": bytes(hits)}, [pages] if held else []
 
     def _invalidate_page(self, p: dict[str, Any], _request: Request) -> Results:
         self._registry.find(p["type"], p["life"]).invalidate_page(p["offset"])

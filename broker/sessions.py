@@ -11,11 +11,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.broker.rights import Sender
+from gcma_shm.broker.window import Window
 from gcma_shm.errors import ProtocolError, QuotaExceeded
 from gcma_shm.presence import Presence
 from gcma_shm.process import open_pidfd, pid_namespace, start_time
@@ -43,7 +44,7 @@ class Client:
     pidfd: int = -1
     peer: bytes | None = None
     mapped: bool = True
-    under_way: int = 0  # requests on worker threads
+    window: Window = field(default_factory=Window)
     sender: Sender = NOBODY  # who said hello
     heard_at: float = 0.0  # of a remote one
 

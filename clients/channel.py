@@ -6,6 +6,9 @@ known still. If not, the request may have been served or not. What may be done t
 new broker takes back what we know nothing of; a page that was stored or invalidated may not, since somebody else may have
 stored another one since.
 
+What was given up, because its time was over, is under way still, and the broker bounds what is: a request for which it leaves
+no room waits for the late replies first.
+
 Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket of
 its own.
 """
@@ -32,7 +35,10 @@ from gcma_shm.messages import Frame, Reply, Request
 RECONNECT_MS = 20
 SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
 PROBE_S = 0.1  # between two questions whether we are known still
-ONCE = {"store", "invalidate_page", "invalidate_area", "hand_over"}  # not to be done twice
+ONCE = {"store", "store_many", "invalidate_page", "invalidate_area", "hand_over"}  # not to be done twice
+BATCHES = {"store_many", "load_many"}  # of each kind messages.BATCHES may be under way
+# ... and of these together, `window`. All others are answered at once.
+SINGLES = {"store", "load", "invalidate_page", "contains", "count", "swap_init", "invalidate_area", "sync"}
 HELLO_NEEDED = "HelloNeeded"
 LOST = "Lost"  # stands for the reply to a request that a broker took with it
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
@@ -73,6 +79,8 @@ class Channel:
         self.lock = threading.Lock()
         self._number = 0
         self._late = 0  # requests whose replies may still come
+        self._given_up: dict[int, str] = {}  # of these, the ones that the broker bounds: number to kind
+        self._receipt = 0  # of the last batch of loads whose reply was read
         self._greeted = False
         self._is_open = False
 
@@ -148,8 +156,8 @@ class Channel:
             self._drain()
 
     def requests(self, wanted: Iterable[Wanted], window: int) -> Iterator[Reply | Exception]:
-        """Sends requests, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
-        exception, unraised.
+        """Sends requests of one kind, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
+        exception, unraised, after which it sends no more.
         """
         with self.lock:
             yield from self._requests(wanted, window, 0.0)
@@ -165,37 +173,75 @@ class Channel:
             self._hello(deadline)
         self._flush(deadline)
         sent: deque[Request] = deque()
-        source = iter(wanted)
+        try:
+            yield from self._exchange(iter(wanted), sent, window, deadline, patience)
+        finally:  # what is left was given up
+            self._late += len(sent)
+            self._given_up.update({r.number: kind for r in sent if (kind := _kind_of(r.operation))})
+
+    def _exchange(
+        self, source: Iterator[Wanted], sent: deque[Request], window: int, deadline: float, patience: float
+    ) -> Iterator[Reply | Exception]:
         exhausted = False
         while True:
             while not exhausted and len(sent) < window:
                 try:
-                    sent.append(self._make(*next(source)))
+                    request = self._make(*next(source))
                 except StopIteration:
                     exhausted = True
                     break
-                self._send(sent[-1], deadline)
+                if self._given_up:
+                    window = self._room_for(request, window, len(sent), deadline)
+                self._send(request, deadline)
+                sent.append(request)
             if not sent:
                 return
             reply = self._receive(sent[0], deadline)
             if reply.status in (HELLO_NEEDED, LOST):  # the broker does not know this socket (any more)
                 if sent[0].operation == "bye":
                     return  # nor our session: it has ended
-                self.attaching = [request.parameters for request in sent if request.operation == "attach"]
-                try:
-                    self._hello(deadline)
-                finally:
-                    self.attaching = []
-                if reply.status == LOST and any(request.operation in ONCE for request in sent):
-                    yield from (self._lost(request) for request in sent)
+                if lost := self._begin_again(sent, reply.status == LOST, deadline):
+                    yield from map(self._lost, lost)
                     return
-                for request in sent:
-                    self._send_again(request, deadline)
                 continue
             if sent.popleft().operation == "bye":
                 self._greeted = False
-            yield reply if reply.status == "ok" else messages.reply_error(reply)
+            if reply.status == "ok":
+                yield reply
+            else:
+                exhausted = True
+                yield messages.reply_error(reply)
             deadline = time.monotonic() + self.timeout + patience
+
+    def _begin_again(self, sent: deque[Request], may_be_done: bool, deadline: float) -> list[Request]:
+        """Introduces us, and sends again what had been sent; or returns it, when it may have been done and is not to be done twice."""
+        self.attaching = [request.parameters for request in sent if request.operation == "attach"]
+        try:
+            self._hello(deadline)
+        finally:
+            self.attaching = []
+        if may_be_done and any(request.operation in ONCE for request in sent):
+            lost = list(sent)
+            sent.clear()
+            return lost
+        for request in sent:
+            self._send_again(request, deadline)
+        return []
+
+    def _room_for(self, request: Request, window: int, sent: int, deadline: float) -> int:
+        """How many of this kind may be under way beside those that were given up, and no more than `window`; waits for late replies
+        while that is not one more than `sent`. Raises BrokerUnavailable.
+        """
+        kind = _kind_of(request.operation)
+        bound = messages.BATCHES if kind in BATCHES else int(self.greeting["window"])
+        while kind and (room := bound - sum(other == kind for other in self._given_up.values())) <= sent:
+            try:
+                self._take_late(messages.decode_reply(self._socket.recv_multipart()))
+            except zmq.Again:
+                self._check_time(request, deadline)
+        if not self._greeted:  # another broker, as a late reply said
+            self._hello(deadline)
+        return min(window, room) if kind else window
 
     def free(self, number: int, claim: int, hold: Hold | None) -> None:
         """Ends a hold of a buffer or reservation, or of our part in a shared claim; the broker is told of the last, and has done
@@ -212,7 +258,7 @@ class Channel:
                 if not self._greeted:
                     self._hello(deadline)
                 last = self._flush(deadline)
-                reply = self._receive(last, deadline) if last is not None else None
+                reply = self._receive_alone(last, deadline) if last is not None else None
                 if reply is not None and reply.status in (HELLO_NEEDED, LOST):
                     self._hello(deadline)  # what it does not list is freed by that
             self._drain()
@@ -284,10 +330,10 @@ class Channel:
         refuse_strangers(self.endpoint)
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
-        reply = self._receive(request, deadline)
+        reply = self._receive_alone(request, deadline)
         while reply.status == LOST:  # one broker after the other
             self._send_again(request, deadline)
-            reply = self._receive(request, deadline)
+            reply = self._receive_alone(request, deadline)
         if reply.status != "ok":
             raise messages.reply_error(reply)
         self.greeting = reply.results
@@ -304,6 +350,8 @@ class Channel:
         self._send(request, deadline)
 
     def _send(self, request: Request, deadline: float) -> None:
+        if request.operation == "load_many":
+            request.parameters = request.parameters | {"receipt": self._receipt}
         frames = messages.encode_request(request)
         # Without a copy ZeroMQ would send the caller's memory whenever it can, also after this request was given up and
         # the caller writes there again.
@@ -317,6 +365,14 @@ class Channel:
                 if left_ms <= 0 or not self._socket.poll(left_ms, zmq.POLLOUT):
                     raise self._unavailable(request) from None
 
+    def _receive_alone(self, request: Request, deadline: float) -> Reply:
+        """For a request that is not one of `_requests`."""
+        try:
+            return self._receive(request, deadline)
+        except BrokerUnavailable:
+            self._late += 1
+            raise
+
     def _receive(self, request: Request, deadline: float) -> Reply:
         """The reply; one of status LOST when there will be none, since its broker has gone and another is there."""
         while True:
@@ -327,6 +383,7 @@ class Channel:
                 continue
             reply = messages.decode_reply(frames)
             if reply.number == request.number:
+                self._receipt = reply.results.get("receipt", self._receipt)
                 return reply
             self._take_late(reply)
             # Requests are read in order: to one that was sent after ours, ours was lost, or answered, before.
@@ -337,7 +394,6 @@ class Channel:
         """While a reply does not come: raises BrokerUnavailable when it is time, else asks whether we are known still."""
         now, connected = time.monotonic(), self._socket.poll(0, zmq.POLLOUT)
         if now >= deadline and (connected or now >= deadline + self._wait_for_broker):
-            self._late += 1
             raise self._unavailable(request)
         if connected:
             with contextlib.suppress(zmq.Again):
@@ -355,8 +411,12 @@ class Channel:
 
     def _take_late(self, reply: Reply) -> None:
         self._late = max(self._late - 1, 0)
+        self._given_up.pop(reply.number, None)
         if reply.status == HELLO_NEEDED:
             self._greeted = False
+            # A broker that did not know us then has nothing of ours from before.
+            self._given_up = {number: kind for number, kind in self._given_up.items() if number > reply.number}
+        self._receipt = reply.results.get("receipt", self._receipt)
         if reply.status == "ok" and "buffer" in reply.results:
             self.holds.give_up(int(reply.results["buffer"]), int(reply.results.get("claim", 0)), None)
 
@@ -371,6 +431,11 @@ class Channel:
             f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
             f"is it running, and not stopped?{'' if self._path is not None else ' Over TCP: does it know our key, and we its own?'}"
         )
+
+
+def _kind_of(operation: str) -> str:
+    """Of those that are bounded together; empty: of none."""
+    return operation if operation in BATCHES else "single" if operation in SINGLES else ""
 
 
 def _say_goodbye(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
