@@ -1,4 +1,4 @@
-"""The control loop: one thread, one socket, and an epoll of everything else that can happen.
+"""The control loop: one thread, one socket, and an epoll of everything that can happen.
 
 It touches no file and decides nothing: frames go to `Service.request`, replies go out. Answers from worker threads
 arrive in a queue, with a pipe to wake the loop. A peer that does not read its replies loses them once its pipe is full;
@@ -31,7 +31,11 @@ LOOK_S = (
     0.1  # at the process's own size: what a message of endless frames adds in between is what ZeroMQ reads in that time
 )
 RETURNING_TICKS = 5  # in which memory goes back to the system after connections were ended
+EVENTS_MAX = 64  # deaths, signals and the like that one turn of the loop looks at
 DRAIN_MAX = 64  # requests served before answers, deaths and signals get their turn
+COPY_BYTES = 128 << 10  # of a page frame; longer ones are not copied for ZeroMQ
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 STOP_S = 5.0  # for one worker to end; four of them and their owner's patience are in clients/embedded.py
 
 
@@ -65,19 +69,20 @@ class Server:
         if owner_pidfd >= 0:
             self._epoll.register(owner_pidfd, select.EPOLLIN)
         connections = Connections(self._door.connections_max, service.sessions.has_session)
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._door.monitor, zmq.POLLIN)
-        poller.register(self._epoll.fileno(), zmq.POLLIN)
+        for one in (self._socket, self._door.monitor):
+            self._epoll.register(_fd(one), select.EPOLLIN)
+        door_fds = (_fd(self._socket), _fd(self._door.monitor))
         ticked = time.monotonic()
+        more = True
         while not self._stop.reason:
-            ready = dict(poller.poll(0 if service.busy else int(LOOK_S * 1000)))
-            if self._door.monitor in ready:
+            for fd, _ in self._epoll.poll(0 if more or service.busy else LOOK_S, EVENTS_MAX):
+                if fd not in door_fds:
+                    self._other(fd, service, owner_pidfd)
+            # ZeroMQ's descriptors tell of a change, once: what is there must be asked for after whatever was done with the socket,
+            # and before the next wait. (Its Poller asks for both each time, and makes three system calls of it.)
+            if _has_more(self._door.monitor):
                 self._count(connections, service)
-            if self._socket in ready:
-                self._serve(connections, service)
-            if self._epoll.fileno() in ready:
-                self._other(service, owner_pidfd)
+            more = self._serve(connections, service) or _has_more(self._door.monitor)
             if service.busy:
                 service.advance()
             now = time.monotonic()
@@ -133,33 +138,39 @@ class Server:
     def _is_small(self) -> bool:
         return private_bytes() - self._size_at_start <= self._growth_max
 
-    def _serve(self, connections: Connections, service: Service) -> None:
+    def _serve(self, connections: Connections, service: Service) -> bool:
+        """Serves what is there; whether there may be more."""
         for _ in range(DRAIN_MAX):
-            if not cast(int, self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                return
+            if not _has_more(self._socket):
+                return False
             peer, frames, sender, fd = self._door.receive()
             reply = service.request(peer, frames, sender)
             connections.heard(fd, peer)
             if reply is not None:
                 self._send(peer, reply)
+        return True
 
     def _send(self, peer: bytes, reply: Reply) -> None:
+        frames = messages.encode_reply(reply)
         try:
-            self._socket.send_multipart([peer, *messages.encode_reply(reply)], zmq.NOBLOCK, copy=not reply.pages)
+            self._socket.send(peer, _MORE)
+            for frame in frames[:-1]:
+                self._socket.send(frame, _MORE)
+            # pyzmq copies what is small anyhow; to hand it over without a copy takes a third thread, which then frees it.
+            self._socket.send(frames[-1], _NOBLOCK, len(frames[-1]) < COPY_BYTES)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             log.debug("a reply is lost: its peer %s", "reads too slowly" if error.errno == zmq.EAGAIN else "is gone")
 
-    def _other(self, service: Service, owner_pidfd: int) -> None:
-        for fd, _ in self._epoll.poll(0):
-            if fd == self._stop.fd:
-                os.read(fd, 4096)
-                self._send_answers(service)
-            elif fd == owner_pidfd:
-                self._stop.reason = "its owner has ended"
-            else:
-                service.client_ended(fd)
+    def _other(self, fd: int, service: Service, owner_pidfd: int) -> None:
+        if fd == self._stop.fd:
+            os.read(fd, 4096)
+            self._send_answers(service)
+        elif fd == owner_pidfd:
+            self._stop.reason = "its owner has ended"
+        else:
+            service.client_ended(fd)
 
     def _send_answers(self, service: Service | None) -> None:
         while self._answers:
@@ -167,3 +178,12 @@ class Server:
             if service is not None:
                 service.answered(peer, reply)
             self._send(peer.address, reply)
+
+
+def _fd(socket: zmq.Socket[bytes]) -> int:
+    return cast(int, socket.getsockopt(zmq.FD))
+
+
+def _has_more(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a message is there. Asked for by plain numbers: to combine ZeroMQ's own takes longer than the question."""
+    return bool(cast(int, socket.getsockopt(_EVENTS)) & _POLLIN)

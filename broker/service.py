@@ -37,7 +37,9 @@ from gcma_shm.process import pid_namespace
 log = logging.getLogger(__name__)
 
 PAGE_WORKERS = 2
+PAGED = {"store", "load", "store_many", "load_many", "invalidate_page", "contains", "count"}  # answered in order
 WINDOW_BYTES = 1 << 20  # of pages that one session may have under way
+AT_HAND_BYTES = 1 << 16  # of a page that the control thread copies itself
 # What a sync by message may wait for other processes' writes, and how much of it at once.
 SYNC_MAX_MS = 60_000
 SYNC_SLICE_S = 0.2
@@ -142,6 +144,13 @@ class Service:
             "load_many": self._load_many,
             "invalidate_page": self._invalidate_page,
         }
+        # Without a worker; None: it needs one.
+        self._at_hand: dict[str, Callable[[dict[str, Any], Request], Results | None]] = {
+            "contains": self._jobs["contains"],
+            "invalidate_page": self._invalidate_page,
+        }
+        if arena.geometry.page_size <= AT_HAND_BYTES:
+            self._at_hand |= {"store": self._store_at_hand, "load": self._load_at_hand}
         assert {*self._control, *self._open, *self._jobs, "hello", "sync"} == set(messages.OPERATIONS)
 
     def request(self, peer: bytes, frames: list[Frame], sender: Sender = NOBODY) -> Reply | None:
@@ -179,6 +188,12 @@ class Service:
             return Reply(request.number, HELLO_NEEDED, {"message": "no session: say hello first"})
         if request.operation in self._control:
             return Reply(request.number, "ok", self._control[request.operation](client, request))
+        if not client.window.paged and (at_hand := self._at_hand.get(request.operation)):
+            # What is in memory is served at once: two switches between threads cost more than all the rest of a request. It comes in
+            # order, for no request of this session's is with a worker, and takes no longer than the copy of one page.
+            served = at_hand(request.parameters, request)
+            if served is not None:
+                return Reply(request.number, "ok", *served)
         self._submit(peer, client, request)
         return None
 
@@ -438,14 +453,14 @@ class Service:
         return next(info for info in self.allocations.describe() if info["name"] == name)
 
     def _submit(self, address: bytes, client: Client, request: Request) -> None:
-        peer = Peer(address, client, client.window.enter(request, self.window))
+        paged = request.operation in PAGED
+        peer = Peer(address, client, client.window.enter(request, self.window, paged=paged))
         party = 0  # in the order in which they came, whoever sent them
         if request.operation == "sync":
             worker, job = self._sync_worker, self._sync(peer, request)
         else:
-            if request.operation in ("swap_init", "invalidate_area"):
-                worker = self._type_worker
-            else:
+            worker = self._type_worker
+            if paged:
                 worker, party = self._page_workers[client.number % PAGE_WORKERS], client.number
 
             def job() -> None:
@@ -474,6 +489,18 @@ class Service:
             log.error("a request failed", exc_info=error)
             error = GcmaError("the broker failed on this request; its log says why")
         return messages.error_reply(number, error)
+
+    # --- on the control thread, without a file or a wait
+
+    def _store_at_hand(self, p: dict[str, Any], request: Request) -> Results | None:
+        slots = self._registry.find(p["type"], p["life"])
+        return ({}, []) if slots.store_at_hand(p["offset"], request.pages[0]) else None
+
+    def _load_at_hand(self, p: dict[str, Any], _request: Request) -> Results | None:
+        page = self._registry.find(p["type"], p["life"]).load_at_hand(p["offset"])
+        if page is False:
+            return None
+        return {"hit": page is not None}, [] if page is None else [page]
 
     # --- on worker threads
 
@@ -537,19 +564,8 @@ class Service:
 
     def _load_many(self, p: dict[str, Any], _request: Request) -> Results:
         slots = self._registry.find(p["type"], p["life"])
-        offsets = messages.unpack_offsets(p["offsets"])
-        size = slots.page_size
-        pages = bytearray(len(offsets) * size)
-        hits = slots.load_many(offsets, pages)
-        held = 0
-        for i, hit in enumerate(hits):  # what a miss leaves behind is nobody's to see
-            if hit:
-                if held != i:
-                    pages[held * size : (held + 1) * size] = pages[i * size : (i + 1) * size]
-                held += 1
-        if held < len(hits):
-            del pages[held * size :]
-        return {"hits": bytes(hits)}, [pages] if held else []
+        hits, pages = slots.load_batch(messages.unpack_offsets(p["offsets"]))
+        return {"hits": hits}, [pages] if pages else []
 
     def _invalidate_page(self, p: dict[str, Any], _request: Request) -> Results:
         self._registry.find(p["type"], p["life"]).invalidate_page(p["offset"])

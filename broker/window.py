@@ -19,9 +19,10 @@ RECEIPT_BITS = 63
 
 @dataclass(slots=True)
 class Entry:
-    """One request that was let in. `receipt` 0: its reply carries none."""
+    """One request that was let in. `paged`: it went to a page worker. `receipt` 0: its reply carries none."""
 
     operation: str
+    paged: bool
     receipt: int = 0
 
 
@@ -32,9 +33,15 @@ class Window:
     requests: int = 0  # single ones
     stores: int = 0  # batches whose reply was not given
     unread: dict[int, None] = field(default_factory=dict)  # receipts of batches of loads, the oldest first
+    paged: int = 0  # of all these, the ones that a page worker has not answered
 
-    def enter(self, request: Request, requests_max: int) -> Entry:
+    def enter(self, request: Request, requests_max: int, *, paged: bool) -> Entry:
         """Lets a request in. Raises ProtocolError when there are too many."""
+        entry = self._enter(request, requests_max, paged)
+        self.paged += paged
+        return entry
+
+    def _enter(self, request: Request, requests_max: int, paged: bool) -> Entry:
         if request.operation == "load_many":
             self._read(request.parameters.get("receipt", 0))
             self._bound(
@@ -42,17 +49,18 @@ class Window:
             )
             receipt = secrets.randbits(RECEIPT_BITS) or 1
             self.unread[receipt] = None
-            return Entry(request.operation, receipt)
+            return Entry(request.operation, paged, receipt)
         if request.operation == "store_many":
             self._bound(self.stores, BATCHES, "batches of stores", "wait for replies first")
             self.stores += 1
         else:
             self._bound(self.requests, requests_max, "requests", "wait for replies first")
             self.requests += 1
-        return Entry(request.operation)
+        return Entry(request.operation, paged)
 
     def leave(self, entry: Entry, *, has_pages: bool = False) -> None:
         """Its reply goes out. What carries no pages needs no receipt."""
+        self.paged -= entry.paged
         if entry.operation == "store_many":
             self.stores -= 1
         elif entry.operation != "load_many":
@@ -78,3 +86,6 @@ class Window:
         assert 0 <= self.stores <= BATCHES, "more batches of stores than may be"
         assert len(self.unread) <= BATCHES, "more batches of loads than may be"
         assert self.requests >= 0, "a request that left twice"
+        assert 0 <= self.paged <= self.requests + self.stores + len(self.unread), (
+            "a request of no kind on a page worker"
+        )

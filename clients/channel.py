@@ -41,6 +41,9 @@ BATCHES = {"store_many", "load_many"}  # of each kind messages.BATCHES may be un
 SINGLES = {"store", "load", "invalidate_page", "contains", "count", "swap_init", "invalidate_area", "sync"}
 HELLO_NEEDED = "HelloNeeded"
 LOST = "Lost"  # stands for the reply to a request that a broker took with it
+_BEGIN_AGAIN = (HELLO_NEEDED, LOST)  # the broker does not know this socket (any more)
+# As plain numbers: to combine two of ZeroMQ's own takes longer than to send.
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
 
 
@@ -137,12 +140,13 @@ class Channel:
         refused = False
         try:
             with self.lock:
-                for reply in self._requests([(operation, parameters or {}, tuple(pages))], 1, patience):
-                    if isinstance(reply, Exception):
-                        refused = True
-                        raise reply
-                    return then(reply)
-            return None  # a bye to a broker that does not know us
+                reply = self._ask(operation, parameters or {}, tuple(pages), patience)
+                if reply is None:
+                    return None  # a bye to a broker that does not know us
+                if reply.status != "ok":
+                    refused = True
+                    raise messages.reply_error(reply)
+                return then(reply)
         except GcmaError:
             raise
         except BaseException:
@@ -155,33 +159,68 @@ class Channel:
         finally:
             self._drain()
 
+    def _ask(
+        self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...], patience: float
+    ) -> Reply | None:
+        """The reply to one request; None: to a bye of nobody. (Not the general case of `requests`: generators would cost more than
+        the codec.)
+        """
+        deadline = self._prepare(patience)
+        request = self._make(operation, parameters, pages)
+        if self._given_up:
+            self._room_for(request, 1, 0, deadline)
+        self._send(request, deadline)
+        sent = deque((request,))
+        try:
+            reply = self._receive(request, deadline)
+            while reply.status in _BEGIN_AGAIN:
+                if operation == "bye":
+                    return None  # our session has ended
+                if self._begin_again(sent, reply.status == LOST, deadline):
+                    raise self._lost(request)
+                reply = self._receive(request, deadline)
+        except BaseException:
+            self._give_up(sent)
+            raise
+        if operation == "bye":
+            self._greeted = False
+        return reply
+
     def requests(self, wanted: Iterable[Wanted], window: int) -> Iterator[Reply | Exception]:
         """Sends requests of one kind, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
         exception, unraised, after which it sends no more.
         """
+        sent: deque[Request] = deque()
         with self.lock:
-            yield from self._requests(wanted, window, 0.0)
+            try:
+                yield from self._exchange(iter(wanted), sent, window)
+            finally:
+                self._give_up(sent)
         self._drain()
 
-    def _requests(self, wanted: Iterable[Wanted], window: int, patience: float) -> Iterator[Reply | Exception]:
+    def _prepare(self, patience: float) -> float:
+        """Before a request: the channel is open, we are introduced, and what was given up is told. Returns the deadline."""
         if self.closed:
             raise Closed("this client is closed")
         self._open()
         deadline = time.monotonic() + self.timeout + patience
-        self._take_late_replies()
+        if self._late:
+            self._take_late_replies()
         if not self._greeted:
             self._hello(deadline)
-        self._flush(deadline)
-        sent: deque[Request] = deque()
-        try:
-            yield from self._exchange(iter(wanted), sent, window, deadline, patience)
-        finally:  # what is left was given up
-            self._late += len(sent)
-            self._given_up.update({r.number: kind for r in sent if (kind := _kind_of(r.operation))})
+        if self.holds:
+            self._flush(deadline)
+        return deadline
 
-    def _exchange(
-        self, source: Iterator[Wanted], sent: deque[Request], window: int, deadline: float, patience: float
-    ) -> Iterator[Reply | Exception]:
+    def _give_up(self, sent: Iterable[Request]) -> None:
+        """Nobody waits for these any more; their replies may still come."""
+        for request in sent:
+            self._late += 1
+            if kind := _kind_of(request.operation):
+                self._given_up[request.number] = kind
+
+    def _exchange(self, source: Iterator[Wanted], sent: deque[Request], window: int) -> Iterator[Reply | Exception]:
+        deadline = self._prepare(0.0)
         exhausted = False
         while True:
             while not exhausted and len(sent) < window:
@@ -197,21 +236,18 @@ class Channel:
             if not sent:
                 return
             reply = self._receive(sent[0], deadline)
-            if reply.status in (HELLO_NEEDED, LOST):  # the broker does not know this socket (any more)
-                if sent[0].operation == "bye":
-                    return  # nor our session: it has ended
+            if reply.status in _BEGIN_AGAIN:
                 if lost := self._begin_again(sent, reply.status == LOST, deadline):
                     yield from map(self._lost, lost)
                     return
                 continue
-            if sent.popleft().operation == "bye":
-                self._greeted = False
+            sent.popleft()
             if reply.status == "ok":
                 yield reply
             else:
                 exhausted = True
                 yield messages.reply_error(reply)
-            deadline = time.monotonic() + self.timeout + patience
+            deadline = time.monotonic() + self.timeout
 
     def _begin_again(self, sent: deque[Request], may_be_done: bool, deadline: float) -> list[Request]:
         """Introduces us, and sends again what had been sent; or returns it, when it may have been done and is not to be done twice."""
@@ -236,7 +272,7 @@ class Channel:
         bound = messages.BATCHES if kind in BATCHES else int(self.greeting["window"])
         while kind and (room := bound - sum(other == kind for other in self._given_up.values())) <= sent:
             try:
-                self._take_late(messages.decode_reply(self._socket.recv_multipart()))
+                self._take_late(self._take())
             except zmq.Again:
                 self._check_time(request, deadline)
         if not self._greeted:  # another broker, as a late reply said
@@ -259,7 +295,7 @@ class Channel:
                     self._hello(deadline)
                 last = self._flush(deadline)
                 reply = self._receive_alone(last, deadline) if last is not None else None
-                if reply is not None and reply.status in (HELLO_NEEDED, LOST):
+                if reply is not None and reply.status in _BEGIN_AGAIN:
                     self._hello(deadline)  # what it does not list is freed by that
             self._drain()
 
@@ -355,10 +391,12 @@ class Channel:
         frames = messages.encode_request(request)
         # Without a copy ZeroMQ would send the caller's memory whenever it can, also after this request was given up and
         # the caller writes there again.
-        copy = not all(isinstance(getattr(page, "obj", page), bytes) for page in request.pages) or not request.pages
+        copy = not (request.pages and all(isinstance(getattr(page, "obj", page), bytes) for page in request.pages))
         while True:
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
+                for page in frames[:-1]:
+                    self._socket.send(page, _MORE)
+                self._socket.send(frames[-1], _NOBLOCK, copy)
                 return
             except zmq.Again:  # not connected, or the broker is far behind
                 left_ms = int((deadline + self._wait_for_broker - time.monotonic()) * 1000)
@@ -377,11 +415,10 @@ class Channel:
         """The reply; one of status LOST when there will be none, since its broker has gone and another is there."""
         while True:
             try:
-                frames = self._socket.recv_multipart()  # for PROBE_S at the most
+                reply = self._take()
             except zmq.Again:
                 self._check_time(request, deadline)
                 continue
-            reply = messages.decode_reply(frames)
             if reply.number == request.number:
                 self._receipt = reply.results.get("receipt", self._receipt)
                 return reply
@@ -389,6 +426,15 @@ class Channel:
             # Requests are read in order: to one that was sent after ours, ours was lost, or answered, before.
             if reply.status == HELLO_NEEDED and reply.number > request.number:
                 return Reply(request.number, LOST, {})
+
+    def _take(self, flags: int = 0) -> Reply:
+        """The next reply; raises zmq.Again when none comes within PROBE_S. Its pages stay in ZeroMQ's memory."""
+        frame = self._socket.recv(flags, copy=False)
+        frames: list[Frame] = [frame.bytes]
+        while frame.more:
+            frame = self._socket.recv(copy=False)
+            frames.append(frame.buffer)
+        return messages.decode_reply(frames)
 
     def _check_time(self, request: Request, deadline: float) -> None:
         """While a reply does not come: raises BrokerUnavailable when it is time, else asks whether we are known still."""
@@ -405,7 +451,7 @@ class Channel:
         """Before the next request: a buffer in a reply that came too late must not stand in its way."""
         while self._late:
             try:
-                self._take_late(messages.decode_reply(self._socket.recv_multipart(zmq.NOBLOCK)))
+                self._take_late(self._take(_NOBLOCK))
             except zmq.Again:
                 return
 
