@@ -18,7 +18,7 @@ import zmq
 
 from gcma_shm import messages
 from gcma_shm.broker.connections import Connections
-from gcma_shm.broker.door import Door
+from gcma_shm.broker.door import CHANGES_MAX, Door
 from gcma_shm.broker.growth import give_back, private_bytes
 from gcma_shm.broker.service import Peer, Service
 from gcma_shm.broker.stop import StopSignals
@@ -69,20 +69,26 @@ class Server:
         if owner_pidfd >= 0:
             self._epoll.register(owner_pidfd, select.EPOLLIN)
         connections = Connections(self._door.connections_max, service.sessions.has_session)
-        for one in (self._socket, self._door.monitor):
-            self._epoll.register(_fd(one), select.EPOLLIN)
-        door_fds = (_fd(self._socket), _fd(self._door.monitor))
+        socket_fd, monitor_fd = _fd(self._socket), _fd(self._door.monitor)
+        for fd in (socket_fd, monitor_fd):
+            self._epoll.register(fd, select.EPOLLIN)
         ticked = time.monotonic()
-        more = True
+        # ZeroMQ's descriptors tell once that there is something, and of nothing that is left: what else there is must be asked for
+        # before the next wait, and after whatever was done with the socket. (Its own Poller asks for everything each time.)
+        more = crowded = True
         while not self._stop.reason:
-            for fd, _ in self._epoll.poll(0 if more or service.busy else LOOK_S, EVENTS_MAX):
-                if fd not in door_fds:
+            for fd, _ in self._epoll.poll(0 if more or crowded or service.busy else LOOK_S, EVENTS_MAX):
+                if fd == socket_fd:
+                    more = True
+                elif fd == monitor_fd:
+                    crowded = True
+                else:
                     self._other(fd, service, owner_pidfd)
-            # ZeroMQ's descriptors tell of a change, once: what is there must be asked for after whatever was done with the socket,
-            # and before the next wait. (Its Poller asks for both each time, and makes three system calls of it.)
-            if _has_more(self._door.monitor):
-                self._count(connections, service)
-            more = self._serve(connections, service) or _has_more(self._door.monitor)
+                    more = more or _has_more(self._socket)  # to send answers takes notice of what has come
+            if crowded:
+                crowded = self._count(connections, service)
+            if more:
+                more = self._serve(connections, service)
             if service.busy:
                 service.advance()
             now = time.monotonic()
@@ -110,13 +116,17 @@ class Server:
         self._send_answers(None)
         self._epoll.close()
 
-    def _count(self, connections: Connections, service: Service) -> None:
+    def _count(self, connections: Connections, service: Service) -> bool:
+        """Takes notice of connections that have come and gone; whether there may be more."""
+        count = 0
         for opened, fd in self._door.changes():
+            count += 1
             if opened:
                 connections.opened(fd)
             elif (peer := connections.closed(fd)) is not None:
                 service.peer_gone(peer)
         self._end(connections.too_many())
+        return count == CHANGES_MAX
 
     def _look(self, connections: Connections) -> None:
         """When the process is too large, some connections are ended: a message that has not ended belongs to nobody yet. Clients come
@@ -141,13 +151,16 @@ class Server:
     def _serve(self, connections: Connections, service: Service) -> bool:
         """Serves what is there; whether there may be more."""
         for _ in range(DRAIN_MAX):
-            if not _has_more(self._socket):
+            try:
+                peer, frames, sender, fd = self._door.receive()
+            except zmq.Again:
                 return False
-            peer, frames, sender, fd = self._door.receive()
             reply = service.request(peer, frames, sender)
             connections.heard(fd, peer)
             if reply is not None:
                 self._send(peer, reply)
+            if not _has_more(self._socket):  # the question costs less than the exception
+                return False
         return True
 
     def _send(self, peer: bytes, reply: Reply) -> None:
