@@ -25,7 +25,7 @@ from gcma_shm.broker.health import Health
 from gcma_shm.broker.line import Line
 from gcma_shm.broker.recovery import recover
 from gcma_shm.broker.registry import TypeRegistry
-from gcma_shm.broker.rights import LOCAL, Rights, Sender, no_rights
+from gcma_shm.broker.rights import Rights, Sender, no_rights
 from gcma_shm.broker.sessions import NOBODY, Client, Sessions
 from gcma_shm.broker.table import Allocation
 from gcma_shm.broker.window import Entry
@@ -163,31 +163,28 @@ class Service:
             refusal = self._refuse(error.number or 0, error)
             return None if error.number is None else refusal
         try:
-            self._bury(self.sessions.adopt_forked())
+            if gone := self.sessions.adopt_forked():
+                self._bury(gone)
             self._requests[request.operation] += 1
             return self._serve(peer, sender, request)
         except Exception as error:  # one request must not end the broker
             return self._refuse(request.number, error)
         finally:
-            self.advance()
+            if self.busy or self._dropped:
+                self.advance()
 
     def _serve(self, peer: bytes, sender: Sender, request: Request) -> Reply | None:
-        rights = self._remote_rights(sender) if sender.remote else LOCAL
-        if rights is None:
-            raise Forbidden("this key is not authorized, or is not any more")
-        rights.check(request.operation, request.parameters)
+        if sender.remote:  # a process of our own user may do everything
+            rights = self._remote_rights(sender)
+            if rights is None:
+                raise Forbidden("this key is not authorized, or is not any more")
+            rights.check(request.operation, request.parameters)
         client = self.sessions.find(peer, sender)
-        if request.parameters.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
-            raise Closed("the arena that this client knows has ended with its broker; connect again")
-        of_nobody = client is None and request.operation == "quota" and "client" not in request.parameters
-        if request.operation in self._open and not of_nobody:
-            return Reply(request.number, "ok", self._open[request.operation](client, request))
-        if request.operation == "hello":
-            return Reply(request.number, "ok", self._hello(peer, sender, request.parameters))
-        if client is None:
-            return Reply(request.number, HELLO_NEEDED, {"message": "no session: say hello first"})
-        if request.operation in self._control:
-            return Reply(request.number, "ok", self._control[request.operation](client, request))
+        if client is None or request.operation in self._open or request.operation == "hello":
+            return self._serve_anybody(peer, client, sender, request)
+        decide = self._control.get(request.operation)
+        if decide is not None:
+            return Reply(request.number, "ok", decide(client, request))
         if not client.window.paged and (at_hand := self._at_hand.get(request.operation)):
             # What is in memory is served at once: two switches between threads cost more than all the rest of a request. It comes in
             # order, for no request of this session's is with a worker, and takes no longer than the copy of one page.
@@ -196,6 +193,17 @@ class Service:
                 return Reply(request.number, "ok", *served)
         self._submit(peer, client, request)
         return None
+
+    def _serve_anybody(self, peer: bytes, client: Client | None, sender: Sender, request: Request) -> Reply:
+        """What may come from a peer without a session, or say which arena it means."""
+        if request.parameters.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
+            raise Closed("the arena that this client knows has ended with its broker; connect again")
+        of_nobody = client is None and request.operation == "quota" and "client" not in request.parameters
+        if request.operation in self._open and not of_nobody:
+            return Reply(request.number, "ok", self._open[request.operation](client, request))
+        if request.operation == "hello":
+            return Reply(request.number, "ok", self._hello(peer, sender, request.parameters))
+        return Reply(request.number, HELLO_NEEDED, {"message": "no session: say hello first"})
 
     def client_ended(self, pidfd: int) -> None:
         """A process has ended: all that it held is given back. Should that fail, it is tried again at the next turn of the loop."""

@@ -129,9 +129,9 @@ class Channel:
         pages: Iterable[Frame] = (),
         *,
         patience: float = 0.0,
-        then: Callable[[Reply], Any] = lambda reply: reply,
+        then: Callable[[Reply], Any] | None = None,
     ) -> Any:
-        """Sends one request and returns `then` of its reply, made before any other thread's request, or a fork, goes
+        """Sends one request and returns its reply, or `then` of it, made before any other thread's request, or a fork, goes
         on.
 
         `patience`: seconds that the broker may take on top of the timeout. Raises what the broker answers,
@@ -146,7 +146,7 @@ class Channel:
                 if reply.status != "ok":
                     refused = True
                     raise messages.reply_error(reply)
-                return then(reply)
+                return reply if then is None else then(reply)
         except GcmaError:
             raise
         except BaseException:
@@ -157,7 +157,8 @@ class Channel:
             self._greeted = False
             raise
         finally:
-            self._drain()
+            if self.holds:
+                self._drain()
 
     def _ask(
         self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...], patience: float
@@ -170,17 +171,16 @@ class Channel:
         if self._given_up:
             self._room_for(request, 1, 0, deadline)
         self._send(request, deadline)
-        sent = deque((request,))
         try:
             reply = self._receive(request, deadline)
             while reply.status in _BEGIN_AGAIN:
                 if operation == "bye":
                     return None  # our session has ended
-                if self._begin_again(sent, reply.status == LOST, deadline):
+                if self._begin_again(deque([request]), reply.status == LOST, deadline):
                     raise self._lost(request)
                 reply = self._receive(request, deadline)
         except BaseException:
-            self._give_up(sent)
+            self._give_up([request])
             raise
         if operation == "bye":
             self._greeted = False
@@ -202,7 +202,8 @@ class Channel:
         """Before a request: the channel is open, we are introduced, and what was given up is told. Returns the deadline."""
         if self.closed:
             raise Closed("this client is closed")
-        self._open()
+        if not self._is_open:
+            self._open()
         deadline = time.monotonic() + self.timeout + patience
         if self._late:
             self._take_late_replies()
@@ -388,15 +389,17 @@ class Channel:
     def _send(self, request: Request, deadline: float) -> None:
         if request.operation == "load_many":
             request.parameters = request.parameters | {"receipt": self._receipt}
-        frames = messages.encode_request(request)
-        # Without a copy ZeroMQ would send the caller's memory whenever it can, also after this request was given up and
-        # the caller writes there again.
-        copy = not (request.pages and all(isinstance(getattr(page, "obj", page), bytes) for page in request.pages))
+        header, *pages = messages.encode_request(request)
         while True:
             try:
-                for page in frames[:-1]:
-                    self._socket.send(page, _MORE)
-                self._socket.send(frames[-1], _NOBLOCK, copy)
+                if pages:
+                    self._socket.send(header, _MORE)
+                    # With a copy: else ZeroMQ would send the caller's memory whenever it can, also after this request was given up
+                    # and the caller writes there again. And it is faster, but for pages of a megabyte: what is not copied must be
+                    # given back by a thread of pyzmq's.
+                    self._socket.send(pages[0], _NOBLOCK)
+                else:
+                    self._socket.send(header, _NOBLOCK)
                 return
             except zmq.Again:  # not connected, or the broker is far behind
                 left_ms = int((deadline + self._wait_for_broker - time.monotonic()) * 1000)
