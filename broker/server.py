@@ -98,18 +98,21 @@ class Server:
             if now - ticked >= TICK_S:
                 service.tick()
                 ticked = now
-                if self._ended:
-                    log.warning(
-                        "ended %d connections: beyond %d of them, or the process had grown by %d bytes",
-                        self._ended,
-                        connections.connections_max,
-                        self._growth_max,
-                    )
-                    self._ended, self._returning = 0, RETURNING_TICKS
-                if self._returning:
-                    self._returning -= 1
-                    give_back()  # what they had sent, as ZeroMQ's thread comes to free it
+                self._tell_ended(connections.connections_max)
         return self._stop.reason
+
+    def _tell_ended(self, connections_max: int) -> None:
+        if self._ended:
+            log.warning(
+                "ended %d connections: beyond %d of them, or the process had grown by %d bytes",
+                self._ended,
+                connections_max,
+                self._growth_max,
+            )
+            self._ended, self._returning = 0, RETURNING_TICKS
+        if self._returning:
+            self._returning -= 1
+            give_back()  # what they had sent, as ZeroMQ's thread comes to free it
 
     def close(self) -> None:
         """Sends what is still to be sent, for a moment; the door is closed by who opened it."""

@@ -295,7 +295,7 @@ class Channel:
                 if not self._greeted:
                     self._hello(deadline)
                 last = self._flush(deadline)
-                reply = self._receive_alone(last, deadline) if last is not None else None
+                reply = self._receive_flushed(last, deadline) if last is not None else None
                 if reply is not None and reply.status in _BEGIN_AGAIN:
                     self._hello(deadline)  # what it does not list is freed by that
             self._drain()
@@ -367,10 +367,10 @@ class Channel:
         refuse_strangers(self.endpoint)
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
-        reply = self._receive_alone(request, deadline)
+        reply = self._receive_hello(request, deadline)
         while reply.status == LOST:  # one broker after the other
             self._send_again(request, deadline)
-            reply = self._receive_alone(request, deadline)
+            reply = self._receive_hello(request, deadline)
         if reply.status != "ok":
             raise messages.reply_error(reply)
         self.greeting = reply.results
@@ -406,8 +406,13 @@ class Channel:
                 if left_ms <= 0 or not self._socket.poll(left_ms, zmq.POLLOUT):
                     raise self._unavailable(request) from None
 
-    def _receive_alone(self, request: Request, deadline: float) -> Reply:
-        """For a request that is not one of `_requests`."""
+    def _receive_flushed(self, request: Request, deadline: float) -> Reply:
+        """For what `_flush` sent, and counted as late."""
+        reply = self._receive(request, deadline)
+        self._late = max(self._late - 1, 0)
+        return reply
+
+    def _receive_hello(self, request: Request, deadline: float) -> Reply:
         try:
             return self._receive(request, deadline)
         except BrokerUnavailable:

@@ -114,7 +114,9 @@ class MessageSwap:
 
     def store(self, offset: SupportsIndex, page: Page) -> None:
         """See `Swap.store`."""
-        self._request("store", self._slot(offset), (self._pages(page, 1),))
+        slot = self._slot(offset)
+        whole = page if type(page) is bytes and len(page) == self.page_size else self._pages(page, 1)
+        self._request("store", slot, (whole,))
 
     def load(self, offset: SupportsIndex) -> bytes | None:
         """See `Swap.load`."""
@@ -242,10 +244,11 @@ class MessageSwap:
 
     def _slot(self, offset: object) -> dict[str, Any]:
         n = operator.index(offset)  # type: ignore[arg-type] # raises TypeError for what is none
-        life = self._life()
+        found = self._life()
         if not 0 <= n < self.slots:
             raise IndexError(f"offset {n}: type {self.type} has slots 0 to {self.slots - 1}")
-        return life | {"offset": n}
+        found["offset"] = n
+        return found
 
     def _pages(self, data: Any, pages: int, *, writable: bool = False) -> memoryview:
         view = memoryview(data)
@@ -259,7 +262,7 @@ class MessageSwap:
             )
         return view.cast("B") if view.nbytes else view
 
-    def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[memoryview] = ()) -> Reply:
+    def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[Frame] = ()) -> Reply:
         return cast(Reply, self._channel.request(operation, parameters, pages))
 
     def __repr__(self) -> str:
