@@ -38,7 +38,7 @@ CHANGES_MAX = 256  # of connections, taken in one turn of the loop
 _QUEUE = 1000  # ZeroMQ's own bound of its side of the monitor
 CROWD_MAX = 2 * _QUEUE  # events under way; ours is as long
 DESCRIPTORS_OWN = 64 + 2 * layout.TYPES_MAX  # files of types, and what a Python process has open
-_NOBLOCK, _SRCFD = int(zmq.NOBLOCK), int(zmq.SRCFD)
+_NOBLOCK = int(zmq.NOBLOCK)
 _MONITOR = "inproc://connections"
 _LOCAL = "localhost:"  # how ZeroMQ begins the address of a peer on ipc: then uid, gid, pid, by SO_PEERCRED
 
@@ -155,7 +155,7 @@ class Door:
             count += 1
             if count <= FRAMES_MAX + 1:
                 frames.append(frame.buffer)
-        fd = first.get(_SRCFD)
+        fd = int(_told(first, "__fd") or -1)  # what zmq.SRCFD reads, and an error where there is none
         if count > FRAMES_ENDED:
             log.warning("a message of %d frames: ended its connection", count)
             self.end([fd])
