@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
 import msgpack
 import zmq
+
+from gcma_shm import messages
 
 LINGER_MS = 0
 STOP = "stop"
@@ -19,44 +20,44 @@ PLACE = {"buffer": 1 << 24, "area": "default", "offset": 10_000, "first": 20_000
 RESULTS: dict[str, dict[str, Any]] = {
     "alloc_contig": PLACE,
     "load": {"hit": True},
-    "load_many": {"hits": b"\1", "receipt": 1 << 60},
+    "load_many": {"hits": b"\1" * 4, "receipt": 1 << 60},
 }
+SOURCE_BYTES = 4 << 20  # where the echo's pages come from and go to, like a small arena
 
 Wanted = tuple[str, dict[str, Any], tuple[bytes | memoryview, ...]]
 
 
-def make_echo(
-    _index: int, stack: ExitStack, endpoint: str, page_size: int, cores: Sequence[int], copies: bool
-) -> Callable[[], None]:
-    """A ROUTER in another process. `copies`: it makes the bytes of each page that it sends, and copies those that it gets."""
-    os.sched_setaffinity(0, cores)
+def make_echo(_index: int, stack: ExitStack, endpoint: str, page_size: int, copies: bool) -> Callable[[], None]:
+    """A ROUTER in another process. `copies`: it makes new bytes of each page that it sends, and copies what it gets."""
     context = stack.enter_context(zmq.Context())
     socket = stack.enter_context(context.socket(zmq.ROUTER))
     socket.setsockopt(zmq.LINGER, LINGER_MS)
     socket.bind(endpoint)
-    pages = bytearray(os.urandom(4 << 20))
-    whole = memoryview(pages)
-    kept = bytes(pages)
+    arena = memoryview(bytearray(os.urandom(SOURCE_BYTES)))
+    same: dict[int, bytes] = {}
+
+    def pages_of(at: int, size: int) -> bytes:
+        if not copies and size in same:
+            return same[size]
+        same[size] = bytes(arena[at : at + size])
+        return same[size]
 
     def serve() -> None:
-        ats = itertools.cycle(range(0, len(pages), 1 << 18))
+        places = itertools.cycle(range(0, SOURCE_BYTES, messages.BATCH_BYTES))
         while True:
-            peer, header = socket.recv(), socket.recv(copy=False)
-            frame = socket.recv(copy=False) if header.more else None
+            peer, header, *frames = socket.recv_multipart(copy=False)
             _version, number, operation, parameters = msgpack.unpackb(header.buffer)
             if operation == STOP:
                 socket.send_multipart([peer, b""])
                 return
             size = len(parameters["offsets"]) // 8 * page_size if "offsets" in parameters else page_size
-            at = next(ats)
-            if copies and frame is not None:
-                whole[at : at + size] = frame.buffer
-            reply = [peer, msgpack.packb([1, number, "ok", RESULTS.get(operation, {})])]
+            at = next(places)
+            if copies and frames:
+                arena[at : at + size] = frames[0].buffer
+            reply: list[Any] = [peer, msgpack.packb([1, number, "ok", RESULTS.get(operation, {})])]
             if operation in ("load", "load_many"):
-                reply.append(
-                    bytes(whole[at : at + size]) if copies else kept[:size] if size <= page_size else whole[:size]
-                )
-            socket.send_multipart(reply, copy=len(reply) < 3)
+                reply.append(pages_of(at, size))
+            socket.send_multipart(reply, copy=size < 128 << 10)
 
     return serve
 
@@ -78,7 +79,12 @@ class Bare:
         assert status == "ok", results
         return results
 
-    def times(self, wanted: Sequence[Wanted], count: int) -> list[int]:
+    def stop(self) -> None:
+        """Ends the echo's `serve`."""
+        self._socket.send_multipart([msgpack.packb([1, next(self._numbers), STOP, {}])])
+        self._socket.recv_multipart()
+
+    def times(self, wanted: list[Wanted], count: int) -> list[int]:
         """Nanoseconds of `count` rounds of these, one request after another."""
         clock, times = time.perf_counter_ns, []
         for _ in range(count):
@@ -88,25 +94,21 @@ class Bare:
             times.append(clock() - begun)
         return times
 
-    def rate(self, wanted: Wanted, in_flight: int, count: int, out: memoryview | None = None) -> float:
-        """Replies a second, so many under way. `out`: where the page of each is copied to."""
+    def seconds(self, wanted: Wanted, in_flight: int, count: int, out: memoryview | None = None) -> float:
+        """Of so many requests, `in_flight` ahead of their replies. `out`: where the pages of each reply are copied to."""
         operation, parameters, pages = wanted
-        socket, sent, receipt = self._socket, deque[None](), 0
+        socket, receipt = self._socket, 0
         begun = time.perf_counter()
         for number in range(count + in_flight):
+            if number >= in_flight:
+                header, *frames = socket.recv_multipart(copy=False)
+                _version, _number, status, results = msgpack.unpackb(header.buffer)
+                assert status == "ok", results
+                receipt = results.get("receipt", 0)
+                if out is not None and frames:
+                    out[: len(frames[0])] = frames[0].buffer
             if number < count:
                 if operation == "load_many":
                     parameters = parameters | {"receipt": receipt}
                 socket.send_multipart([msgpack.packb([1, next(self._numbers), operation, parameters]), *pages])
-                sent.append(None)
-            if number >= in_flight:
-                header = socket.recv(copy=False)
-                frame = socket.recv(copy=False) if header.more else None
-                _version, _number, status, results = msgpack.unpackb(header.buffer)
-                assert status == "ok", results
-                receipt = results.get("receipt", 0)
-                if out is not None and frame is not None:
-                    out[: len(frame)] = frame.buffer
-                sent.popleft()
-        assert not sent
-        return count / (time.perf_counter() - begun)
+        return time.perf_counter() - begun
