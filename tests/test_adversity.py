@@ -168,7 +168,7 @@ def test_a_slow_reader(place: Place) -> None:
 
 
 def test_batches_that_are_asked_for_and_never_read(place: Place) -> None:
-    """Asking is cheap, and an answer has 256 KiB: what is kept for one who does not read is bounded all the same."""
+    """Asking is cheap, and an answer has 512 KiB: what is kept for one who does not read is bounded all the same."""
     life = place.life()
     batch = messages.batch_max(4096)
     place.swap.store_many(range(batch), PAGE * batch)
