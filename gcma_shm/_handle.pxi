@@ -372,6 +372,55 @@ cdef class Slots:
             PyBuffer_Release(&source)
             free(slots)
 
+    def load_at_hand(self, offset):
+        """As `load`, but never reads a file, and holds the GIL: for a thread that must not wait. False: ask `load`."""
+        cdef uint64_t n = self.offset_of(offset)
+        cdef Tally tally
+        cdef int status
+        cdef bytes out
+        if state_of(load_acquire(&slot_of(self.plane.a, &self.t, n).word)) == SPILLED:
+            return False
+        out = PyBytes_FromStringAndSize(NULL, self.plane.page_size)
+        memset(&tally, 0, sizeof(Tally))
+        self.plane.enter()
+        status = load_at_hand(self.plane.a, &self.t, n, <uint8_t *>PyBytes_AS_STRING(out), &tally)
+        self.plane.leave(&tally)
+        return out if status == OK else None if status == MISS else False
+
+    def store_at_hand(self, offset, page):
+        """As `store`, but never writes a file, nor waits for a page to store into, and holds the GIL. False: nothing was stored,
+        ask `store`.
+        """
+        cdef uint64_t n = self.offset_of(offset)
+        cdef uint64_t word = 0
+        cdef Py_buffer source
+        cdef Tally tally
+        cdef int status
+        if self.write_through:
+            return False
+        memset(&tally, 0, sizeof(Tally))
+        self.open_buffer(page, &source, False, 1)
+        try:
+            self.plane.enter()
+            status = store_page(self.plane.a, &self.t, n, <uint8_t *>source.buf, 0, &word, &tally)
+            self.plane.leave(&tally)
+        finally:
+            PyBuffer_Release(&source)
+        return status == OK
+
+    def load_batch(self, offsets):
+        """As `load_many`, for a message: the mask as bytes, 1 for a hit, and the pages of the hits as new bytes, one after another."""
+        cdef Py_ssize_t size = self.plane.page_size, n = len(offsets), held = 0, i
+        cdef bytes pages = PyBytes_FromStringAndSize(NULL, n * size)  # not cleared: what a miss leaves there is not passed on
+        cdef char *at = PyBytes_AS_STRING(pages)
+        cdef list hits = self.load_many(offsets, PyMemoryView_FromMemory(at, n * size, PyBUF_WRITE))
+        for i in range(n):
+            if hits[i]:
+                if held != i:
+                    memcpy(at + held * size, at + i * size, size)
+                held += 1
+        return bytes(hits), pages if held == n else pages[: held * size]
+
 
 class done:
     """Notes in an error how much of a batch was served before it."""

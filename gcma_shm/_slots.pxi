@@ -51,7 +51,7 @@ cdef int store_page(
     Arena *a, Handle *t, uint64_t offset, const uint8_t *data, uint64_t deadline, uint64_t *stored, Tally *tally
 ) noexcept nogil:
     """Makes `data` the slot's value, visible to all: OK, and in `stored` the word that names it; FULL or ENDED:
-    nothing changed.
+    nothing changed. `deadline` 0: only into a page that is at hand, without a wait or a file.
     """
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t before
@@ -62,7 +62,7 @@ cdef int store_page(
             return ENDED
         tally.counts[C_STORES_FILLED if pattern else C_STORES_ZERO] += 1
     else:
-        page = grant(a, True, deadline, &tally.refusal)
+        page = grant(a, deadline != 0, deadline, &tally.refusal)
         if page < 0:
             return FULL if living(a, t) else ENDED
         store_relaxed(&a.key[page], key_of(t, offset))                                   # @store.fill
@@ -204,6 +204,23 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *ta
             return status
         count(a, C_RETRIES)
     return DAMAGED if load_acquire(&slot.word) == word else BUSY
+
+
+cdef int load_at_hand(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *tally) noexcept nogil:
+    """As `load_page`, tried once and without the file: OK, MISS, or anything else: `load_page` will tell."""
+    cdef Slot *slot = slot_of(a, t, offset)
+    cdef uint64_t word = load_acquire(&slot.word)                         # @load.word
+    cdef uint64_t state = state_of(word)
+    if state == CLOSED or not living(a, t):
+        return ENDED
+    if state == EMPTY:
+        tally.counts[C_MISSES] += 1
+        return MISS
+    if state == ZERO:
+        memset(out, 0, a.page_size)
+        tally.counts[C_HITS_ZERO] += 1
+        return OK
+    return load_cached(a, key_of(t, offset), slot, word, out, tally) if state == CACHED else BUSY
 
 
 cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:

@@ -371,6 +371,31 @@ def test_a_page_that_the_broker_took_with_it_is_not_stored_twice(endpoint: str) 
                 client.close()
 
 
+def test_a_batch_that_the_broker_took_with_it_tells_what_is_done(endpoint: str) -> None:
+    """Killed in the middle of a long batch: what counts as stored is there afterwards, and nothing was stored twice."""
+    slots = 1500
+    with broker(endpoint, *AREAS) as first:
+        client = gcma_shm.connect(endpoint, mapped=False, timeout=WAIT_S)
+        swap, other = client.swap(0, slots), gcma_shm.connect(endpoint)
+        seen = other.swap(0, slots)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(swap.store_many, range(slots), b"".join(map(page_of, range(slots))))
+            assert eventually(lambda: 100 in seen)
+            with killed_and_restarted(first):
+                with pytest.raises(BrokerUnavailable, match="may have been done") as raised:
+                    asked.result(WAIT_S)
+                done = raised.value.done
+                assert done % client._channel.greeting["batch"] == 0
+                assert done < slots, "it was killed too late for this test"
+                out = bytearray(slots * PAGE)
+                hits = swap.load_many(range(slots), out)
+                assert all(hits[:done])
+                for n, hit in enumerate(hits):
+                    assert not hit or out[n * PAGE : (n + 1) * PAGE] == page_of(n)
+                client.close()
+                other.close()
+
+
 def test_a_place_in_line_is_taken_again(endpoint: str) -> None:
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client, ThreadPoolExecutor(1) as pool:
         everything = client.alloc_contig(4 * MIB, area="a")
