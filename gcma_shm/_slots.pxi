@@ -17,12 +17,12 @@ cdef inline bint living(Arena *a, Handle *t) noexcept nogil:
 
 
 cdef int swing(Arena *a, Handle *t, Slot *slot, uint64_t state, uint64_t rest, uint64_t *before, uint64_t *after) noexcept nogil:
-    """Points the slot to a new value, whatever it held: OK, or ENDED. A lost CAS is somebody else's progress."""
+    """Points the slot to a new value, whatever it held: OK, or ENDED. A lost CAS is somebody else's progress. `rest`: of a CACHED word."""
     while True:
         before[0] = load_acquire(&slot.word)
         if not living(a, t) or state_of(before[0]) == CLOSED:
             return ENDED
-        after[0] = next_word(before[0], state, rest)
+        after[0] = next_word(before[0], state, rest if state == CACHED else left_behind(before[0]))
         if cas(&slot.word, before[0], after[0]):
             return OK
         count(a, C_RETRIES)
@@ -137,7 +137,7 @@ cdef int load_spilled(
 ) noexcept nogil:
     """OK; BUSY: start over; CORRUPT; or -errno."""
     cdef uint64_t side = load_acquire(&slot.side)                         # @load.file
-    cdef int64_t got = spill_read(t.fd, out, a.page_size, offset * a.page_size)
+    cdef int64_t got = read_place(a, t, offset, out)
     fence_acquire()
     # While the word says SPILLED nobody writes this place: a write under way holds the writer since before the word
     # became clean. So with the word unchanged, file and checksum belong together.

@@ -44,7 +44,7 @@ cdef int suspicion(Arena *a, int64_t type_, uint64_t slot, uint64_t word, Suspec
         return NO_STATE
     if word & DIRTY and state != CACHED:
         return DIRTY_NOTHING
-    if page and (state == EMPTY or state == ZERO or state == CLOSED):
+    if page and (state == CLOSED or (page != LAID and (state == EMPTY or state == ZERO))):
         return SAYS_TOO_MUCH
     if state == CACHED and page >= a.pages:
         return NO_PAGE
@@ -88,7 +88,7 @@ cdef int page_suspicion(Arena *a, uint64_t type_, uint64_t base, uint64_t slot, 
                 life_state(life) == PUBLISHED or (life_state(life) == GRANTED and page < a.nursery)
             )
         side = load_acquire(&at.side)
-        got = spill_read(fd, out, a.page_size, (slot - base) * a.page_size)
+        got = spill_read(a, type_, fd, out, a.page_size, (slot - base) * a.page_size)
         file_fits = got == <int64_t>a.page_size and crc32c_page(&a.crc, out) == <uint32_t>(side & CRC)
         memory_fits = not in_memory or not file_fits or memcmp(out, page_bytes(a, page), a.page_size) == 0
         fence_acquire()
