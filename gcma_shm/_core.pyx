@@ -47,6 +47,8 @@ cdef extern from "unistd.h" nogil:
     int close(int)
     int dup3(int, int, int)
     int ftruncate(int, int64_t)
+    int64_t lseek(int, int64_t, int)
+    int SEEK_DATA
     ssize_t pread(int, void *, size_t, int64_t)
 
 cdef extern from "sys/uio.h" nogil:

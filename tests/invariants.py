@@ -23,6 +23,7 @@ _BUFFER_KIND, _RESERVATION_KIND = 1, 2
 _BROKER = 1
 _AREAS_MAX = 64
 _DIRTY = 1 << 32
+_LAID = 1  # in the payload of what is EMPTY or ZERO: the file may hold a page there
 _LOW = (1 << 32) - 1
 _SLOT = (1 << 48) - 1
 
@@ -220,7 +221,9 @@ def _check_reservation(s: Snapshot, guest: Guest) -> None:
 
 
 def _check_files(s: Snapshot, memory: memoryview, spill_dir: Path) -> None:
-    """A clean page is in the file as it is in memory: promise 2 for areas, and what eviction relies on for the nursery."""
+    """A clean page is in the file as it is in memory: promise 2 for areas, and what eviction relies on for the nursery. Where no value is in
+    the file, there is nothing, or the word says so.
+    """
     size = s.geometry.page_size
     for type_, (life, base, slots, _flags) in enumerate(s.types):
         if not life & 1:
@@ -229,6 +232,9 @@ def _check_files(s: Snapshot, memory: memoryview, spill_dir: Path) -> None:
             for slot in range(base, base + slots):
                 word = s.words[slot]
                 page = word & _LOW
+                if word >> 33 & 7 in (EMPTY, ZERO) and page != _LAID:
+                    file.seek((slot - base) * size)
+                    assert not any(file.read(size)), f"slot {slot - base} of type {type_}: the file holds what nobody needs"
                 if word >> 33 & 7 != CACHED or word & _DIRTY:
                     continue
                 guest = s.guest_of.get(page)
