@@ -79,7 +79,7 @@ def _refused(fd: int, page_size: int, where: str) -> str | None:
 
 def _file_system(file: Path) -> str:
     """Its name, as mounted; "unknown file system" where nobody tells."""
-    device = os.stat(file).st_dev
+    device = file.stat().st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     with contextlib.suppress(OSError):
         for line in _MOUNTS.read_text().splitlines():

@@ -113,7 +113,7 @@ cdef bint punch_type(Arena *a, uint64_t type_, uint64_t life, int fd, int64_t *b
             return True
         if done < 0:  # the next pass tries again; a disk that fails is not asked for every place of it in one turn
             ranges[0] = 0
-        at += run
+        at += run if done < 0 or done == <int>run else <uint64_t>done + block  # past the one that was not to be had
     a.punch_offset = at
     return at >= slots
 
