@@ -1,6 +1,7 @@
 # Reading ahead: a load from the file that goes on where the last ones ended brings the next pages along, into nursery pages.
 #
-# For the direct way alone: there each read costs a disk's time, and a longer one hardly more. In the other two the kernel reads ahead.
+# Not in the buffered way, where the kernel reads ahead. In the direct one each read costs a disk's time, and a longer one hardly more; in the
+# uncached one the kernel reads ahead too, but drops all that it has read together when the first page of it was asked for.
 #
 # What is read ahead is put in place as `refault` does it: the word must be SPILLED, and the very same from before the read until the CAS
 # that points it to the page; the checksum must fit. Nobody sees a page before that, so the disk may write it meanwhile. A load of such a page
@@ -68,7 +69,7 @@ cdef int64_t read_with_next(Arena *a, Handle *t, uint64_t offset, uint8_t *out, 
     cdef uint64_t size = a.page_size
     cdef int64_t got
     cdef int i, taken = 0
-    if <size_t>out % load32(&a.direct_memory):
+    if a.spill_io == DIRECT and <size_t>out % load32(&a.direct_memory):
         first = <uint8_t *>aligned_alloc(DIRECT_MEMORY, size)
         if first == NULL:
             return -ENOMEM
@@ -95,7 +96,7 @@ cdef int64_t read_with_next(Arena *a, Handle *t, uint64_t offset, uint8_t *out, 
 
 cdef int64_t read_place(Arena *a, Handle *t, uint64_t offset, uint8_t *out) noexcept nogil:
     """Reads the slot's place in the file: as spill_read."""
-    cdef int n = pages_ahead(a, t, offset) if a.spill_io == DIRECT else 0
+    cdef int n = pages_ahead(a, t, offset) if a.spill_io != BUFFERED else 0
     if n > 0:
         return read_with_next(a, t, offset, out, n)
     return spill_read(a, t.type, t.fd, out, a.page_size, offset * a.page_size)
