@@ -35,6 +35,7 @@ TIMES = 4  # as many pages as the arena has room for
 RUNS = (1, 4, 16, 64)
 JOBS = ("store through", "store behind, synced", "load, file, random", "load, file, in order", "load, memory")
 SPILLED = 2  # state of a slot word
+IN_ORDER = 4  # as many loads in order as at random
 WINS = 3.0  # what a hit in memory has to be ahead of a load from the file, where that is not in the page cache
 _C_SOURCE = r"""
 #define _GNU_SOURCE
@@ -197,10 +198,10 @@ class Way:
         if name == JOBS[2]:
             return self._loads(self._random.choice(self._spilled(), batch, replace=False).tolist())
         if name == JOBS[3]:
-            return self._loads(self._stretch(batch))
-        hot = self._anywhere(batch // 8)
+            return self._loads(self._stretch(IN_ORDER * batch))
+        hot = self._anywhere(batch // 2)
         self._store(self.through, hot)
-        return self._loads(hot * 8)
+        return self._loads(hot * 2)
 
     def _anywhere(self, count: int) -> list[int]:
         found: list[int] = self._random.integers(0, self.slots, count).tolist()
@@ -238,8 +239,8 @@ class Way:
         """Neighbours, each but a few in the file alone."""
         spilled = np.zeros(self.slots + 1, np.int64)
         spilled[self._spilled()] = 1
-        many = np.flatnonzero(np.convolve(spilled, np.ones(batch, np.int64), "valid") >= 0.9 * batch)
-        start = int(self._random.choice(many))
+        counts = np.convolve(spilled[:-1], np.ones(batch, np.int64), "valid")
+        start = int(self._random.choice(np.flatnonzero(counts >= min(0.9 * batch, counts.max()))))
         return list(range(start, start + batch))
 
     def hits(self) -> tuple[int, int]:
@@ -263,11 +264,12 @@ def measure_ways(page_size: int, size: int, rounds: int, directory: Path, bare: 
         times: dict[str, dict[str, list[float]]] = {job: {name: [] for name in WAYS} for job in JOBS}
         from_file: dict[str, dict[str, int]] = {job: dict.fromkeys(WAYS, 0) for job in JOBS}
         for job in JOBS:  # one job after another: stores bring pages into memory that loads are to find in the file
+            operations = IN_ORDER * batch if job == JOBS[3] else batch
             for number in range(rounds):
                 for way in ways[number % 3 :] + ways[: number % 3]:
                     before = way.hits()
                     work = way.job(job, batch)
-                    times[job][way.name].append(timed(work, batch))
+                    times[job][way.name].append(timed(work, operations))
                     from_file[job][way.name] += way.hits()[0] - before[0]
         ahead = {way.name: way.hits()[1] for way in ways}
         time.sleep(2.5)  # twice what the broker's dropping takes to come round
@@ -282,6 +284,14 @@ def measure_ways(page_size: int, size: int, rounds: int, directory: Path, bare: 
         rows.append(row)
     rows.append(
         [
+            "a load in order / at random",
+            *(str(Ratio.of(times[JOBS[3]][n], times[JOBS[2]][n])) for n in WAYS),
+            "",
+            "",
+        ]
+    )
+    rows.append(
+        [
             "a random load from the file / from memory",
             *(str(Ratio.of(times[JOBS[2]][n], times[JOBS[4]][n])) for n in WAYS),
             "",
@@ -292,7 +302,7 @@ def measure_ways(page_size: int, size: int, rounds: int, directory: Path, bare: 
         [
             "loads served from the file: random, in order",
             *(
-                f"{share(from_file, JOBS[2], n, rounds * batch)}, {share(from_file, JOBS[3], n, rounds * batch)}"
+                f"{share(from_file, JOBS[2], n, rounds * batch)}, {share(from_file, JOBS[3], n, rounds * IN_ORDER * batch)}"
                 for n in WAYS
             ),
             "",

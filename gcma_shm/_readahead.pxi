@@ -21,7 +21,8 @@ cdef inline int pages_ahead(Arena *a, Handle *t, uint64_t offset) noexcept nogil
     """How many pages to read behind the one at `offset`, which is about to be read. Counts the handle's streak. Its threads may count
     into each other's: it is a guess.
     """
-    cdef uint64_t streak = load_relaxed(&t.streak) + 1 if offset == load_relaxed(&t.expected) else 0
+    # Unsigned: what is below wraps to far above. A few on the way may have been in memory.
+    cdef uint64_t streak = load_relaxed(&t.streak) + 1 if offset - load_relaxed(&t.expected) < AHEAD_GAP else 0
     store_relaxed(&t.streak, streak)
     store_relaxed(&t.expected, offset + 1)
     if streak < AHEAD_FROM:
