@@ -199,9 +199,9 @@ class Way:
             return self._loads(self._random.choice(self._spilled(), batch, replace=False).tolist())
         if name == JOBS[3]:
             return self._loads(self._stretch(IN_ORDER * batch))
-        hot = self._anywhere(batch // 2)
+        hot = self._anywhere(batch // 4)
         self._store(self.through, hot)
-        return self._loads(hot * 2)
+        return self._loads(hot * 4)
 
     def _anywhere(self, count: int) -> list[int]:
         found: list[int] = self._random.integers(0, self.slots, count).tolist()

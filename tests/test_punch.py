@@ -15,6 +15,7 @@ import gcma_shm
 from gcma_shm import layout
 from gcma_shm._core import Plane, Slots
 from gcma_shm.broker.registry import TypeRegistry
+from gcma_shm.check import check
 from gcma_shm.records import Records
 from tests.conftest import Bare
 from tests.faults.spilling import PAGE, check_values, data_pages, page_of, place
@@ -60,6 +61,26 @@ def test_space_comes_back_while_the_broker_runs(spill_io: str, tmp_path: Path) -
         check_values(swap, values)
         assert data_pages(file) == set(values)
         p.check()
+
+
+def test_check_finds_what_nobody_will_give_back(tmp_path: Path) -> None:
+    """Something at the place of a slot that has no value there, and whose word says that there is nothing."""
+    with place(tmp_path, mapped=True) as p:
+        swap = p.client.swap(3, 100)
+        store_all(swap, 50)
+        for n in range(0, 50, 2):
+            swap.invalidate_page(n)
+        assert eventually(lambda: data_pages(p.file(3)) == set(range(1, 50, 2)))
+        assert not check(p.arena, values=True).findings
+        with p.file(3).open("r+b") as file:
+            for n in (20, 70):
+                os.pwrite(file.fileno(), page_of(9), n * PAGE)
+        findings = [finding.text for finding in check(p.arena, values=True).findings]
+        assert [text.partition(",")[0] for text in findings] == ["slot 20 of type 3", "slot 70 of type 3"]
+        assert all("holds something that it has no need of" in text for text in findings)
+        swap.store(20, page_of(1))
+        swap.store(70, page_of(1))
+        assert not check(p.arena, values=True).findings
 
 
 @pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "messages"])
@@ -146,8 +167,8 @@ def test_what_was_never_in_the_file_or_is_in_use_is_left_alone(bare: Bare, swap:
     swap.store(3, page_of(5))
     punch_all(bare.plane)
     assert punched(bare) == 0
-    check = {0: 1, 3: 5}
-    assert {n: int.from_bytes((swap.load(n) or b"")[:8], "little") for n in check} == check
+    found = {0: 1, 3: 5}
+    assert {n: int.from_bytes((swap.load(n) or b"")[:8], "little") for n in found} == found
     swap.store(0, bytes(PAGE))
     swap.invalidate_page(0)  # zeros, and then nothing, and a page in the file all the time
     punch_all(bare.plane)

@@ -1,5 +1,5 @@
 """The rules of frontswap once more (test_swap_contract.py), for spill files that are read and written in the other ways: by who reads and writes
-them, a client that maps the arena, and the broker. Whoever sends messages reaches the same broker.
+them, a client that maps the arena. Whoever sends messages reaches a broker that does the same; what is written behind is, in test_spill_io.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from tests import test_swap_contract
-from tests.test_swap_contract import Place, served
+from tests.test_swap_contract import Place, Write, served
 
-# The tests, and their fixtures; two of those are other ones here.
+# The tests, and their fixtures; three of those are other ones here.
 globals().update({name: found for name, found in vars(test_swap_contract).items() if not name.startswith("__")})
 
 
@@ -21,6 +21,11 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     options = ("--slots", "1000", "--clients", "12", "--spill-io", spill_io)
     with served(tmp_path_factory.mktemp("place"), "16M", page_size, *options) as place:
         yield place
+
+
+@pytest.fixture(params=["through"])
+def write(request: pytest.FixtureRequest) -> Write:
+    return "behind" if request.param == "behind" else "through"
 
 
 @pytest.fixture(params=["mapped"])
