@@ -33,7 +33,16 @@ from gcma_shm.sizes import format_size, parse_size
 WAYS = layout.SPILL_IO
 TIMES = 4  # as many pages as the arena has room for
 RUNS = (1, 4, 16, 64)
-JOBS = ("store through", "store behind, synced", "load, file, random", "load, file, in order", "load, memory")
+JOBS = (
+    "store through",
+    "store behind, synced",
+    "load, file, random",
+    "load, file, in order",
+    "load, memory",
+    "load, file, in reverse",
+)
+# Those of a group take turns within a round. Stores bring pages into memory that loads are to find in the file, so they come before.
+GROUPS = ((JOBS[0],), (JOBS[1],), (JOBS[2], JOBS[3], JOBS[5]), (JOBS[4],))
 SPILLED = 2  # state of a slot word
 IN_ORDER = 4  # as many loads in order as at random
 WINS = 3.0  # what a hit in memory has to be ahead of a load from the file, where that is not in the page cache
@@ -197,8 +206,9 @@ class Way:
             return lambda: self._store(self.behind, self._anywhere(batch), sync=True)
         if name == JOBS[2]:
             return self._loads(self._random.choice(self._spilled(), batch, replace=False).tolist())
-        if name == JOBS[3]:
-            return self._loads(self._stretch(IN_ORDER * batch))
+        if name in (JOBS[3], JOBS[5]):
+            stretch = self._stretch(IN_ORDER * batch)
+            return self._loads(stretch if name == JOBS[3] else stretch[::-1])  # nothing is read ahead of a reverse one
         hot = self._anywhere(batch // 4)
         self._store(self.through, hot)
         return self._loads(hot * 4)
@@ -263,13 +273,12 @@ def measure_ways(page_size: int, size: int, rounds: int, directory: Path, bare: 
         ways = [Way(name, size, page_size, directory / name, stack) for name in WAYS]
         times: dict[str, dict[str, list[float]]] = {job: {name: [] for name in WAYS} for job in JOBS}
         from_file: dict[str, dict[str, int]] = {job: dict.fromkeys(WAYS, 0) for job in JOBS}
-        for job in JOBS:  # one job after another: stores bring pages into memory that loads are to find in the file
-            operations = IN_ORDER * batch if job == JOBS[3] else batch
-            for number in range(rounds):
-                for way in ways[number % 3 :] + ways[: number % 3]:
+        for number, group in ((number, group) for group in GROUPS for number in range(rounds)):
+            for way in ways[number % 3 :] + ways[: number % 3]:
+                for job in group:
                     before = way.hits()
                     work = way.job(job, batch)
-                    times[job][way.name].append(timed(work, operations))
+                    times[job][way.name].append(timed(work, IN_ORDER * batch if job in (JOBS[3], JOBS[5]) else batch))
                     from_file[job][way.name] += way.hits()[0] - before[0]
         ahead = {way.name: way.hits()[1] for way in ways}
         time.sleep(2.5)  # twice what the broker's dropping takes to come round
@@ -284,8 +293,8 @@ def measure_ways(page_size: int, size: int, rounds: int, directory: Path, bare: 
         rows.append(row)
     rows.append(
         [
-            "a load in order / at random",
-            *(str(Ratio.of(times[JOBS[3]][n], times[JOBS[2]][n])) for n in WAYS),
+            "a load in order / in reverse",
+            *(str(Ratio.of(times[JOBS[3]][n], times[JOBS[5]][n])) for n in WAYS),
             "",
             "",
         ]
