@@ -17,6 +17,17 @@ cdef enum:
     ZERO = 3
     CLOSED = 4
     FILLED = 5          # the payload, four bytes as they lie in memory, over and over: stored nowhere else
+    FILLED_LAID = 6     # the same, and LAID, for which the payload has no room
+
+# What the payload of an EMPTY or ZERO word says: 0, or LAID: the file may hold a page at the slot's place, which nobody needs.
+cdef enum:
+    LAID = 1
+
+# --- how spill files are read and written; the order of layout.SPILL_IO
+cdef enum:
+    BUFFERED = 0
+    UNCACHED = 1
+    DIRECT = 2
 
 cdef uint64_t DIRTY = 1ull << 32
 cdef uint64_t PAYLOAD = 0xffffffffull
@@ -70,7 +81,14 @@ cdef enum:
 cdef enum:
     TRIES_MAX = 1 << 20     # of a load or swing that keeps losing; each loss is somebody else's progress
     BATCH_MAX = 64          # pages that one call cleans or sweeps at once
-    RUN_MAX = 4             # neighbours in one write: longer runs lay the file in folios that make overwrites dearer
+    RUN_BUFFERED = 4        # neighbours in one buffered write: longer runs lay the file in folios that make overwrites dearer
+    SWEEPER_SHARE = 8       # the broker's reclaim thread may claim so much of the nursery at once, BATCH_MAX pages at the most
+    PUNCH_SLOTS = 1 << 16   # slots that one turn of the search for places to give back looks at, and ...
+    PUNCH_RANGES = 64       # ... ranges that it gives back
+    AHEAD_FROM = 2          # loads from the file, each behind the one before, after which the next ones are read ahead ...
+    AHEAD_GAP = 8           # slots that are passed over may lie between two of them
+    AHEAD_FIRST = 4         # ... so many pages at first, twice as many each time that they were asked for ...
+    AHEAD_MAX = 16          # ... and no more than this
     LOOK_EVERY = 16         # tries between two looks at the clock
     GRANT_TRIES = 8         # tickets that a refault may draw: it must never cost more than the read that it saves
     SEEK_MAX = 1024         # pages of an area that one promotion passes on its way to a FREE one
@@ -120,13 +138,15 @@ cdef enum:
     C_REFUSED_SPILL_ERROR
     C_REFUSED_SPILL_CORRUPT
     C_REFUSED_DAMAGED
+    C_PUNCHED
+    C_READ_AHEAD
     COUNTERS_COUNT
 
 COUNTERS = (
     "stores", "stores_zero", "overwrites_saved", "hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses",
     "stores_filled", "hits_filled", "invalidations", "cleaned", "spill_failures", "refaults", "promotions", "evictions", "discards", "orphans_freed", "heals", "retries",
     "direct_reclaims", "refused_closed", "refused_nursery_full", "refused_slot_busy", "refused_spill_error",
-    "refused_spill_corrupt", "refused_damaged",
+    "refused_spill_corrupt", "refused_damaged", "punched", "read_ahead",
 )  # fmt: skip
 assert len(COUNTERS) == COUNTERS_COUNT
 
@@ -237,6 +257,14 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     int presence            # open file with this client's lock on its record; -1: none
     char *spill_path        # the same by name, should it be removed and made again
     SpillFile spill[256]
+    uint8_t plain[256]      # by type: its file does not know how to keep out of the page cache (RWF_DONTCACHE)
+    uint32_t direct_memory  # alignment of memory into which a file is read past the page cache
+    int run_max             # neighbours in one write
+    # Of the broker's reclaim thread.
+    int sweeper_pins        # claims that it may hold at once
+    uint64_t punch_type     # where the search for places to give back goes on
+    uint64_t punch_offset
+    uint64_t unpunchable[256]   # by type: the life whose file cannot give back a part of itself
     crc32c_t crc
 
 cdef struct Handle:  # one life of one type
@@ -245,6 +273,8 @@ cdef struct Handle:  # one life of one type
     uint64_t base
     uint64_t slots
     int fd              # its spill file
+    uint64_t expected   # the offset behind the last that was loaded from the file, or read ahead
+    uint64_t streak     # how many loads from the file were of the expected offset
 
 cdef struct Tally:      # what one call adds to the hot counters
     uint64_t counts[HOT]
@@ -279,6 +309,33 @@ cdef inline uint64_t state_of(uint64_t word) noexcept nogil:
 cdef inline uint64_t next_word(uint64_t word, uint64_t state, uint64_t rest) noexcept nogil:
     """The successor of `word`: next version, `state`, and `rest` (DIRTY and payload). The version wraps by overflow."""
     return (((word >> VERSION_SHIFT) + 1) << VERSION_SHIFT) | (state << STATE_SHIFT) | rest
+
+
+cdef inline bint is_hollow(uint64_t word) noexcept nogil:
+    """Whether no value needs the slot's place in the file, once nobody writes there any more."""
+    cdef uint64_t state = state_of(word)
+    return state == EMPTY or state == ZERO or state == FILLED or state == FILLED_LAID
+
+
+cdef inline bint is_laid(uint64_t word) noexcept nogil:
+    """Whether a hollow word says that the file may hold a page at its place."""
+    cdef uint64_t state = state_of(word)
+    return state == FILLED_LAID or ((state == EMPTY or state == ZERO) and word & LAID != 0)
+
+
+cdef inline uint64_t hollow_word(uint64_t before, uint64_t state, uint64_t pattern) noexcept nogil:
+    """The word that comes after `before` when the slot has no page any more: EMPTY, ZERO, or FILLED with a pattern. LAID where the file
+    may hold a page that nobody needs then.
+    """
+    cdef bint laid = not is_hollow(before) or is_laid(before)
+    if state == FILLED:
+        return next_word(before, FILLED_LAID if laid else FILLED, pattern)
+    return next_word(before, state, LAID if laid else 0)
+
+
+cdef inline uint64_t punched_word(uint64_t word) noexcept nogil:
+    """The successor of a hollow word when its place was given back."""
+    return next_word(word, FILLED, word & PAYLOAD) if state_of(word) == FILLED_LAID else next_word(word, state_of(word), 0)
 
 
 cdef inline bint names(uint64_t word, uint64_t page) noexcept nogil:

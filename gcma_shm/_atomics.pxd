@@ -37,6 +37,7 @@ cdef extern from "_races.h" nogil:
         size_t iov_len
     void racy_copy(void *to, const void *from_, size_t size)
     ssize_t racy_pwritev(int fd, const iovec *parts, int count, int64_t at)
+    ssize_t racy_pwritev2(int fd, const iovec *parts, int count, int64_t at, int flags)
 
 cdef extern from "_crc32c.h" nogil:
     ctypedef struct crc32c_t:

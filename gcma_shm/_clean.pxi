@@ -82,15 +82,16 @@ cdef void write_run(Arena *a, Clean *batch, int n, int fd) noexcept nogil:
     """Writes n claimed neighbours in one write, if the file takes it, and gives the claims back. A page that it refuses keeps none of
     the others from being written.
     """
-    cdef iovec parts[RUN_MAX]
-    cdef uint32_t crcs[RUN_MAX]
+    cdef iovec parts[BATCH_MAX]
+    cdef uint32_t crcs[BATCH_MAX]
+    cdef uint64_t type_ = batch[0].key >> KEY_SHIFT
     cdef int i, done = 0, whole, written
     for i in range(n):
         parts[i].iov_base = page_bytes(a, batch[i].word & PAYLOAD)
         parts[i].iov_len = a.page_size
         crcs[i] = crc32c_page(&a.crc, <uint8_t *>parts[i].iov_base)
     while done < n:
-        written = spill_write(fd, parts + done, n - done, (batch[0].offset + done) * a.page_size, &whole)  # @clean.write
+        written = spill_write(a, type_, fd, parts + done, n - done, (batch[0].offset + done) * a.page_size, &whole)  # @clean.write
         for i in range(done, done + whole):
             clean_finish(a, &batch[i], crcs[i], OK)
         done += whole
@@ -100,7 +101,7 @@ cdef void write_run(Arena *a, Clean *batch, int n, int fd) noexcept nogil:
 
 
 cdef void clean_claimed(Arena *a, Clean *batch, int n, const Handle *own) noexcept nogil:
-    """Claims up to RUN_MAX-long runs of n slots, writes and releases them: holds no more than n claims, waits for
+    """Claims n slots, writes them in runs of at most `run_max` neighbours and releases them: holds no more than n claims, waits for
     nobody.
     """
     cdef uint64_t type_
@@ -115,7 +116,7 @@ cdef void clean_claimed(Arena *a, Clean *batch, int n, const Handle *own) noexce
             continue
         run = 1
         while (
-            run < RUN_MAX
+            run < a.run_max
             and first + run < n
             and batch[first + run].status == CLAIMED
             and batch[first + run].key == batch[first].key + run

@@ -12,7 +12,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.number cimport PyNumber_AsSsize_t
-from libc.errno cimport EINTR, EIO, ENOENT, ENOSPC, ESTALE, errno
+from libc.errno cimport EINTR, EIO, ENOENT, ENOMEM, ENOSPC, ENOSYS, EOPNOTSUPP, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
@@ -26,21 +26,39 @@ from gcma_shm import layout
 from gcma_shm.errors import ArenaError, Closed, NurseryFull, SlotBusy, SpillCorrupt, SpillError, StaleHandle
 
 cdef extern from "fcntl.h" nogil:
-    int O_RDONLY, O_RDWR, O_CLOEXEC, O_DIRECTORY, O_NOCTTY, O_NOFOLLOW
+    int O_RDONLY, O_RDWR, O_CLOEXEC, O_DIRECT, O_DIRECTORY, O_NOCTTY, O_NOFOLLOW
+    int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE, POSIX_FADV_DONTNEED, SYNC_FILE_RANGE_WRITE
     int open_ "open"(const char *, int, ...)
     int openat(int, const char *, int, ...)
+    int fallocate(int, int, int64_t, int64_t)
+    int posix_fadvise(int, int64_t, int64_t, int)
+    int sync_file_range(int, int64_t, int64_t, unsigned int)
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t, size_t)
 
 cdef extern from "sys/stat.h" nogil:
     struct stat_t "stat":
         uint64_t st_ino
         uint64_t st_dev
+        int64_t st_blksize
     int fstat(int, stat_t *)
 
 cdef extern from "unistd.h" nogil:
     int close(int)
     int dup3(int, int, int)
     int ftruncate(int, int64_t)
+    int64_t lseek(int, int64_t, int)
+    int SEEK_DATA
     ssize_t pread(int, void *, size_t, int64_t)
+
+cdef extern from "sys/uio.h" nogil:
+    ssize_t preadv(int, const iovec *, int, int64_t)
+    ssize_t preadv2(int, const iovec *, int, int64_t, int)
+
+cdef extern from "_direct.h" nogil:
+    int GCMA_DONTCACHE
+    bint direct_alignment_of "direct_alignment"(int fd, uint32_t *memory, uint32_t *offset)
 
 cdef extern from "sys/mman.h" nogil:
     int madvise(void *, size_t, int)
@@ -52,9 +70,11 @@ include "_arena.pxi"
 include "_spill.pxi"
 include "_clean.pxi"
 include "_nursery.pxi"
+include "_readahead.pxi"
 include "_slots.pxi"
 include "_claim.pxi"
 include "_retry.pxi"
+include "_punch.pxi"
 include "_sweep.pxi"
 include "_recover.pxi"
 include "_survey.pxi"
@@ -87,6 +107,12 @@ def scheduler_slice(double seconds):
     (before Linux 6.12), or refuses it, nothing changes.
     """
     return set_slice(<uint64_t>(seconds * 1e9)) / 1e9
+
+
+def direct_alignment(int fd):
+    """What O_DIRECT asks of memory, and of offset and length, in bytes (0: there is no such thing); None: nobody tells of this file."""
+    cdef uint32_t memory, offset
+    return (memory, offset) if direct_alignment_of(fd, &memory, &offset) else None
 
 
 cdef class Plane:
@@ -146,6 +172,9 @@ cdef class Plane:
         a.slots_count = geometry.slots
         a.allocations_count = geometry.allocations_max
         a.pins_max = geometry.grants_max
+        a.sweeper_pins = max(a.pins_max, <int32_t>min(<uint64_t>BATCH_MAX, a.nursery // SWEEPER_SHARE))
+        a.run_max = RUN_BUFFERED if a.spill_io == BUFFERED else BATCH_MAX
+        a.direct_memory = DIRECT_MEMORY
         if number == BROKER:
             a.lent_map = <uint32_t *>calloc(a.pages // LENT_BLOCK + 1, sizeof(uint32_t))
             a.refused = <uint64_t *>calloc(a.nursery, sizeof(uint64_t))
@@ -461,6 +490,20 @@ cdef class Plane:
             retry_refused(self.a)
             count_refused(self.a, by_type)
         return {type_: by_type[type_] for type_ in range(256) if by_type[type_]}, self.a.refused_errno
+
+    def punch(self):
+        """One turn of the search for places in spill files that no value needs any more, whose disk space is given back. True: it has come
+        to the end, and the next turn begins anew. To be called by the thread that sweeps.
+        """
+        cdef bint ended
+        with nogil:
+            ended = punch_some(self.a)
+        return ended
+
+    def drop_cached(self):
+        """Has the page cache let go of what it holds of the living types' files, but for what has not reached the disk yet."""
+        with nogil:
+            drop_cached(self.a)
 
     def bury(self, numbers):
         """Takes back the nursery grants and the writer's claims of clients that are dead or have said goodbye: one pass for all."""

@@ -17,12 +17,14 @@ cdef inline bint living(Arena *a, Handle *t) noexcept nogil:
 
 
 cdef int swing(Arena *a, Handle *t, Slot *slot, uint64_t state, uint64_t rest, uint64_t *before, uint64_t *after) noexcept nogil:
-    """Points the slot to a new value, whatever it held: OK, or ENDED. A lost CAS is somebody else's progress."""
+    """Points the slot to a new value, whatever it held: OK, or ENDED. A lost CAS is somebody else's progress. `rest`: of a CACHED
+    word, or the pattern of a FILLED one.
+    """
     while True:
         before[0] = load_acquire(&slot.word)
         if not living(a, t) or state_of(before[0]) == CLOSED:
             return ENDED
-        after[0] = next_word(before[0], state, rest)
+        after[0] = next_word(before[0], CACHED, rest) if state == CACHED else hollow_word(before[0], state, rest)
         if cas(&slot.word, before[0], after[0]):
             return OK
         count(a, C_RETRIES)
@@ -152,7 +154,7 @@ cdef int load_spilled(
 ) noexcept nogil:
     """OK; BUSY: start over; CORRUPT; or -errno."""
     cdef uint64_t side = load_acquire(&slot.side)                         # @load.file
-    cdef int64_t got = spill_read(t.fd, out, a.page_size, offset * a.page_size)
+    cdef int64_t got = read_place(a, t, offset, out)
     fence_acquire()
     # While the word says SPILLED nobody writes this place: a write under way holds the writer since before the word
     # became clean. So with the word unchanged, file and checksum belong together.
@@ -188,7 +190,7 @@ cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *ta
             memset(out, 0, a.page_size)
             tally.counts[C_HITS_ZERO] += 1
             return OK
-        if state == FILLED:
+        if state == FILLED or state == FILLED_LAID:
             repeat(out, a.page_size, <uint32_t>(word & PAYLOAD))
             tally.counts[C_HITS_FILLED] += 1
             return OK
@@ -239,7 +241,7 @@ cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
 
 cdef int64_t holds_page(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
     cdef uint64_t state = state_of(load_acquire(&slot_of(a, t, offset).word))
-    return state == CACHED or state == SPILLED or state == ZERO or state == FILLED
+    return state != EMPTY and state <= FILLED_LAID and state != CLOSED
 
 
 cdef int64_t count_pages(Arena *a, Handle *t) noexcept nogil:

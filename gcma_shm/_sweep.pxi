@@ -185,7 +185,7 @@ cdef bint settle(Arena *a, uint64_t page) noexcept nogil:
         if word & DIRTY:
             return False
         # Policy, the idea of S3-FIFO (Yang et al., SOSP 2023): the small queue filters out what is never read again.
-        wanted = load_byte(&a.visited[page])
+        wanted = load_byte(&a.visited[page]) & ~READ_AHEAD != 0
         index = area_in_turn(a)
         if index < 0 or not promote(a, <uint64_t>index, page, key, word, wanted):
             return evict(a, page, life, &a.slots[key & SLOT], word)
@@ -214,7 +214,7 @@ cdef void clean_tickets(Arena *a, uint64_t ticket, int n, Retries *retries) noex
                 k -= 1
             batch[k].key = key
             dirty += 1
-    clean_batch(a, batch, dirty, a.pins_max, NULL)  # the reclaim thread has a share of its own
+    clean_batch(a, batch, dirty, a.sweeper_pins, NULL)  # a share of its own
     for i in range(dirty):
         if batch[i].status < 0:
             note_refused(a, &batch[i])

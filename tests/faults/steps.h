@@ -67,7 +67,11 @@ static void *gcma_memcpy(const char *where, void *to, const void *from, size_t s
 #define exchange32(p, v) STEP(exchange32(p, v))
 #define add32(p, v) STEP(add32(p, v))
 #define pread(f, b, n, o) LOOK(pread(f, b, n, o))
+#define preadv(f, v, n, o) LOOK(preadv(f, v, n, o))
+#define preadv2(f, v, n, o, w) LOOK(preadv2(f, v, n, o, w))
 #define pwritev(f, v, n, o) STEP(pwritev(f, v, n, o))
+#define pwritev2(f, v, n, o, w) STEP(pwritev2(f, v, n, o, w))
+#define fallocate(f, m, o, n) STEP(fallocate(f, m, o, n))
 #define memcpy(t, f, n) gcma_memcpy(__func__, t, f, n)
 
 /* Jitter without a hand on the process: from the environment, for brokers and for the workers of a storm. */

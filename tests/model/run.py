@@ -207,6 +207,18 @@ MODELS = (
             "WORD_BEFORE_PAGE": "SCENE_FULL",
         },
     ),
+    Model(
+        "punch",
+        scenes=("SCENE_LOAD", "SCENE_AGAIN", "SCENE_DEATH"),
+        faults={
+            "LOAD_WITHOUT_FILE_AGAIN": "SCENE_LOAD",
+            "MARK_ANY_WORD": "SCENE_AGAIN",
+            "MARK_BEFORE_PUNCH": "SCENE_DEATH",
+            "PUNCH_WITHOUT_AGAIN": "SCENE_LOAD",
+            "PUNCH_WITHOUT_CLAIM": "SCENE_AGAIN",
+            "SWING_FORGETS": "SCENE_DEATH",
+        },
+    ),
 )
 
 
