@@ -8,7 +8,7 @@ The protocol is in docs/data-plane.md, its steps in the .pxi files included here
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_AsSsize_t
 from libc.errno cimport EINTR, EIO, ENOENT, ENOSPC, ESTALE, errno
@@ -57,6 +57,8 @@ include "_retry.pxi"
 include "_sweep.pxi"
 include "_recover.pxi"
 include "_survey.pxi"
+
+copy_init()
 
 # The tables have a size in layout.py and a shape here.
 assert sizeof(TypeEntry) == layout.TYPE_BYTES
