@@ -1,7 +1,8 @@
 # The arena as the core sees it: words, tables, counters.
 #
 # docs/data-plane.md is the protocol's text; `@step` marks the line that takes the step of that name. Every function
-# here and in the other .pxi files runs without the GIL and never touches a Python object.
+# here and in the other .pxi files can run without the GIL and never touches a Python object. `Slots` calls two of them
+# with it, for small pages: `load_memory`, and `store_page` without patience, which wait for nobody.
 #
 # Who may write what: nursery pages, the client that was granted them, until published. Area pages as cache, the broker
 # alone. Area pages as buffer, the buffer's holders alone. Slot words, anyone, by CAS. A slot's place in the file, who

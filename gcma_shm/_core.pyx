@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, freethreading_compatible=False
-"""The data plane: slots, pages and spill files of one mapped arena, all outside the GIL.
+# cython: initializedcheck=False, freethreading_compatible=False, binding=False, embedsignature=True, embedsignature.format=clinic
+"""The data plane: slots, pages and spill files of one mapped arena; outside the GIL whatever may wait or touches a file.
 
 `Plane` is one process's view of an arena; `Slots` one life of one swap type on it; `Span` a contiguous buffer's memory.
 The protocol is in docs/data-plane.md, its steps in the .pxi files included here.

@@ -1,4 +1,4 @@
-/* Included before everything else into a build for tests (-include files.h): pwritev and pread of spill files fail, or do less than they
+/* Included before everything else into a build for tests (-include files.h): pwrite, pwritev and pread of spill files fail, or do less than they
  * were asked for, as a test says while broker and clients run. What it says are words in a file that GCMA_TEST_FILES names, mapped
  * by all of them; files.py has the other side.
  *
@@ -81,6 +81,12 @@ static ssize_t gcma_pwritev(int fd, const struct iovec *parts, int count, int64_
     return pwritev(fd, some, n, at);
 }
 
+static ssize_t gcma_pwrite(int fd, const void *page, size_t size, int64_t at)
+{
+    struct iovec part = {(void *)page, size};
+    return gcma_pwritev(fd, &part, 1, at);
+}
+
 static ssize_t gcma_pread(int fd, void *out, size_t size, int64_t at)
 {
     ssize_t allowed;
@@ -95,4 +101,5 @@ static ssize_t gcma_pread(int fd, void *out, size_t size, int64_t at)
 }
 
 #define pwritev(f, v, n, o) gcma_pwritev(f, v, n, o)
+#define pwrite(f, b, n, o) gcma_pwrite(f, b, n, o)
 #define pread(f, b, n, o) gcma_pread(f, b, n, o)

@@ -68,6 +68,7 @@ static void *gcma_memcpy(const char *where, void *to, const void *from, size_t s
 #define exchange32(p, v) STEP(exchange32(p, v))
 #define add32(p, v) STEP(add32(p, v))
 #define pread(f, b, n, o) LOOK(pread(f, b, n, o))
+#define pwrite(f, b, n, o) STEP(pwrite(f, b, n, o))
 #define pwritev(f, v, n, o) STEP(pwritev(f, v, n, o))
 #define memcpy(t, f, n) gcma_memcpy(__func__, t, f, n)
 #define copy_in(t, f, n) gcma_memcpy(__func__, t, f, n)
