@@ -8,6 +8,7 @@ The protocol is in docs/data-plane.md, its steps in the .pxi files included here
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_CheckExact, PyByteArray_GET_SIZE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.number cimport PyNumber_AsSsize_t
@@ -216,14 +217,16 @@ cdef class Plane:
             step += 1
         return self.users == 0
 
-    cdef int enter(self) except -1:
+    @cython.final
+    cdef inline int enter(self) except -1:
         """An operation begins that may hold pages or claims; to be ended with `leave`, also under the GIL."""
         if self.closed:
             raise Closed("this client is closed")
         self.users += 1
         return 0
 
-    cdef void leave(self, Tally *tally) noexcept:
+    @cython.final
+    cdef inline void leave(self, Tally *tally) noexcept:
         self.users -= 1
         add_tally(self.a, tally)
 

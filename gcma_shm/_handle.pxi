@@ -123,7 +123,8 @@ cdef class Slots:
         """Gives the disk back that the life's spill file takes. For the broker, when the life has ended; an error changes nothing."""
         ftruncate(self.t.fd, 0)
 
-    cdef int64_t offset_of(self, offset) except -1:
+    @cython.final
+    cdef inline int64_t offset_of(self, offset) except -1:
         cdef Py_ssize_t n = PyNumber_AsSsize_t(offset, IndexError)
         if self.closed or self.plane.closed:
             raise Closed(f"this handle on type {self.t.type} is closed")
@@ -132,6 +133,7 @@ cdef class Slots:
         prefetch(slot_of(self.plane.a, &self.t, n))
         return n
 
+    @cython.final
     cdef int open_buffer(self, object_, Py_buffer *buffer, bint writable, Py_ssize_t pages) except -1:
         PyObject_GetBuffer(object_, buffer, PyBUF_SIMPLE | (PyBUF_WRITABLE if writable else 0))
         try:
@@ -140,7 +142,8 @@ cdef class Slots:
             PyBuffer_Release(buffer)
             raise
 
-    cdef int check_size(self, Py_ssize_t found, Py_ssize_t pages) except -1:
+    @cython.final
+    cdef inline int check_size(self, Py_ssize_t found, Py_ssize_t pages) except -1:
         if found != pages * self.plane.page_size:
             if pages == 1:
                 raise ValueError(f"{found} bytes: expected one page, exactly {self.plane.page_size} bytes")
@@ -162,14 +165,23 @@ cdef class Slots:
 
         After False or an error the content of `buffer` is undefined. Raises as `load`, ValueError for another length.
         """
-        cdef uint64_t n = self.offset_of(offset)
+        cdef uint64_t n = self.offset_of(offset), word
+        cdef Arena *a = self.plane.a
         cdef Py_buffer out
+        cdef int status
+        if self.held and PyByteArray_CheckExact(buffer):  # under the GIL nobody resizes it, so it need not be exported
+            self.check_size(PyByteArray_GET_SIZE(buffer), 1)
+            fetch_ahead(a, slot_of(a, &self.t, n), PREFETCH_LOAD)
+            status = load_memory(a, &self.t, n, &word, <uint8_t *>PyByteArray_AS_STRING(buffer), a.me.counters)
+            if status == OK or status == MISS:
+                return status == OK
         self.open_buffer(buffer, &out, True, 1)
         try:
             return self.load_to(offset, n, <uint8_t *>out.buf) == OK
         finally:
             PyBuffer_Release(&out)
 
+    @cython.final
     cdef int load_to(self, offset, uint64_t n, uint8_t *out) except -1:
         """OK or MISS; anything else is raised."""
         cdef Arena *a = self.plane.a
@@ -208,6 +220,7 @@ cdef class Slots:
         finally:
             PyBuffer_Release(&source)
 
+    @cython.final
     cdef int store_from(self, offset, uint64_t n, const uint8_t *data) except -1:
         cdef Arena *a = self.plane.a
         cdef Patience patience = Patience(self.timeout_ns, 0, 0)
@@ -294,6 +307,7 @@ cdef class Slots:
         """A handle is true, also when nothing is stored; `len` counts."""
         return True
 
+    @cython.final
     cdef uint64_t *offsets_of(self, list wanted) except NULL:
         """The checked offsets, to be freed."""
         cdef Py_ssize_t i
