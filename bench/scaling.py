@@ -1,8 +1,8 @@
 """Do loads scale? Two workers against one, 64 against two, and beside a guest that takes most of the arena ten times a second.
 
-Each worker loads pages of a working set that is in memory, at random: all of them the same slots, slots that are neighbours of each other's
-(worker i loads every n-th from i on, so that words of all workers share cache lines), or each its own type. Before each turn it loads as
-many that do not count. The ratio is of pages a second of all workers together, in turns within rounds. On a machine that is busy with
+Each worker loads pages of a working set that is in memory, at random: all of them the same slots; slots that are neighbours (of eight in a
+row worker i always takes the i-th, so that words and descriptors of all workers share cache lines); or each its own type. Before each turn it
+loads as many that do not count. The ratio is of pages a second of all workers together, in turns within rounds. On a machine that is busy with
 other work that tells more of the scheduler, which gives many workers more of the processors than few; so a second verdict is by the workers'
 own processor time, of which a load must take no more where others load beside it.
 """
@@ -27,6 +27,7 @@ import gcma_shm
 from gcma_shm.sizes import format_size, parse_size
 
 PLACES = ("same slots", "neighbouring slots", "separate types")
+NEIGHBOURS = 8  # slots in turn, worker i takes the i-th of them: the words of four lie in one cache line
 TYPES = 2  # that the separate types are: worker i loads from type 1 + i % TYPES
 SAMPLE = 64  # one load in so many is timed by itself
 GUEST_PART = 0.8  # of the area that the guest takes
@@ -63,7 +64,7 @@ class Worker:
         swap = self._client.swap(1 + self._index % TYPES if place == "separate types" else 0, self._pages)
         offsets = self._rng.integers(0, self._pages, 1 << 15)
         if place == "neighbouring slots":
-            offsets = offsets // workers * workers + self._index
+            offsets = offsets // NEIGHBOURS * NEIGHBOURS + self._index % NEIGHBOURS
         batches = np.minimum(offsets, self._pages - 1).reshape(-1, SAMPLE).tolist()
         load, out, clock = swap.load_into, self._out, time.perf_counter_ns
         while time.monotonic() < start:

@@ -15,10 +15,10 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Pages up to so many bytes are loaded and stored while the interpreter's lock is held. To give it up and take it again costs some 40 ns
- * and, worse, several locked instructions, at which the processor waits for what it could have overlapped: a tenth of a load of 4 KiB, 2 %
- * of one of 64 KiB (bench/scaling.py does not need it: its workers are processes). Others wait for one copy meanwhile, 1 to 4 us of the
- * 5 ms that the interpreter gives a thread in its turn; whoever may wait for somebody, reclaims or touches a file has given it up before.
+/* Pages up to so many bytes are loaded and stored while the interpreter's lock is held. To give it up and take it again, with the counting that
+ * goes with it, costs 55 to 65 ns, in which the processor waits at locked instructions for what it could have overlapped: a sixth of a load
+ * of 4 KiB out of memory, 2 % of one of 64 KiB. Other threads wait for one copy meanwhile, about a microsecond of the 5 ms that the
+ * interpreter gives each in its turn; whoever may wait for somebody, reclaims or touches a file has given the lock up before.
  * Under ThreadSanitizer the lock would put in order what the protocol has to: there it is always given up. */
 #ifdef __SANITIZE_THREAD__
 enum { HELD_MAX = 0 };
