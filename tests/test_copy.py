@@ -37,19 +37,19 @@ def opened(page_size: int, directory: Path, timeout_s: float = 60.0) -> tuple[Pl
 @pytest.mark.parametrize("page_size", SIZES)
 def test_a_page_comes_back_whole_wherever_the_callers_memory_lies(page_size: int, tmp_path: Path) -> None:
     _, swap = opened(page_size, tmp_path)
-    room = np.zeros(page_size + 4096, np.uint8)
-    aligned = -room.ctypes.data % 64
+    room = bytearray(page_size + 4096)
+    aligned = -np.frombuffer(room, np.uint8).ctypes.data % 64
     for n, shift in enumerate(SHIFTS):
         page = np.random.default_rng(n).bytes(page_size)
-        place = room[aligned + 64 + shift :][:page_size]
-        place[:] = np.frombuffer(page, np.uint8)
-        swap.store(n % SLOTS, memoryview(place))
-        assert swap.load(n % SLOTS) == page
-        room[:] = GUARD
-        assert swap.load_into(n % SLOTS, memoryview(place))
-        assert place.tobytes() == page
-        place[:] = GUARD
-        assert (room == GUARD).all(), "bytes beside the page were written"
+        with memoryview(room)[aligned + 64 + shift :][:page_size] as place:
+            place[:] = page
+            swap.store(n % SLOTS, place)
+            assert swap.load(n % SLOTS) == page
+            room[:] = bytes([GUARD]) * len(room)
+            assert swap.load_into(n % SLOTS, place)
+            assert place == page
+            place[:] = bytes([GUARD]) * page_size
+        assert room.count(GUARD) == len(room), "bytes beside the page were written"
 
 
 @pytest.mark.parametrize("page_size", SIZES)
