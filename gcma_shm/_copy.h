@@ -33,7 +33,7 @@ enum { HELD_MAX = 16 << 10 };
 
 enum {
     COPY_AVX_MAX = 32 << 10,     /* bytes: larger pages are left to memcpy, ... */
-    COPY_REP_MIN = 64 << 10,     /* ... are copied out by `rep movsb` from here on, */
+    COPY_REP_MIN = 256 << 10,    /* ... are copied out by `rep movsb` from here on, where memcpy writes past the caches, */
     COPY_STREAM_MIN = 256 << 10, /* ... and copied in past the caches from here on: nobody reads so much before it is evicted from them */
     COPY_AHEAD = 4 << 10,        /* bytes that copy_out asks for before it needs them: the hardware's prefetcher begins anew in every page */
 };
