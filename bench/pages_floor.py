@@ -56,7 +56,7 @@ def map_memory(setup: Setup) -> mmap.mmap:
 def copies(setup: Setup, page: bytes, memory: mmap.mmap, source: bytearray, out: bytearray) -> dict[str, Contender]:
     """In C, 64 a call; and what plain Python makes of it."""
     floor, size, batch = Floor(setup.library), setup.page_size, setup.batch
-    view, target = memoryview(memory), memoryview(out)[:size]
+    view, target = memoryview(memory), out
 
     def starts(which: Which) -> Any:
         return (which * size).tolist()
@@ -96,7 +96,7 @@ def files(
     """A file of the working set's size, laid in page-sized writes."""
     size, batch = setup.page_size, setup.batch
     fd, first = open_file(stack, setup, "overwritten"), open_file(stack, setup, f"first-{index}")
-    floor, into = Floor(setup.library), [memoryview(out)[:size]]
+    floor, into = Floor(setup.library), [out]
     own = ctypes.CDLL(str(setup.own_library)).copy_and_write
     p, n = ctypes.c_void_p, ctypes.c_size_t
     own.argtypes = [p, ctypes.c_int, p, p, n, n]

@@ -33,9 +33,9 @@ def swap_of(client: gcma_shm.Client, setup: Setup, type_: int) -> gcma_shm.Swap:
     return client.swap(type_, setup.pages, write="behind" if type_ == BEHIND else "through")
 
 
-def loads(swap: gcma_shm.Swap, setup: Setup, many: bytearray) -> dict[str, Contender]:
+def loads(swap: gcma_shm.Swap, setup: Setup, out: bytearray, many: bytearray) -> dict[str, Contender]:
     """From what is in memory."""
-    out, out_many = bytearray(setup.page_size), memoryview(many)[: setup.batch * setup.page_size]
+    out_many = memoryview(many)[: setup.batch * setup.page_size]
 
     def load(offsets: list[int], load: Callable[[int], bytes | None] = swap.load) -> None:
         for offset in offsets:
