@@ -1,7 +1,8 @@
 # The arena as the core sees it: words, tables, counters.
 #
 # docs/data-plane.md is the protocol's text; `@step` marks the line that takes the step of that name. Every function
-# here and in the other .pxi files runs without the GIL and never touches a Python object.
+# here and in the other .pxi files can run without the GIL and never touches a Python object. `Slots` calls two of them
+# with it, for small pages: `load_memory`, and `store_page` without patience, which wait for nobody.
 #
 # Who may write what: nursery pages, the client that was granted them, until published. Area pages as cache, the broker
 # alone. Area pages as buffer, the buffer's holders alone. Slot words, anyone, by CAS. A slot's place in the file, who
@@ -77,6 +78,7 @@ cdef enum:
     BUSY = 4        # another is writing this slot's place in the file
     CORRUPT = 5     # the file's page does not fit its checksum
     DAMAGED = 6     # the tables contradict themselves
+    IN_FILE = 7     # not in memory
 
 cdef enum:
     TRIES_MAX = 1 << 20     # of a load or swing that keeps losing; each loss is somebody else's progress
@@ -93,7 +95,6 @@ cdef enum:
     GRANT_TRIES = 8         # tickets that a refault may draw: it must never cost more than the read that it saves
     SEEK_MAX = 1024         # pages of an area that one promotion passes on its way to a FREE one
     SCRUB_MAX = 2           # pages of a full area that a cold page looks at in search of an orphan
-    PREFETCH_STORE = 64     # cache lines, 4 KiB: of the page that the next store will get
     PREFETCH_LOAD = 4       # of a single load's page, as many as arrive before the copy begins
     PREFETCH_BATCH = 16     # of the page after next in a batch; the hardware fetches the rest of a page in order
     AHEAD_WORD = 6          # slots ahead of the copy in a batch, of which the word is fetched
@@ -276,9 +277,13 @@ cdef struct Handle:  # one life of one type
     uint64_t expected   # the offset behind the last that was loaded from the file, or read ahead
     uint64_t streak     # how many loads from the file were of the expected offset
 
-cdef struct Tally:      # what one call adds to the hot counters
+cdef struct Tally:      # what one call, without the GIL, adds to the hot counters
     uint64_t counts[HOT]
-    int refusal         # errno of the last file that did not take a page which the call wanted to reclaim; 0: none
+
+cdef struct Patience:   # how long an operation may wait
+    uint64_t limit_ns
+    uint64_t deadline   # 0: it has not begun to wait
+    int refusal         # errno of the last file that did not take a page which the operation wanted to reclaim; 0: none
 
 
 cdef inline bint has_ended(Arena *a, uint64_t number) noexcept nogil:
@@ -292,6 +297,19 @@ cdef inline bint has_ended(Arena *a, uint64_t number) noexcept nogil:
 
 cdef inline void count(Arena *a, int counter) noexcept nogil:
     fetch_add(&a.me.counters[counter], 1)
+
+
+cdef inline bint is_over(Patience *patience) noexcept nogil:
+    """Whether the time is up. It begins with the first asking: whoever need not wait reads no clock."""
+    if not patience.deadline:
+        patience.deadline = now_ns() + patience.limit_ns
+        return not patience.limit_ns
+    return now_ns() >= patience.deadline
+
+
+cdef inline void tick(uint64_t *counter) noexcept nogil:
+    """One more, by a plain store: of a tally of our own, or of the hot counters under the GIL."""
+    store_relaxed(counter, load_relaxed(counter) + 1)
 
 
 cdef inline void add_tally(Arena *a, Tally *tally) noexcept:

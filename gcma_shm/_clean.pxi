@@ -149,7 +149,7 @@ cdef void clean_batch(Arena *a, Clean *batch, int n, int pins, const Handle *own
         first += pins
 
 
-cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, uint64_t deadline) noexcept nogil:
+cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, Patience *patience) noexcept nogil:
     """Until `word` of that slot is clean or superseded: OK, BUSY at the deadline, ENDED, or -errno.
 
     Holds nothing, neither claim nor pin, while it waits.
@@ -163,14 +163,14 @@ cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, uint
             unpin(a, 1)
             if one.status != BUSY:
                 return one.status
-        if now_ns() >= deadline:
+        if is_over(patience):
             return BUSY
         back_off(step)
         step += 1
     return OK
 
 
-cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *words, int n, uint64_t deadline) noexcept nogil:
+cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *words, int n, Patience *patience) noexcept nogil:
     """Cleans n slots, in order of their keys, whose `words` were found dirty; waits for those that others are writing.
 
     Each slot's status is OK, BUSY at the deadline, ENDED, or -errno.
@@ -181,7 +181,7 @@ cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *wor
         pins = pin(a, n)
         if pins:
             break
-        if now_ns() >= deadline:
+        if is_over(patience):
             for i in range(n):
                 batch[i].status = BUSY
             return
@@ -191,4 +191,4 @@ cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *wor
     unpin(a, pins)
     for i in range(n):
         if batch[i].status == BUSY:
-            batch[i].status = clean_wait(a, t, batch[i].key, words[i], deadline)
+            batch[i].status = clean_wait(a, t, batch[i].key, words[i], patience)

@@ -1,6 +1,6 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, freethreading_compatible=False
-"""The data plane: slots, pages and spill files of one mapped arena, all outside the GIL.
+# cython: initializedcheck=False, freethreading_compatible=False, binding=False, embedsignature=True, embedsignature.format=clinic
+"""The data plane: slots, pages and spill files of one mapped arena; outside the GIL whatever may wait or touches a file.
 
 `Plane` is one process's view of an arena; `Slots` one life of one swap type on it; `Span` a contiguous buffer's memory.
 The protocol is in docs/data-plane.md, its steps in the .pxi files included here.
@@ -8,7 +8,8 @@ The protocol is in docs/data-plane.md, its steps in the .pxi files included here
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBUF_WRITE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_CheckExact, PyByteArray_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.number cimport PyNumber_AsSsize_t
@@ -78,6 +79,8 @@ include "_punch.pxi"
 include "_sweep.pxi"
 include "_recover.pxi"
 include "_survey.pxi"
+
+copy_init()
 
 # The tables have a size in layout.py and a shape here.
 assert sizeof(TypeEntry) == layout.TYPE_BYTES
@@ -244,14 +247,16 @@ cdef class Plane:
             step += 1
         return self.users == 0
 
-    cdef int enter(self) except -1:
+    @cython.final
+    cdef inline int enter(self) except -1:
         """An operation begins that may hold pages or claims; to be ended with `leave`, also under the GIL."""
         if self.closed:
             raise Closed("this client is closed")
         self.users += 1
         return 0
 
-    cdef void leave(self, Tally *tally) noexcept:
+    @cython.final
+    cdef inline void leave(self, Tally *tally) noexcept:
         self.users -= 1
         add_tally(self.a, tally)
 

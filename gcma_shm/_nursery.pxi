@@ -89,17 +89,38 @@ cdef inline void wake_sweeper(Arena *a) noexcept nogil:
         futex_wake(a.wake)
 
 
-cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexcept nogil:
-    """A nursery page of ours, pinned until `publish` or `abandon`; or -1: none within the bound (`insist`), or none at
-    hand. `refusal`: errno of the last file that did not take a page in our way.
+cdef int64_t grant_at_hand(Arena *a) noexcept nogil:
+    """The nursery page of the next ticket, pinned until `publish` or `abandon`, if it is FREE; else -1, and the ticket is left to whoever
+    may wait. Waits for nobody and touches no file, so it may be called under the GIL.
+    """
+    cdef uint64_t ticket, page = load_relaxed(a.head) % a.nursery, life = load_relaxed(&a.life[page])
+    if life_state(life) != FREE or not pin(a, 1):
+        return -1
+    ticket = fetch_add(a.head, 1)
+    if ticket % a.nursery != page:  # somebody drew it first; another ticket is lost by this, as one is that meets a page in use
+        page = ticket % a.nursery
+        life = load_relaxed(&a.life[page])
+    if <int64_t>(load_relaxed(a.hand) + a.nursery - ticket) < <int64_t>(a.nursery // LOW_WATER):
+        wake_sweeper(a)
+    if life_state(life) == FREE and cas(&a.life[page], life, next_life(life, GRANTED, a.number)):  # @store.grant
+        fence_release()  # as in `grant`
+        return page
+    unpin(a, 1)
+    return -1
+
+
+cdef int64_t grant(Arena *a, Patience *patience) noexcept nogil:
+    """A nursery page of ours, pinned until `publish` or `abandon`; or -1: none within the bound, and in `patience` why. NULL: none at
+    hand.
     """
     cdef uint64_t ticket, page, life
     cdef int64_t room
     cdef uint64_t tries = 0, refusals = 0, laps = load_relaxed(&a.vain_laps)
     cdef unsigned step = 0
     cdef int status
+    cdef bint insist = patience != NULL
     while not pin(a, 1):  # for other threads of this process, whose stores come to an end by themselves
-        if not insist or now_ns() >= deadline:
+        if not insist or is_over(patience):
             return -1
         back_off(step)
         step += 1
@@ -117,7 +138,7 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
                 count(a, C_DIRECT_RECLAIMS)
                 life = load_relaxed(&a.life[page])
             elif status < 0:
-                refusal[0] = -status
+                patience.refusal = -status
                 refusals += 1
                 if refusals % LOOK_EVERY == 0 and a.refused == NULL:  # each has cost a write: a full disk is not to be hammered
                     back_off(step)
@@ -130,14 +151,14 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
         if not insist:
             if tries >= GRANT_TRIES:
                 break
-        elif tries % LOOK_EVERY == 0 and now_ns() >= deadline:
+        elif tries % LOOK_EVERY == 0 and is_over(patience):
             break
         if tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, being cleaned by somebody, or refused by its file
             # The broker stores for those that send messages, and others wait for the same worker: it does not wait for a file that
             # has refused half of the nursery (no more than the other half may be in clients' hands), once the sweep has gone all
             # around since we came (a lap under way may have missed what was freed before) and found nothing.
-            if 2 * load_relaxed(&a.refused_count) >= a.nursery and load_relaxed(&a.vain_laps) - laps > 1:
-                refusal[0] = a.refused_errno  # also where the sweep was so far ahead that none of our tickets led to such a page
+            if insist and 2 * load_relaxed(&a.refused_count) >= a.nursery and load_relaxed(&a.vain_laps) - laps > 1:
+                patience.refusal = a.refused_errno  # also where the sweep was so far ahead that none of our tickets led to such a page
                 break
             back_off(step)
             step += 1

@@ -33,14 +33,13 @@ cdef inline int pages_ahead(Arena *a, Handle *t, uint64_t offset) noexcept nogil
 cdef bint take_ahead(Arena *a, Handle *t, uint64_t offset, Ahead *one) noexcept nogil:
     """Whether the slot can be read ahead; then a page for it is ours."""
     cdef int64_t page
-    cdef int refusal
     one.slot = slot_of(a, t, offset)
     one.word = load_acquire(&one.slot.word)
     # Its life as for any load: the word belongs to it, and a later one's word is another.
     if state_of(one.word) != SPILLED or not living(a, t):
         return False
     one.side = load_acquire(&one.slot.side)                               # @ahead.side
-    page = grant(a, False, 0, &refusal)                                   # @ahead.grant
+    page = grant(a, NULL)                                                 # @ahead.grant
     if page < 0:
         return False
     one.page = <uint64_t>page

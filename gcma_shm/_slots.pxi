@@ -50,10 +50,10 @@ cdef void repeat(uint8_t *out, size_t size, uint32_t pattern) noexcept nogil:
 
 
 cdef int store_page(
-    Arena *a, Handle *t, uint64_t offset, const uint8_t *data, uint64_t deadline, uint64_t *stored, Tally *tally
+    Arena *a, Handle *t, uint64_t offset, const uint8_t *data, Patience *patience, uint64_t *stored, uint64_t *counts
 ) noexcept nogil:
     """Makes `data` the slot's value, visible to all: OK, and in `stored` the word that names it; FULL or ENDED:
-    nothing changed. `deadline` 0: only into a page that is at hand, without a wait or a file.
+    nothing changed. Without `patience` it waits for nothing and touches no file: FULL when no page is at hand.
     """
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t before
@@ -62,28 +62,26 @@ cdef int store_page(
     if is_filled(data, a.page_size, &pattern):
         if swing(a, t, slot, FILLED if pattern else ZERO, pattern, &before, stored) != OK:  # @store.filled
             return ENDED
-        tally.counts[C_STORES_FILLED if pattern else C_STORES_ZERO] += 1
+        tick(&counts[C_STORES_FILLED if pattern else C_STORES_ZERO])
     else:
-        page = grant(a, deadline != 0, deadline, &tally.refusal)
+        page = grant_at_hand(a) if patience == NULL else grant(a, patience)
         if page < 0:
             return FULL if living(a, t) else ENDED
         store_relaxed(&a.key[page], key_of(t, offset))                                   # @store.fill
         store_byte(&a.visited[page], 0)
-        memcpy(page_bytes(a, page), data, a.page_size)
+        copy_in(page_bytes(a, page), data, a.page_size)
         # The CAS releases key and bytes to whoever acquires the word.
         if swing(a, t, slot, CACHED, DIRTY | <uint64_t>page, &before, stored) != OK:  # @store.swing
             abandon(a, page)
             return ENDED
         publish(a, page)
-        # The next store's page, as far as anybody knows; the copy into a page that is not in the cache is what a store
-        # costs.
-        prefetch_for_write(page_bytes(a, load_relaxed(a.head) % a.nursery), PREFETCH_STORE)
-    tally.counts[C_STORES] += 1
-    tally.counts[C_OVERWRITES_SAVED] += before & DIRTY != 0
+    tick(&counts[C_STORES])
+    if before & DIRTY:
+        tick(&counts[C_OVERWRITES_SAVED])
     return OK
 
 
-cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t *out, Tally *tally) noexcept nogil:
+cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t *out, uint64_t *counts) noexcept nogil:
     """OK; or BUSY: start over."""
     cdef uint64_t page = word & PAYLOAD
     cdef uint64_t life, state, claim = 0
@@ -125,19 +123,18 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
         return BUSY
     if not load_byte(&a.visited[page]):  # most hits write nothing, so the line stays shared between the caches
         store_byte(&a.visited[page], 1)
-    tally.counts[C_HITS_NURSERY if page < a.nursery else C_HITS_AREA] += 1
+    tick(&counts[C_HITS_NURSERY if page < a.nursery else C_HITS_AREA])
     return OK
 
 
 cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint64_t side, const uint8_t *data) noexcept nogil:
     """Puts a page that was evicted a short while ago back into memory, clean, if a nursery page is at hand."""
-    cdef int refusal
-    cdef int64_t page = grant(a, False, 0, &refusal)                      # @load.refault
+    cdef int64_t page = grant(a, NULL)                                    # @load.refault
     if page < 0:
         return
     store_relaxed(&a.key[page], key)
     store_byte(&a.visited[page], 1)  # it came back from the ghosts: to be promoted, not evicted, by the sweep
-    memcpy(page_bytes(a, page), data, a.page_size)
+    copy_in(page_bytes(a, page), data, a.page_size)
     # `data` is the caller's memory, and somebody may be writing it: what is published is what was checked, nothing
     # else.
     if crc32c_page(&a.crc, page_bytes(a, page)) == <uint32_t>(side & CRC) and cas(
@@ -150,7 +147,7 @@ cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint64_t si
 
 
 cdef int load_spilled(
-    Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out, Tally *tally
+    Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out, uint64_t *counts
 ) noexcept nogil:
     """OK; BUSY: start over; CORRUPT; or -errno."""
     cdef uint64_t side = load_acquire(&slot.side)                         # @load.file
@@ -164,65 +161,60 @@ cdef int load_spilled(
         return <int>got
     if got < <int64_t>a.page_size or crc32c_page(&a.crc, out) != <uint32_t>(side & CRC):
         return CORRUPT
-    tally.counts[C_HITS_SPILL] += 1
+    tick(&counts[C_HITS_SPILL])
     if recently_evicted(a, word):
         refault(a, key_of(t, offset), slot, word, side, out)
     return OK
 
 
-cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *tally) noexcept nogil:
+cdef int load_memory(
+    Arena *a, Handle *t, uint64_t offset, uint64_t *word, uint8_t *out, uint64_t *counts
+) noexcept nogil:
+    """One look at the slot, in `word`: OK, MISS, ENDED or DAMAGED; IN_FILE: nothing was copied; or BUSY: start over. Waits for nobody and
+    touches no file, so it may be called under the GIL.
+    """
+    cdef Slot *slot = slot_of(a, t, offset)
+    cdef uint64_t state
+    word[0] = load_acquire(&slot.word)                                    # @load.word
+    state = state_of(word[0])
+    if state == CLOSED or not living(a, t):
+        return ENDED
+    if state == CACHED:
+        return load_cached(a, key_of(t, offset), slot, word[0], out, counts)
+    if state == SPILLED:
+        return IN_FILE
+    if state == EMPTY:
+        tick(&counts[C_MISSES])
+        return MISS
+    if state == ZERO:
+        memset(out, 0, a.page_size)
+        tick(&counts[C_HITS_ZERO])
+        return OK
+    if state == FILLED or state == FILLED_LAID:
+        repeat(out, a.page_size, <uint32_t>(word[0] & PAYLOAD))
+        tick(&counts[C_HITS_FILLED])
+        return OK
+    return DAMAGED
+
+
+cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, uint64_t *counts) noexcept nogil:
     """Copies the slot's value to `out`: OK, MISS, ENDED, BUSY (it never stood still), CORRUPT, DAMAGED or
     -errno. After anything but OK, `out` is
     undefined.
     """
     cdef Slot *slot = slot_of(a, t, offset)
-    cdef uint64_t word, state
+    cdef uint64_t word
     cdef int status, tries
     for tries in range(TRIES_MAX):
-        word = load_acquire(&slot.word)                                   # @load.word
-        state = state_of(word)
-        if state == CLOSED or not living(a, t):
-            return ENDED
-        if state == EMPTY:
-            tally.counts[C_MISSES] += 1
-            return MISS
-        if state == ZERO:
-            memset(out, 0, a.page_size)
-            tally.counts[C_HITS_ZERO] += 1
-            return OK
-        if state == FILLED or state == FILLED_LAID:
-            repeat(out, a.page_size, <uint32_t>(word & PAYLOAD))
-            tally.counts[C_HITS_FILLED] += 1
-            return OK
-        if state == CACHED:
-            status = load_cached(a, key_of(t, offset), slot, word, out, tally)
-        elif state == SPILLED:
-            status = load_spilled(a, t, offset, slot, word, out, tally)
+        status = load_memory(a, t, offset, &word, out, counts)
+        if status == IN_FILE:
+            status = load_spilled(a, t, offset, slot, word, out, counts)
             if status < 0 and not living(a, t):
                 return ENDED
-        else:
-            return DAMAGED
         if status != BUSY:
             return status
         count(a, C_RETRIES)
     return DAMAGED if load_acquire(&slot.word) == word else BUSY
-
-
-cdef int load_at_hand(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *tally) noexcept nogil:
-    """As `load_page`, tried once and without the file: OK, MISS, or anything else: `load_page` will tell."""
-    cdef Slot *slot = slot_of(a, t, offset)
-    cdef uint64_t word = load_acquire(&slot.word)                         # @load.word
-    cdef uint64_t state = state_of(word)
-    if state == CLOSED or not living(a, t):
-        return ENDED
-    if state == EMPTY:
-        tally.counts[C_MISSES] += 1
-        return MISS
-    if state == ZERO:
-        memset(out, 0, a.page_size)
-        tally.counts[C_HITS_ZERO] += 1
-        return OK
-    return load_cached(a, key_of(t, offset), slot, word, out, tally) if state == CACHED else BUSY
 
 
 cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
@@ -258,7 +250,7 @@ cdef inline int graver(int one, int other) noexcept nogil:
     return other if one == OK or other == ENDED or (one == BUSY and other < 0) else one
 
 
-cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, uint64_t deadline) noexcept nogil:
+cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, Patience *patience) noexcept nogil:
     """Cleans what is dirty in the next slots from `offset` on, all of it: OK, ENDED, the first -errno, or BUSY."""
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t words[BATCH_MAX]
@@ -274,15 +266,15 @@ cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, uint64_t deadline) noe
     if not living(a, t):
         return ENDED
     if n:
-        clean_all(a, t, batch, words, n, deadline)
+        clean_all(a, t, batch, words, n, patience)
     for i in range(n):
         result = graver(result, batch[i].status)
     return result
 
 
 cdef int store_batch(
-    Arena *a, Handle *t, const uint64_t *offsets, int n, const uint8_t *data, bint through, uint64_t deadline,
-    Tally *tally, int *failed, bint *stored,
+    Arena *a, Handle *t, const uint64_t *offsets, int n, const uint8_t *data, bint through, Patience *patience,
+    uint64_t *counts, int *failed, bint *stored,
 ) noexcept nogil:
     """Stores n pages (at most BATCH_MAX) in order, then cleans them together: OK, or the first failure and the page
     that it hit.
@@ -294,7 +286,7 @@ cdef int store_batch(
     cdef int i, k, status = OK, done = 0, dirty = 0
     stored[0] = False
     while done < n:
-        status = store_page(a, t, offsets[done], data + done * a.page_size, deadline, &words[done], tally)
+        status = store_page(a, t, offsets[done], data + done * a.page_size, patience, &words[done], counts)
         if status != OK:
             break
         done += 1
@@ -315,7 +307,7 @@ cdef int store_batch(
         order[k] = i
         dirty += 1
     if dirty:
-        clean_all(a, t, batch, sorted_words, dirty, deadline)
+        clean_all(a, t, batch, sorted_words, dirty, patience)
     for k in range(dirty):
         if batch[k].status != OK and order[k] < failed[0]:
             failed[0] = order[k]

@@ -95,6 +95,12 @@ static ssize_t gcma_some(gcma_call *call, int kind, int fd, const struct iovec *
     return call(fd, some, n, at, flags);
 }
 
+static ssize_t gcma_pwrite(int fd, const void *page, size_t size, int64_t at)
+{
+    struct iovec part = {(void *)page, size};
+    return gcma_some(pwritev2, GCMA_WRITES, fd, &part, 1, at, 0);
+}
+
 static ssize_t gcma_pread(int fd, void *out, size_t size, int64_t at)
 {
     struct iovec part = {out, size};
@@ -122,6 +128,7 @@ static int gcma_fstat(int fd, struct stat *found)
 #define pwritev2(f, v, n, o, w) gcma_some(pwritev2, GCMA_WRITES, f, v, n, o, w)
 #define preadv(f, v, n, o) gcma_some(preadv2, GCMA_READS, f, v, n, o, 0)
 #define preadv2(f, v, n, o, w) gcma_some(preadv2, GCMA_READS, f, v, n, o, w)
+#define pwrite(f, b, n, o) gcma_pwrite(f, b, n, o)
 #define pread(f, b, n, o) gcma_pread(f, b, n, o)
 #define fallocate(f, m, o, n) gcma_fallocate(f, m, o, n)
 #define fstat(f, s) gcma_fstat(f, s)
