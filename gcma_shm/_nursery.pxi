@@ -29,11 +29,11 @@ cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
     return True
 
 
-cdef bint evict(Arena *a, uint64_t page, uint64_t life, Slot *slot, uint64_t word) noexcept nogil:
+cdef bint evict(Arena *a, uint64_t page, uint64_t life, uint64_t key, uint64_t word) noexcept nogil:
     """Drops a clean page. The word leaves the page before the page becomes FREE, or a load could be sent to somebody
     else's bytes.
     """
-    if not cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @evict.word
+    if not cas(&a.slots[key & SLOT].word, word, next_word(word, SPILLED, shadow_evicted(a, key, page))):  # @evict.word
         return False
     count(a, C_EVICTIONS)
     return cas(&a.life[page], life, next_life(life, FREE, life_owner(life)))  # @evict.free
@@ -78,7 +78,7 @@ cdef int reclaim(Arena *a, uint64_t page) noexcept nogil:
         return OK if free_orphan(a, page, life) else BUSY
     if word & DIRTY:
         return BUSY
-    return OK if evict(a, page, life, &a.slots[key & SLOT], word) else BUSY
+    return OK if evict(a, page, life, key, word) else BUSY
 
 
 cdef inline void wake_sweeper(Arena *a) noexcept nogil:
@@ -89,7 +89,7 @@ cdef inline void wake_sweeper(Arena *a) noexcept nogil:
         futex_wake(a.wake)
 
 
-cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexcept nogil:
+cdef int64_t grant(Arena *a, const Handle *t, bint insist, uint64_t deadline, int *refusal) noexcept nogil:
     """A nursery page of ours, pinned until `publish` or `abandon`; or -1: none within the bound (`insist`), or none at
     hand. `refusal`: errno of the last file that did not take a page in our way.
     """
@@ -97,7 +97,8 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
     cdef int64_t room
     cdef uint64_t tries = 0, refusals = 0, laps = load_relaxed(&a.vain_laps)
     cdef unsigned step = 0
-    cdef int status
+    cdef int status, refused
+    cdef int64_t own
     while not pin(a, 1):  # for other threads of this process, whose stores come to an end by themselves
         if not insist or now_ns() >= deadline:
             return -1
@@ -110,6 +111,20 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
         room = <int64_t>(load_relaxed(a.hand) + a.nursery - ticket)
         if room < <int64_t>(a.nursery // LOW_WATER):
             wake_sweeper(a)
+        if is_above_part(a, t, ticket):
+            refused = 0
+            own = own_page(a, t, insist, &refused)
+            if own >= 0:
+                return own
+            if not insist and has_share(a, t.type):
+                break
+            if refused and insist:
+                refusal[0] = refused
+                if a.refused != NULL or now_ns() >= deadline:
+                    break
+                if not pause_unpinned(a, deadline, &step):
+                    return -1
+                continue
         life = load_relaxed(&a.life[page])
         if insist and room <= 0 and life_state(life) == PUBLISHED:
             status = reclaim(a, page)

@@ -1,0 +1,125 @@
+# A type's part of the nursery, so that neither one that stores fast, nor one whose file takes no pages, fills it for all.
+#
+# The sweep counts how many nursery pages each type has, ticket by ticket; who stores adds the tickets that were drawn since, whoever
+# drew them, so he knows no less than there are. A type that could have more than its part takes, for a store, one of its own pages
+# instead of a free one: cleaned if need be, evicted, and granted on the spot. A type without a share may have all of the nursery, but
+# for the last one page in RESERVE it cleans one of its own first. Where the file refuses that, the store fails before it has changed
+# anything.
+
+
+cdef inline uint64_t nursery_part(Arena *a, uint64_t type_) noexcept nogil:
+    """How many nursery pages the type may have."""
+    return share_of(a, type_, a.nursery - a.nursery // RESERVE)
+
+
+cdef inline bint is_above_part(Arena *a, const Handle *t, uint64_t ticket) noexcept nogil:
+    """Whether the type may have its part of the nursery already, with a page for `ticket`."""
+    cdef int64_t since = <int64_t>(ticket - load_relaxed(a.counted))
+    return since + <int64_t>load_relaxed(&a.types[t.type].nursery) >= <int64_t>t.nursery_part
+
+
+cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t key) noexcept nogil:
+    """Reclaims one of the type's own pages for ourselves, who have a pin: OK. Of a type without a share it only cleans one: FULL, a
+    free page may be taken. BUSY, or -errno: its file refused it.
+    """
+    cdef Clean one
+    cdef uint64_t life
+    cdef int status
+    if not has_share(a, t.type):
+        if was_refused(a, page, load_acquire(&a.life[page])):
+            return -a.refused_errno
+        one.key = key
+        clean_batch(a, &one, 1, 1, t)
+        return FULL if one.status == OK else one.status
+    status = reclaim(a, page)
+    if status != OK:
+        return status
+    count(a, C_DIRECT_RECLAIMS)
+    life = load_relaxed(&a.life[page])
+    if life_state(life) == FREE and cas(&a.life[page], life, next_life(life, GRANTED, a.number)):  # @store.grant
+        fence_release()  # as in `grant`
+        return OK
+    return BUSY
+
+
+cdef int64_t own_page(Arena *a, const Handle *t, bint may_write, int *refusal) noexcept nogil:
+    """One of the type's own pages, granted to us, who have a pin; the unproven ones first. -1: none was found among the next OWN_LOOK
+    pages, and if `refusal` is 0, a free one may be taken.
+    """
+    cdef uint64_t at = load_relaxed(&a.own_at[t.type]) % a.nursery, page, life, key, word, proven_key = 0
+    cdef int64_t proven = -1
+    cdef int status = BUSY, look, refused = 0
+    cdef bint dirty
+    for look in range(<int>min(<uint64_t>OWN_LOOK, a.nursery)):
+        page = (at + look) % a.nursery
+        if not look_up(a, page, &life, &key, &word) or key >> KEY_SHIFT != t.type:
+            continue
+        dirty = names(word, page) and word & DIRTY
+        if not dirty and (not has_share(a, t.type) or (names(word, page) and is_proven(a, page))):
+            if proven < 0 and has_share(a, t.type):
+                proven, proven_key = <int64_t>page, key
+            continue
+        if dirty and not may_write:
+            continue
+        status = try_own(a, t, page, key)
+        if status == OK or status == FULL:
+            store_relaxed(&a.own_at[t.type], page + 1)
+            refusal[0] = 0
+            return <int64_t>page if status == OK else -1
+        if status < 0:
+            refusal[0] = -status
+            refused += 1
+            if refused == OWN_REFUSALS:
+                break
+    store_relaxed(&a.own_at[t.type], at + look + 1)
+    if proven >= 0 and try_own(a, t, <uint64_t>proven, proven_key) == OK:
+        refusal[0] = 0
+        return proven
+    return -1
+
+
+cdef bint pause_unpinned(Arena *a, uint64_t deadline, unsigned *step) noexcept nogil:
+    """A moment without our pin, for a file to take pages again; whether we have it back before the deadline."""
+    unpin(a, 1)
+    while now_ns() < deadline:
+        back_off(step[0])
+        step[0] += 1
+        if pin(a, 1):
+            return True
+    return False
+
+
+# --- the sweep's part
+
+cdef void count_page(Arena *a, uint64_t page) noexcept nogil:
+    """Brings the gauges up to date with what `page` holds now."""
+    cdef uint64_t life = load_acquire(&a.life[page]), type_ = load_relaxed(&a.key[page]) >> KEY_SHIFT, counted = a.nursery_of[page]
+    cdef uint64_t now = type_ + 1 if life_state(life) == PUBLISHED and type_ < 256 else 0
+    if now == counted:
+        return
+    a.nursery_of[page] = <uint16_t>now
+    if counted:
+        store_relaxed(&a.types[counted - 1].nursery, load_relaxed(&a.types[counted - 1].nursery) - 1)
+    if now:
+        store_relaxed(&a.types[now - 1].nursery, load_relaxed(&a.types[now - 1].nursery) + 1)
+
+
+cdef void count_tickets(Arena *a) noexcept nogil:
+    """Counts the pages of the tickets that were drawn since the last time. Pages change hands in other ways, too: they are counted again
+    when the hand passes them. A broker that begins counts all of them.
+    """
+    cdef uint64_t head = load_acquire(a.head), ticket = load_relaxed(a.counted), type_
+    if not a.counts_nursery:
+        a.counts_nursery = True
+        for type_ in range(256):
+            store_relaxed(&a.types[type_].nursery, 0)
+        ticket = 0
+    if ticket > head or head - ticket > a.nursery:
+        ticket = head - min(head, a.nursery)
+    while ticket < head:
+        # One that is still being filled is waited for, not for ever: till then the ticket stands for it.
+        if life_state(load_acquire(&a.life[ticket % a.nursery])) == GRANTED and head - ticket < a.nursery // (2 * RESERVE):
+            break
+        count_page(a, ticket % a.nursery)
+        ticket += 1
+    store_relaxed(a.counted, ticket)
