@@ -54,6 +54,7 @@ cdef void join_queue(Arena *a, uint64_t page, uint64_t number, bint newest) noex
     else:
         a.older[queue.oldest] = at
         queue.oldest = at
+        queue.hand = 0  # or all that came since would go before it
     queue.pages += 1
     a.queue_of[page] = <uint16_t>number
 

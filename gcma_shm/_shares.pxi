@@ -1,7 +1,7 @@
 # A type's part of the nursery, so that neither one that stores fast, nor one whose file takes no pages, fills it for all.
 #
-# The sweep counts how many nursery pages each type has, ticket by ticket; who stores adds the tickets that were drawn since, whoever
-# drew them, so he knows no less than there are. A type that could have more than its part takes, for a store, one of its own pages
+# The sweep counts how many nursery pages each type has, ticket by ticket; who stores adds the tickets that were drawn since, but for
+# those that he sees others have, so he knows no less than there are. A type that could have more than its part takes, for a store, one of its own pages
 # instead of a free one: cleaned if need be, evicted, and granted on the spot. A type without a share may have all of the nursery, but
 # for the last one page in RESERVE it cleans one of its own first. Where the file refuses that, the store fails before it has changed
 # anything.
@@ -12,10 +12,21 @@ cdef inline uint64_t nursery_part(Arena *a, uint64_t type_) noexcept nogil:
     return share_of(a, type_, a.nursery - a.nursery // RESERVE)
 
 
-cdef inline bint is_above_part(Arena *a, const Handle *t, uint64_t ticket) noexcept nogil:
-    """Whether the type may have its part of the nursery already, with a page for `ticket`."""
-    cdef int64_t since = <int64_t>(ticket - load_relaxed(a.counted))
-    return since + <int64_t>load_relaxed(&a.types[t.type].nursery) >= <int64_t>t.nursery_part
+cdef bint is_above_part(Arena *a, const Handle *t, uint64_t ticket) noexcept nogil:
+    """Whether the type has its part of the nursery, or may have it, with a page for `ticket`."""
+    cdef uint64_t at = load_relaxed(a.counted), page
+    cdef int64_t pages = <int64_t>load_relaxed(&a.types[t.type].nursery) + <int64_t>(ticket - at)
+    cdef int look
+    if pages < <int64_t>t.nursery_part:
+        return False
+    # Others' tickets do not count, so far as we look.
+    for look in range(OWN_LOOK):
+        if at + look >= ticket:
+            break
+        page = (at + look) % a.nursery
+        if load_relaxed(&a.key[page]) >> KEY_SHIFT != t.type and life_state(load_acquire(&a.life[page])) != GRANTED:
+            pages -= 1
+    return pages >= <int64_t>t.nursery_part
 
 
 cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t key) noexcept nogil:
