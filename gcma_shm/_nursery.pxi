@@ -120,6 +120,9 @@ cdef int64_t grant(Arena *a, const Handle *t, bint insist, uint64_t deadline, in
                 break
             if refused and insist:
                 refusal[0] = refused
+                tries += OWN_LOOK
+                if a.refused != NULL and tries < a.nursery:  # the broker waits for no file, but looks at all of them
+                    continue
                 if a.refused != NULL or now_ns() >= deadline:
                     break
                 if not pause_unpinned(a, deadline, &step):

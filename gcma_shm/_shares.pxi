@@ -1,7 +1,7 @@
 # A type's part of the nursery, so that neither one that stores fast, nor one whose file takes no pages, fills it for all.
 #
 # The sweep counts how many nursery pages each type has, ticket by ticket; who stores adds the tickets that were drawn since, but for
-# those that he sees others have, so he knows no less than there are. A type that could have more than its part takes, for a store, one of its own pages
+# those that he sees others have, so he knows no less than there are, but for stores in flight. A type that could have more than its part takes, for a store, one of its own pages
 # instead of a free one: cleaned if need be, evicted, and granted on the spot. A type without a share may have all of the nursery, but
 # for the last one page in RESERVE it cleans one of its own first. Where the file refuses that, the store fails before it has changed
 # anything.
@@ -29,14 +29,14 @@ cdef bint is_above_part(Arena *a, const Handle *t, uint64_t ticket) noexcept nog
     return pages >= <int64_t>t.nursery_part
 
 
-cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t key) noexcept nogil:
-    """Reclaims one of the type's own pages for ourselves, who have a pin: OK. Of a type without a share it only cleans one: FULL, a
-    free page may be taken. BUSY, or -errno: its file refused it.
+cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t key, bint dirty) noexcept nogil:
+    """Reclaims one of the type's own pages for ourselves, who have a pin: OK. Of a type without a share a dirty one is only cleaned:
+    FULL, a free page may be taken. BUSY, or -errno: its file refused it.
     """
     cdef Clean one
     cdef uint64_t life
     cdef int status
-    if not has_share(a, t.type):
+    if dirty and not has_share(a, t.type):
         if was_refused(a, page, load_acquire(&a.life[page])):
             return -a.refused_errno
         one.key = key
@@ -66,24 +66,24 @@ cdef int64_t own_page(Arena *a, const Handle *t, bint may_write, int *refusal) n
         if not look_up(a, page, &life, &key, &word) or key >> KEY_SHIFT != t.type:
             continue
         dirty = names(word, page) and word & DIRTY
-        if not dirty and (not has_share(a, t.type) or (names(word, page) and is_proven(a, page))):
+        if names(word, page) and not dirty and (not has_share(a, t.type) or is_proven(a, page)):
             if proven < 0 and has_share(a, t.type):
                 proven, proven_key = <int64_t>page, key
             continue
         if dirty and not may_write:
             continue
-        status = try_own(a, t, page, key)
+        status = try_own(a, t, page, key, dirty)
         if status == OK or status == FULL:
             store_relaxed(&a.own_at[t.type], page + 1)
             refusal[0] = 0
             return <int64_t>page if status == OK else -1
         if status < 0:
             refusal[0] = -status
-            refused += 1
+            refused += not was_refused(a, page, life)  # has cost a write
             if refused == OWN_REFUSALS:
                 break
     store_relaxed(&a.own_at[t.type], at + look + 1)
-    if proven >= 0 and try_own(a, t, <uint64_t>proven, proven_key) == OK:
+    if proven >= 0 and try_own(a, t, <uint64_t>proven, proven_key, False) == OK:
         refusal[0] = 0
         return proven
     return -1
