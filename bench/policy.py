@@ -9,10 +9,10 @@ are the same each time. `--live` replays through a broker process as well. `--or
 from __future__ import annotations
 
 import argparse
+import importlib
 import mmap
 import os
 import struct
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +33,8 @@ LOW = 8  # the reclaim thread is woken when less than an eighth of the nursery i
 LIVE_SHARES = (5, 20)
 IN_MEMORY = ("hits_nursery", "hits_area", "hits_zero")
 
-# libcachesim 0.3.5 over the same traces, each request of one size, caches of the same numbers of pages; `--oracle` takes them anew. Belady's are
-# the brief figures of the same library.
+# libcachesim 0.3.5 over the same traces, each request of one size, caches of the same numbers of pages; `--oracle` takes them anew, but for
+# Belady's, which knows the future.
 REFERENCE = {
     "vm": {
         "LRU": (10.3, 11.3, 12.6, 18.7, 40.0),
@@ -105,7 +105,7 @@ def replay_live(trace: Trace, cache_pages: int, policy: str, spill_dir: Path) ->
         begun = time.perf_counter()
         _run(trace, swap, lambda: None)
         took = time.perf_counter() - begun
-        found = _rates(client.stats()["totals"], len(trace))
+        found = _rates(client.stats()["counters"], len(trace))
     return found | {"pages": cache_pages, "microseconds": took / len(trace) * 1e6}
 
 
@@ -132,8 +132,7 @@ def _rates(counts: dict[str, int], loads: int) -> dict[str, float]:
 
 def oracle(trace: Trace) -> dict[str, list[float]]:
     """libcachesim's hit ratios, taken here."""
-    import libcachesim as lib  # noqa: PLC0415 - only where it is installed
-
+    lib = importlib.import_module("libcachesim")  # GPL, and so nowhere in this project's dependencies
     kinds = {"LRU": lib.LRU, "SIEVE": lib.Sieve, "S3-FIFO": lib.S3FIFO}
     found: dict[str, list[float]] = {}
     for name, kind in kinds.items():
@@ -154,7 +153,11 @@ def pages_of(trace: Trace, share: int) -> int:
 
 def tell(name: str, trace: Trace, results: dict[str, Any], reference: dict[str, Any]) -> str:
     """The table of one trace."""
-    rows = [[policy, *(results[policy][str(share)]["hits"] for share in SHARES)] for policy in layout.POLICIES if policy in results]
+    rows = [
+        [policy, *(results[policy][str(share)]["hits"] for share in SHARES)]
+        for policy in layout.POLICIES
+        if policy in results
+    ]
     rows += [[f"libcachesim {known}", *map(float, figures)] for known, figures in reference.items()]
     title = f"\n{name}: {len(trace)} loads of {int(trace.max()) + 1} pages; loads served from memory, percent"
     cells = [[row[0], *(f"{value:.1f}" for value in row[1:])] for row in rows]
@@ -167,7 +170,9 @@ def main() -> None:
     parser.add_argument("--policy", choices=layout.POLICIES, action="append", help="only these")
     parser.add_argument("--trace", choices=tuple(REFERENCE), action="append", help="only these")
     parser.add_argument("--live", action="store_true", help="through a broker process as well, at 5 and 20 percent")
-    parser.add_argument("--oracle", action="store_true", help="runs libcachesim, which must be installed, for the reference")
+    parser.add_argument(
+        "--oracle", action="store_true", help="runs libcachesim, which must be installed, for the reference"
+    )
     parser.add_argument("--json", type=Path, default=OUT / "policy.json", help="where the figures go")
     options = parser.parse_args()
     found = machine()
@@ -177,7 +182,8 @@ def main() -> None:
         for name, trace in traces().items():
             if options.trace and name not in options.trace:
                 continue
-            results[name] = of_trace = {}
+            of_trace: dict[str, Any] = {}
+            results[name] = of_trace
             for policy in options.policy or layout.POLICIES:
                 of_trace[policy] = {str(s): replay(trace, pages_of(trace, s), policy, directory) for s in SHARES}
             of_trace["reference"] = oracle(trace) if options.oracle else REFERENCE[name]
@@ -187,9 +193,11 @@ def main() -> None:
                 for share in LIVE_SHARES:
                     live[str(share)] = replay_live(trace, pages_of(trace, share), layout.POLICIES[0], directory)
                     still = of_trace[layout.POLICIES[0]][str(share)]["hits"]
-                    print(f"through a broker process, {share} percent: {live[str(share)]['hits']:.1f}, in this process {still:.1f}")
+                    print(
+                        f"through a broker process, {share} percent: {live[str(share)]['hits']:.1f}, in this process {still:.1f}"
+                    )
     write_json(options.json, __doc__.splitlines()[0], found, vars(options), results)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -26,7 +26,9 @@ EMPTY, CACHED, SPILLED = range(3)
 class Scene:
     """An arena of this process with one area, and swap types on it that are written behind."""
 
-    def __init__(self, policy: str, directory: Path, area: int = AREA, nursery: int = NURSERY, slots: int = 2000) -> None:
+    def __init__(
+        self, policy: str, directory: Path, area: int = AREA, nursery: int = NURSERY, slots: int = 2000
+    ) -> None:
         size = (area + nursery) * PAGE + slots * layout.SLOT_BYTES + (1 << 18)
         while True:
             g, areas = layout.plan(size, areas={"a": area * PAGE}, slots=slots, clients_max=4, policy=policy)
@@ -166,7 +168,8 @@ class Naive:
 
 def requests(seed: int, count: int) -> list[int]:
     """Skewed, with scans and loops in between, so that each rule decides something."""
-    chosen, found = random.Random(seed), []
+    chosen = random.Random(seed)
+    found: list[int] = []
     while len(found) < count:
         if chosen.random() < 0.02:
             start = chosen.randrange(1700)
@@ -397,7 +400,9 @@ def test_a_share_keeps_a_fast_writer_from_evicting_everybody(
         finally:
             s.arena.destroy()
     without, with_share = found
-    print(f"{policy}: hit ratio {without:.3f} beside a writer without a share, {with_share:.3f} beside one with 20 percent")
+    print(
+        f"{policy}: hit ratio {without:.3f} beside a writer without a share, {with_share:.3f} beside one with 20 percent"
+    )
     assert with_share > 0.99
     assert with_share > without + gain
 
