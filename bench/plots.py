@@ -1,4 +1,4 @@
-"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc` and `plots.py fragmentation`.
+"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc`, `plots.py fragmentation`, `plots.py policy`.
 
 Readable on a light and on a dark page: a panel of their own behind them. Needs matplotlib.
 """
@@ -38,6 +38,9 @@ COLOURS = {
     "alloc_contig": "#1261a8", "claim": "#1a9e77", "idle": "#7fb3dd", "SharedMemory": "#d1495b", "posix-ipc": "#e39aa4",
     "plasma": "#7a4fa3", "O_DIRECT": "#c06a00", "buffered": "#e0b050",
 }  # fmt: skip
+# What stays in memory: ours, and libcachesim's figures.
+HITS = {"s3fifo": "#1261a8", "sieve": "#1a9e77", "clock": "#7fb3dd"}
+HITS_KNOWN = {"LRU": "#d1495b", "SIEVE": "#e0b050", "S3-FIFO": "#c06a00", "Belady": "#888888"}
 POLICIES = {"ours": "#1261a8", "best fit": "#2a9d8f", "first fit": "#c06a00", "buddy": "#7a4fa3"}
 
 
@@ -159,14 +162,29 @@ def fragmentation(source: Path, directory: Path) -> None:
         axes[len(mixes)].set_ylabel("largest free range / all that is free")
 
 
+def hits(source: Path, directory: Path) -> None:
+    """The one of `policy.py`: loads served from memory against the cache's size, ours in lines, the reference figures dashed."""
+    traces = json.loads(source.read_text())["results"]
+    with figure(directory / "policy.svg", 1, len(traces), (4.2 * len(traces), 3.6)) as axes:
+        for ax, (trace, found) in zip(axes, traces.items(), strict=True):
+            shares = list(found["s3fifo"])
+            for policy, shade in HITS.items():
+                ax.plot(shares, [found[policy][share]["hits"] for share in shares], color=shade, marker=".", label=policy)
+            for name, figures in found["reference"].items():
+                ax.plot(shares, figures, color=HITS_KNOWN[name], linestyle="--", linewidth=1, label=name)
+            ax.set_title(f"{trace} trace", fontsize=9)
+            ax.set_xlabel("cache, % of the pages that are asked for")
+        axes[0].set_ylabel("loads served from memory, %")
+
+
 def main() -> int:
     """Draws what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("alloc", "fragmentation"))
+    parser.add_argument("what", choices=("alloc", "fragmentation", "policy"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/out/WHAT.json")
     parser.add_argument("--to", type=Path, default=DOCS, metavar="DIRECTORY")
     options = parser.parse_args()
-    draw = alloc if options.what == "alloc" else fragmentation
+    draw = {"alloc": alloc, "fragmentation": fragmentation, "policy": hits}[options.what]
     draw(options.json or OUT / f"{options.what}.json", options.to)
     return 0
 
