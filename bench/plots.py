@@ -169,7 +169,9 @@ def hits(source: Path, directory: Path) -> None:
         for ax, (trace, found) in zip(axes, traces.items(), strict=True):
             shares = list(found["s3fifo"])
             for policy, shade in HITS.items():
-                ax.plot(shares, [found[policy][share]["hits"] for share in shares], color=shade, marker=".", label=policy)
+                ax.plot(
+                    shares, [found[policy][share]["hits"] for share in shares], color=shade, marker=".", label=policy
+                )
             for name, figures in found["reference"].items():
                 ax.plot(shares, figures, color=HITS_KNOWN[name], linestyle="--", linewidth=1, label=name)
             ax.set_title(f"{trace} trace", fontsize=9)

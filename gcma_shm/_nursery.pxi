@@ -90,8 +90,8 @@ cdef inline void wake_sweeper(Arena *a) noexcept nogil:
 
 
 cdef int64_t grant(Arena *a, const Handle *t, bint insist, uint64_t deadline, int *refusal) noexcept nogil:
-    """A nursery page of ours, pinned until `publish` or `abandon`; or -1: none within the bound (`insist`), or none at
-    hand. `refusal`: errno of the last file that did not take a page in our way.
+    """A nursery page of ours for a page of `t`, pinned until `publish` or `abandon`; or -1: none within the bound (`insist`), or none
+    at hand. `refusal`: errno of the last file that did not take a page in our way.
     """
     cdef uint64_t ticket, page, life
     cdef int64_t room
@@ -111,14 +111,14 @@ cdef int64_t grant(Arena *a, const Handle *t, bint insist, uint64_t deadline, in
         room = <int64_t>(load_relaxed(a.hand) + a.nursery - ticket)
         if room < <int64_t>(a.nursery // LOW_WATER):
             wake_sweeper(a)
-        if is_above_part(a, t, ticket):
+        if (insist or has_share(a, t.type)) and is_above_part(a, t, ticket):
             refused = 0
             own = own_page(a, t, insist, &refused)
             if own >= 0:
                 return own
-            if not insist and has_share(a, t.type):
+            if not insist:
                 break
-            if refused and insist:
+            if refused:
                 refusal[0] = refused
                 tries += OWN_LOOK
                 if a.refused != NULL and tries < a.nursery:  # the broker waits for no file, but looks at all of them

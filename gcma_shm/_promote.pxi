@@ -153,6 +153,11 @@ cdef int replace(
     return BUSY if not ready else OK if done else ENDED
 
 
+cdef inline bint is_orphan(Arena *a, uint64_t page) noexcept nogil:
+    cdef uint64_t life, key, word
+    return look_up(a, page, &life, &key, &word) and not names(word, page)
+
+
 cdef int seek(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64_t word) noexcept nogil:
     """As `replace`, in an area in turn, by a hand that goes by place: where there is room, it seeks a FREE page; in a full area a few
     pages are looked at in search of an orphan, so that values that were overwritten or invalidated do not hold their pages for ever.
@@ -176,7 +181,9 @@ cdef int seek(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64_t w
         area.clock += 1
         if state == PUBLISHED and a.queue_of[page] == NO_QUEUE:
             join_queue(a, page, queue_for(a, load_relaxed(&a.key[page])), False)
-        if (room and state != FREE) or is_taken(a, page):
+        if state != FREE and (room or not is_orphan(a, page)):
+            continue
+        if is_taken(a, page):
             continue
         done = replace(a, index, range_, page, False, from_, key, word)
         if done != BUSY:

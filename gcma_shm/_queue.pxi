@@ -17,7 +17,9 @@ cdef enum:
 
 
 cdef inline uint64_t queue_for(Arena *a, uint64_t key) noexcept nogil:
-    return QUEUE_OF_TYPE + (key >> KEY_SHIFT) if has_share(a, key >> KEY_SHIFT) else COMMON
+    """Also of a key that a peer has damaged."""
+    cdef uint64_t type_ = key >> KEY_SHIFT
+    return QUEUE_OF_TYPE + type_ if type_ < 256 and has_share(a, type_) else COMMON
 
 
 cdef void leave_queue(Arena *a, uint64_t page) noexcept nogil:

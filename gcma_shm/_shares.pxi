@@ -1,10 +1,10 @@
 # A type's part of the nursery, so that neither one that stores fast, nor one whose file takes no pages, fills it for all.
 #
 # The sweep counts how many nursery pages each type has, ticket by ticket; who stores adds the tickets that were drawn since, but for
-# those that he sees others have, so he knows no less than there are, but for stores in flight. A type that could have more than its part takes, for a store, one of its own pages
-# instead of a free one: cleaned if need be, evicted, and granted on the spot. A type without a share may have all of the nursery, but
-# for the last one page in RESERVE it cleans one of its own first. Where the file refuses that, the store fails before it has changed
-# anything.
+# those that he sees others have. So he knows no less than there are, stores in flight apart. A type that could have more than its part
+# takes, for a store, one of its own pages instead of a free one: cleaned if need be, evicted, and granted on the spot. A type without a
+# share may have all of the nursery, but for the last one page in RESERVE it cleans one of its own first. Where the file refuses that,
+# the store fails before it has changed anything.
 
 
 cdef inline uint64_t nursery_part(Arena *a, uint64_t type_) noexcept nogil:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -255,6 +256,37 @@ def test_a_type_whose_file_refuses_stays_within_its_share(share: int, tmp_path: 
         bad.store(16 + pinned, page_of(pinned + 1))
         bad.sync()
         p.seen_by_all(2, values)
+        p.check()
+
+
+def test_who_waits_for_a_file_keeps_no_other_thread_from_storing(tmp_path: Path) -> None:
+    """More threads than a process may have pages in hand store into a type whose file refuses; one stores into another."""
+    with place(tmp_path, mapped=True) as p, ExitStack() as ends:
+        bad, good, stop = p.client.swap(1, SLOTS, "behind"), p.client.swap(2, SLOTS), threading.Event()
+        ends.enter_context(files_refuse_writes(os.getpid(), p.owner.broker_pid, above=16 * PAGE))
+        pinned = pin_all(bad, 0)
+        refused: list[int] = []
+
+        def wait() -> None:
+            while not stop.is_set():
+                with pytest.raises(NurseryFull):
+                    bad.store(16 + pinned + 50, page_of(1))
+                refused.append(1)
+
+        threads = [threading.Thread(target=wait) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        try:
+            for n in range(2000):
+                good.store(n % 16, page_of(n + 1))
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert len(refused) >= len(threads)
+        assert good.load(1999 % 16) == page_of(2000)
+        ends.close()
+        p.healthy()
         p.check()
 
 
