@@ -81,6 +81,16 @@ cdef int reclaim(Arena *a, uint64_t page) noexcept nogil:
     return OK if evict(a, page, life, key, word) else BUSY
 
 
+cdef bint may_reclaim(Arena *a, uint64_t page, bint insist, uint64_t tries) noexcept nogil:
+    """Policy: whether a client, which has overtaken the sweep, reclaims `page` itself. What is proven is left to the sweep, which promotes it;
+    but a store does not look for another page for long. A load from the file reclaims only what costs no write.
+    """
+    cdef uint64_t life, key, word
+    if a.policy == S3FIFO and is_proven(a, page) and (not insist or tries < LOOK_EVERY):
+        return False
+    return insist or (look_up(a, page, &life, &key, &word) and not (names(word, page) and word & DIRTY))
+
+
 cdef inline void wake_sweeper(Arena *a) noexcept nogil:
     """The broker's reclaim thread sets the word to 1 before it sleeps, then looks at the nursery once more; see
     sweeper_sleep.
@@ -129,7 +139,7 @@ cdef int64_t grant(Arena *a, const Handle *t, bint insist, uint64_t deadline, in
                     return -1
                 continue
         life = load_relaxed(&a.life[page])
-        if insist and room <= 0 and life_state(life) == PUBLISHED:
+        if room <= 0 and life_state(life) == PUBLISHED and may_reclaim(a, page, insist, tries):
             status = reclaim(a, page)
             if status == OK:
                 count(a, C_DIRECT_RECLAIMS)
