@@ -173,7 +173,9 @@ def hits(source: Path, directory: Path) -> None:
                     shares, [found[policy][share]["hits"] for share in shares], color=shade, marker=".", label=policy
                 )
             for name, figures in found["reference"].items():
-                ax.plot(shares, figures, color=HITS_KNOWN[name], linestyle="--", linewidth=1, label=f"libcachesim {name}")
+                ax.plot(
+                    shares, figures, color=HITS_KNOWN[name], linestyle="--", linewidth=1, label=f"libcachesim {name}"
+                )
             ax.set_title(f"{trace} trace", fontsize=9)
             ax.set_xlabel("cache, % of the pages that are asked for")
         axes[0].set_ylabel("loads served from memory, %")

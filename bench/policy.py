@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--oracle", action="store_true", help="runs libcachesim, which must be installed, for the reference"
     )
-    parser.add_argument("--json", type=Path, default=OUT / "policy.json", help="where the figures go")
+    parser.add_argument("--out", type=Path, default=OUT / "policy.json", help="where the figures go")
     options = parser.parse_args()
     found = machine()
     print(describe_machine(found))
@@ -196,7 +196,7 @@ def main() -> None:
                     print(
                         f"through a broker process, {share} percent: {live[str(share)]['hits']:.1f}, in this process {still:.1f}"
                     )
-    write_json(options.json, __doc__.splitlines()[0], found, vars(options), results)
+    write_json(options.out, __doc__.splitlines()[0], found, vars(options), results)
 
 
 if __name__ == "__main__":
