@@ -127,7 +127,7 @@ cdef int64_t area_in_turn(Arena *a) noexcept nogil:
     return next_
 
 
-cdef int replace(
+cdef int promote_into(
     Arena *a, uint64_t index, uint64_t range_, uint64_t page, bint may_evict, uint64_t from_, uint64_t key, uint64_t word
 ) noexcept nogil:
     """Copies nursery page `from_` into `page` of an area, whose range was `range_`: OK; BUSY: it cannot have that page; ENDED: the slot
@@ -159,7 +159,7 @@ cdef inline bint is_orphan(Arena *a, uint64_t page) noexcept nogil:
 
 
 cdef int seek(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64_t word) noexcept nogil:
-    """As `replace`, in an area in turn, by a hand that goes by place: where there is room, it seeks a FREE page; in a full area a few
+    """As `promote_into`, in an area in turn, by a hand that goes by place: where there is room, it seeks a FREE page; in a full area a few
     pages are looked at in search of an orphan, so that values that were overwritten or invalidated do not hold their pages for ever.
     """
     cdef AreaEntry *area = &a.areas[index]
@@ -185,7 +185,7 @@ cdef int seek(Arena *a, uint64_t index, uint64_t from_, uint64_t key, uint64_t w
             continue
         if is_taken(a, page):
             continue
-        done = replace(a, index, range_, page, False, from_, key, word)
+        done = promote_into(a, index, range_, page, False, from_, key, word)
         if done != BUSY:
             return done
     return BUSY
@@ -239,7 +239,7 @@ cdef bint promote(Arena *a, uint64_t from_, uint64_t key, uint64_t word, bint pr
         holder = area_of(a, page) if page else -1
         if holder < 0 or not may_take(a, <uint64_t>holder):
             continue
-        done = replace(a, <uint64_t>holder, load_acquire(&a.ranges[holder]), page, True, from_, key, word)
+        done = promote_into(a, <uint64_t>holder, load_acquire(&a.ranges[holder]), page, True, from_, key, word)
         if done != BUSY:
             return done == OK
     return False

@@ -55,22 +55,22 @@ cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t key, bint di
 
 cdef int64_t own_page(Arena *a, const Handle *t, bint may_write, int *refusal) noexcept nogil:
     """One of the type's own pages, granted to us, who have a pin; the unproven ones first. -1: none was found among the next OWN_LOOK
-    pages, and if `refusal` is 0, a free one may be taken.
+    pages, and if `refusal` is 0, a free one may be taken. (A type without a share gives a clean page up only when its file refuses others.)
     """
-    cdef uint64_t at = load_relaxed(&a.own_at[t.type]) % a.nursery, page, life, key, word, proven_key = 0
-    cdef int64_t proven = -1
+    cdef uint64_t at = load_relaxed(&a.own_at[t.type]) % a.nursery, page, life, key, word, spare_key = 0
+    cdef int64_t spare = -1
     cdef int status = BUSY, look, refused = 0
-    cdef bint dirty
+    cdef bint dirty, shares = has_share(a, t.type)
     for look in range(<int>min(<uint64_t>OWN_LOOK, a.nursery)):
         page = (at + look) % a.nursery
         if not look_up(a, page, &life, &key, &word) or key >> KEY_SHIFT != t.type:
             continue
         dirty = names(word, page) and word & DIRTY
-        if names(word, page) and not dirty and (not has_share(a, t.type) or is_proven(a, page)):
-            if proven < 0 and has_share(a, t.type):
-                proven, proven_key = <int64_t>page, key
+        if names(word, page) and not dirty and (not shares or is_proven(a, page)):
+            if spare < 0:
+                spare, spare_key = <int64_t>page, key
             continue
-        if dirty and not may_write:
+        if (dirty and not may_write) or refused == OWN_REFUSALS:
             continue
         status = try_own(a, t, page, key, dirty)
         if status == OK or status == FULL:
@@ -80,12 +80,10 @@ cdef int64_t own_page(Arena *a, const Handle *t, bint may_write, int *refusal) n
         if status < 0:
             refusal[0] = -status
             refused += not was_refused(a, page, life)  # has cost a write
-            if refused == OWN_REFUSALS:
-                break
     store_relaxed(&a.own_at[t.type], at + look + 1)
-    if proven >= 0 and try_own(a, t, <uint64_t>proven, proven_key, False) == OK:
+    if spare >= 0 and (shares or refusal[0]) and try_own(a, t, <uint64_t>spare, spare_key, False) == OK:
         refusal[0] = 0
-        return proven
+        return spare
     return -1
 
 

@@ -114,7 +114,7 @@ def test_what_the_cache_held_is_still_in_memory(policy: str, endpoint: str) -> N
             def goes_on() -> bool:
                 fill()
                 swap.load_many(range(1000), bytearray(1000 * PAGE))
-                return client.stats()["counters"]["promotions"] > after["promotions"] + 100
+                return bool(client.stats()["counters"]["promotions"] > after["promotions"] + 100)
 
             assert eventually(goes_on)
 
