@@ -128,15 +128,16 @@ cdef int64_t grant(Arena *a, const Handle *t, bint insist, uint64_t deadline, in
                 return own
             if not insist:
                 break
-            if refused:
-                refusal[0] = refused
-                tries += OWN_LOOK
-                if a.refused != NULL and tries < a.nursery:  # the broker waits for no file, but looks at all of them
-                    continue
-                if a.refused != NULL or now_ns() >= deadline:
+            if (refused or has_share(a, t.type)) and has_all_dirty(a, t):
+                tries += 1
+                if refused:
+                    refusal[0] = refused
+                    if a.refused != NULL or now_ns() >= deadline:  # the broker waits for no file
+                        break
+                    if not pause_unpinned(a, deadline, &step):
+                        return -1
+                elif tries % LOOK_EVERY == 0 and now_ns() >= deadline:  # else they are further on, where the next look begins
                     break
-                if not pause_unpinned(a, deadline, &step):
-                    return -1
                 continue
         life = load_relaxed(&a.life[page])
         if room <= 0 and life_state(life) == PUBLISHED and may_reclaim(a, page, insist, tries):

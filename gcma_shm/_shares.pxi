@@ -4,7 +4,7 @@
 # those that he sees others have. So he knows no less than there are, stores in flight apart. A type that could have more than its part
 # takes, for a store, one of its own pages instead of a free one: cleaned if need be, evicted, and granted on the spot. A type without a
 # share may have all of the nursery, but for the last one page in RESERVE it cleans one of its own first. Where the file refuses that,
-# the store fails before it has changed anything.
+# and as many pages as it may have are dirty, the store fails before it has changed anything.
 
 
 cdef inline uint64_t nursery_part(Arena *a, uint64_t type_) noexcept nogil:
@@ -87,6 +87,17 @@ cdef int64_t own_page(Arena *a, const Handle *t, bint may_write, int *refusal) n
     return -1
 
 
+cdef bint has_all_dirty(Arena *a, const Handle *t) noexcept nogil:
+    """Whether as many of the type's pages are dirty as it may have in the nursery: counted exactly, for a store that is about to fail."""
+    cdef uint64_t page, life, key, word, dirty = 0
+    for page in range(a.nursery):
+        if look_up(a, page, &life, &key, &word) and key >> KEY_SHIFT == t.type and names(word, page) and word & DIRTY:
+            dirty += 1
+            if dirty >= t.nursery_part:
+                return True
+    return False
+
+
 cdef bint pause_unpinned(Arena *a, uint64_t deadline, unsigned *step) noexcept nogil:
     """A moment without our pin, for a file to take pages again; whether we have it back before the deadline."""
     unpin(a, 1)
@@ -125,10 +136,8 @@ cdef void count_tickets(Arena *a) noexcept nogil:
         ticket = 0
     if ticket > head or head - ticket > a.nursery:
         ticket = head - min(head, a.nursery)
-    while ticket < head:
-        # One that is still being filled is waited for, not for ever: till then the ticket stands for it.
-        if life_state(load_acquire(&a.life[ticket % a.nursery])) == GRANTED and head - ticket < a.nursery // (2 * RESERVE):
-            break
+    # The last few may be in hand still, or their pages not granted yet: till later the tickets stand for them.
+    while ticket + max(a.nursery // (2 * RESERVE), 2) < head:
         count_page(a, ticket % a.nursery)
         ticket += 1
     store_relaxed(a.counted, ticket)
