@@ -1,5 +1,5 @@
-"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc`, `plots.py fragmentation`, `plots.py lent`; `bars`
-for `publish.py`.
+"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc`, `plots.py fragmentation`, `plots.py lent`,
+`plots.py policy`; `bars` for `publish.py`.
 
 Readable on a light and on a dark page: a panel of their own behind them. Needs matplotlib.
 """
@@ -40,6 +40,9 @@ COLOURS = {
     "plasma": "#7a4fa3", "O_DIRECT": "#c06a00", "buffered": "#e0b050",
 }  # fmt: skip
 OURS, THEIRS = "#1261a8", "#d9a441"
+# What stays in memory: ours, and libcachesim's figures.
+HITS = {"s3fifo": "#1261a8", "sieve": "#1a9e77", "clock": "#7fb3dd"}
+HITS_KNOWN = {"LRU": "#d1495b", "SIEVE": "#e0b050", "S3-FIFO": "#c06a00", "Belady": "#888888"}
 POLICIES = {"ours": "#1261a8", "best fit": "#2a9d8f", "first fit": "#c06a00", "buddy": "#7a4fa3"}
 RATIO = "lent/idle, undelayed"  # wall time is at the mercy of whatever else the machine does
 PERIOD_COLOURS = ("#1261a8", "#1a9e77", "#7a4fa3", "#c06a00")
@@ -222,14 +225,33 @@ def _speed_ups(ax: Axes, cells: list[dict[str, Any]], share: float) -> None:
     ax.set_ylim(bottom=0)
 
 
+def hits(source: Path, directory: Path) -> None:
+    """The one of `policy.py`: loads served from memory against the cache's size, ours in lines, the reference figures dashed."""
+    traces = json.loads(source.read_text())["results"]
+    with figure(directory / "policy.svg", 1, len(traces), (4.2 * len(traces), 3.6)) as axes:
+        for ax, (trace, found) in zip(axes, traces.items(), strict=True):
+            shares = list(found["s3fifo"])
+            for policy, shade in HITS.items():
+                ax.plot(
+                    shares, [found[policy][share]["hits"] for share in shares], color=shade, marker=".", label=policy
+                )
+            for name, figures in found["reference"].items():
+                ax.plot(
+                    shares, figures, color=HITS_KNOWN[name], linestyle="--", linewidth=1, label=f"libcachesim {name}"
+                )
+            ax.set_title(f"{trace} trace", fontsize=9)
+            ax.set_xlabel("cache, % of the pages that are asked for")
+        axes[0].set_ylabel("loads served from memory, %")
+
+
 def main() -> int:
     """Draws what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("alloc", "fragmentation", "lent"))
+    parser.add_argument("what", choices=("alloc", "fragmentation", "lent", "policy"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/out/WHAT.json")
     parser.add_argument("--to", type=Path, default=DOCS, metavar="DIRECTORY")
     options = parser.parse_args()
-    draw = {"alloc": alloc, "fragmentation": fragmentation, "lent": lent}[options.what]
+    draw = {"alloc": alloc, "fragmentation": fragmentation, "lent": lent, "policy": hits}[options.what]
     draw(options.json or OUT / f"{options.what}.json", options.to)
     return 0
 

@@ -63,6 +63,17 @@ cdef enum:
     LENT = 1        # policy
     DRAINED = 1     # state
 
+# --- visited: what is known of the use of a page
+cdef enum:
+    VISITS = 3      # mask: loads since it came, counted up to `visits_max`; the hand of an area clears them
+    BACK = 4        # it came back from the ghosts, or replaces a page of an area: it belongs there
+
+# --- policies, in the order of layout.POLICIES
+cdef enum:
+    S3FIFO = 0
+    SIEVE = 1
+    CLOCK = 2
+
 # --- key: type:16 · slot:48
 cdef enum:
     KEY_SHIFT = 48
@@ -92,9 +103,16 @@ cdef enum:
     AHEAD_FIRST = 4         # ... so many pages at first, twice as many each time that they were asked for ...
     AHEAD_MAX = 16          # ... and no more than this
     LOOK_EVERY = 16         # tries between two looks at the clock
-    GRANT_TRIES = 8         # tickets that a refault may draw: it must never cost more than the read that it saves
+    GRANT_TRIES = 8         # tickets that a load from the file may draw: it must never cost more than the read that it saves
     SEEK_MAX = 1024         # pages of an area that one promotion passes on its way to a FREE one
-    SCRUB_MAX = 2           # pages of a full area that a cold page looks at in search of an orphan
+    SCRUB_MAX = 2           # pages of a full area that a promotion looks at in search of an orphan
+    LAP_MAX = 4096          # pages that one promotion looks at in the order of a queue; of more visited ones in a row the next goes
+    VICTIMS_MAX = 4         # pages that a promotion tries to replace
+    RESERVE = 16            # of the nursery one page in so many is kept from a type that has all others
+    OWN_LOOK = 64           # nursery pages among which a type looks for one of its own
+    OWN_REFUSALS = 4        # of them that its file may refuse
+    PROVEN = 2              # loads in the nursery that prove a page: more than one, as in the paper
+    GHOST_QUARTERS = 5      # of the cache's size: the refault distance below which a page comes back from the ghosts
     PREFETCH_LOAD = 4       # of a single load's page, as many as arrive before the copy begins
     PREFETCH_BATCH = 16     # of the page after next in a batch; the hardware fetches the rest of a page in order
     AHEAD_WORD = 6          # slots ahead of the copy in a batch, of which the word is fetched
@@ -151,7 +169,7 @@ COUNTERS = (
 )  # fmt: skip
 assert len(COUNTERS) == COUNTERS_COUNT
 
-cdef struct TypeEntry:  # in the arena, one cache line
+cdef struct TypeEntry:  # in the arena, two cache lines
     uint64_t life
     uint64_t base
     uint64_t slots
@@ -160,6 +178,10 @@ cdef struct TypeEntry:  # in the arena, one cache line
     uint64_t inode      # of this life's spill file, and its device: what else has its name is not it
     uint64_t device
     uint64_t spare[1]
+    # Second line: gauges.
+    uint64_t clock      # evictions of the type so far, if it has a share of its own
+    uint64_t nursery    # its pages in the nursery, as the sweep counted them last
+    uint64_t gauges[6]
 
 cdef struct AreaEntry:  # in the arena
     uint8_t name[48]
@@ -211,11 +233,19 @@ cdef struct SpillFile:  # of this process
     int fd
     int32_t users
 
+cdef struct Queue:      # area pages in the order in which they came
+    uint32_t newest
+    uint32_t oldest
+    uint32_t hand       # SIEVE's; 0: at the oldest
+    uint64_t pages
+
 cdef struct Arena:  # of this process: addresses of the tables, and what it holds
     uint8_t *base
     uint64_t *head
     uint64_t *hand
     uint64_t *clock
+    uint64_t *cache_pages   # pages that cache may be in, as the last sweep began; 0: not known
+    uint64_t *counted   # nursery tickets whose pages are in the gauges of their types
     uint64_t *filling
     uint64_t *taking
     uint32_t *wake
@@ -234,6 +264,7 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t pages
     uint64_t nursery
     uint64_t policy         # index into layout.POLICIES
+    uint8_t visits_max      # so far are loads of a page counted: what the policy asks for
     uint64_t spill_io       # index into layout.SPILL_IO
     uint64_t slots_count
     uint64_t allocations_count
@@ -242,6 +273,15 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t ranges[AREAS_MAX]
     uint64_t promised[AREAS_MAX]  # pages of each area in reservations that are claimed or lent, as the last sweep began
     uint64_t next_area      # whose turn it is to take a promoted page
+    # Of its reclaim thread alone, see _queue.pxi: neighbours of each area page in its queue, which that is, and the queues.
+    uint32_t *newer
+    uint32_t *older
+    uint16_t *queue_of
+    Queue *queues
+    uint64_t lendable       # pages of areas that cache may be in, as the last sweep began
+    uint64_t crowded        # queue of a type that has more of them than its share; 0: none
+    bint counts_nursery
+    uint16_t *nursery_of    # as which type's, plus one, each nursery page is counted
     uint64_t entries_used   # of the table of allocations, all that were ever used
     uint32_t *lent_map      # how many pages of each block hold cache, reservations left out
     # Of the broker's reclaim thread, others read: the sequence under which each nursery page was refused by its file; 0: it was not.
@@ -266,6 +306,7 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t punch_type     # where the search for places to give back goes on
     uint64_t punch_offset
     uint64_t unpunchable[256]   # by type: the life whose file cannot give back a part of itself
+    uint64_t own_at[256]    # nursery page at which each type's search for one of its own goes on
     crc32c_t crc
 
 cdef struct Handle:  # one life of one type
@@ -273,6 +314,7 @@ cdef struct Handle:  # one life of one type
     uint64_t life
     uint64_t base
     uint64_t slots
+    uint64_t nursery_part   # pages of the nursery that the type may have
     int fd              # its spill file
     uint64_t expected   # the offset behind the last that was loaded from the file, or read ahead
     uint64_t streak     # how many loads from the file were of the expected offset
@@ -394,20 +436,6 @@ cdef inline uint64_t next_claim(uint64_t claim, uint64_t client) noexcept nogil:
 
 cdef inline uint8_t *page_bytes(Arena *a, uint64_t page) noexcept nogil:
     return a.data + page * a.page_size
-
-
-cdef inline uint64_t shadow_now(Arena *a) noexcept nogil:
-    """Advances the eviction clock; its low half is what a SPILLED word remembers of the eviction."""
-    return fetch_add(a.clock, 1) & PAYLOAD
-
-
-cdef inline bint recently_evicted(Arena *a, uint64_t word) noexcept nogil:
-    """Policy: whether a page that is read from the file belongs back in memory.
-
-    Refault distance, as in the kernel's mm/workingset.c: the evictions since this one are the memory that would have
-    kept it.
-    """
-    return ((load_relaxed(a.clock) - (word & PAYLOAD)) & PAYLOAD) < a.pages
 
 
 # A page that is granted, or claimed to be cleaned, cannot be reclaimed by anybody else. Each process pins at most

@@ -14,7 +14,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.number cimport PyNumber_AsSsize_t
 from libc.errno cimport EINTR, EIO, ENOENT, ENOMEM, ENOSPC, ENOSYS, EOPNOTSUPP, ESTALE, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strdup
@@ -70,13 +70,18 @@ cdef enum:
 include "_arena.pxi"
 include "_spill.pxi"
 include "_clean.pxi"
+include "_policy.pxi"
 include "_nursery.pxi"
+include "_shares.pxi"
 include "_readahead.pxi"
 include "_slots.pxi"
 include "_claim.pxi"
 include "_retry.pxi"
 include "_punch.pxi"
+include "_queue.pxi"
+include "_promote.pxi"
 include "_sweep.pxi"
+include "_ranges.pxi"
 include "_recover.pxi"
 include "_survey.pxi"
 
@@ -155,6 +160,8 @@ cdef class Plane:
         a.head = <uint64_t *>(base + <size_t>layout.HEAD_AT)
         a.hand = <uint64_t *>(base + <size_t>layout.HAND_AT)
         a.clock = <uint64_t *>(base + <size_t>layout.CLOCK_AT)
+        a.cache_pages = <uint64_t *>(base + <size_t>layout.CACHE_PAGES_AT)
+        a.counted = <uint64_t *>(base + <size_t>layout.COUNTED_AT)
         a.filling = <uint64_t *>(base + <size_t>layout.FILLING_AT)
         a.taking = <uint64_t *>(base + <size_t>layout.TAKING_AT)
         a.wake = <uint32_t *>(base + <size_t>layout.WAKE_AT)
@@ -171,6 +178,7 @@ cdef class Plane:
         a.pages = geometry.pages
         a.nursery = geometry.nursery_pages
         a.policy = geometry.policy
+        a.visits_max = PROVEN if a.policy == S3FIFO else 1
         a.spill_io = geometry.spill_io
         a.slots_count = geometry.slots
         a.allocations_count = geometry.allocations_max
@@ -181,7 +189,15 @@ cdef class Plane:
         if number == BROKER:
             a.lent_map = <uint32_t *>calloc(a.pages // LENT_BLOCK + 1, sizeof(uint32_t))
             a.refused = <uint64_t *>calloc(a.nursery, sizeof(uint64_t))
-            if a.lent_map == NULL or a.refused == NULL:
+            a.newer = <uint32_t *>calloc(a.pages, sizeof(uint32_t))
+            a.older = <uint32_t *>calloc(a.pages, sizeof(uint32_t))
+            a.queue_of = <uint16_t *>calloc(a.pages, sizeof(uint16_t))
+            a.queues = <Queue *>calloc(QUEUES, sizeof(Queue))
+            a.nursery_of = <uint16_t *>calloc(a.nursery, sizeof(uint16_t))
+            if (
+                a.lent_map == NULL or a.refused == NULL or a.newer == NULL or a.older == NULL or a.queue_of == NULL or a.queues == NULL
+                or a.nursery_of == NULL
+            ):
                 raise MemoryError
         self.populated = <uint8_t *>calloc(a.pages // LENT_BLOCK + 1, 1)
         if self.populated == NULL:
@@ -206,6 +222,11 @@ cdef class Plane:
         if self.memory.buf != NULL:
             PyBuffer_Release(&self.memory)
         free(self.a.spill_path)
+        free(self.a.nursery_of)
+        free(self.a.queues)
+        free(self.a.queue_of)
+        free(self.a.older)
+        free(self.a.newer)
         free(self.a.refused)
         free(self.a.lent_map)
         free(self.populated)

@@ -73,6 +73,7 @@ cdef class Slots:
         self.t.slots = load_acquire(&plane.a.types[type_].slots)
         self.write_through = not load_acquire(&plane.a.types[type_].flags) & 1
         self.share = load_acquire(&plane.a.types[type_].share)
+        self.t.nursery_part = nursery_part(plane.a, type_)
         if not living(plane.a, &self.t):
             refuse(plane, &self.t, ENDED, None, False)
         if self.t.slots > plane.a.slots_count or self.t.base > plane.a.slots_count - self.t.slots:

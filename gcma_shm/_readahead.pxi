@@ -4,11 +4,8 @@
 # uncached one the kernel reads ahead too, but drops all that it has read together when the first page of it was asked for.
 #
 # What is read ahead is put in place as `refault` does it: the word must be SPILLED, and the very same from before the read until the CAS
-# that points it to the page; the checksum must fit. Nobody sees a page before that, so the disk may write it meanwhile. A load of such a page
-# is no reason to keep it: a scan must not push out what is used. No page at hand: less is read.
-
-cdef enum:
-    READ_AHEAD = 0x80   # in `visited`, until the page leaves the nursery: loads of it do not count
+# that points it to the page; the checksum must fit. Nobody sees a page before that, so the disk may write it meanwhile. One load of such a
+# page proves nothing (`PROVEN`): a scan does not push out what is used. No page at hand: less is read.
 
 cdef struct Ahead:      # one slot whose page is read ahead
     Slot *slot
@@ -39,12 +36,12 @@ cdef bint take_ahead(Arena *a, Handle *t, uint64_t offset, Ahead *one) noexcept 
     if state_of(one.word) != SPILLED or not living(a, t):
         return False
     one.side = load_acquire(&one.slot.side)                               # @ahead.side
-    page = grant(a, NULL)                                                 # @ahead.grant
+    page = grant(a, t, NULL)                                              # @ahead.grant
     if page < 0:
         return False
     one.page = <uint64_t>page
     store_relaxed(&a.key[page], key_of(t, offset))
-    store_byte(&a.visited[page], READ_AHEAD)
+    store_byte(&a.visited[page], 0)
     return True
 
 

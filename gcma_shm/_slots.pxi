@@ -64,7 +64,7 @@ cdef int store_page(
             return ENDED
         tick(&counts[C_STORES_FILLED if pattern else C_STORES_ZERO])
     else:
-        page = grant_at_hand(a) if patience == NULL else grant(a, patience)
+        page = grant_at_hand(a, t) if patience == NULL else grant(a, t, patience)
         if page < 0:
             return FULL if living(a, t) else ENDED
         store_relaxed(&a.key[page], key_of(t, offset))                                   # @store.fill
@@ -74,6 +74,7 @@ cdef int store_page(
         if swing(a, t, slot, CACHED, DIRTY | <uint64_t>page, &before, stored) != OK:  # @store.swing
             abandon(a, page)
             return ENDED
+        keep_place(a, page, before)
         publish(a, page)
     tick(&counts[C_STORES])
     if before & DIRTY:
@@ -105,7 +106,7 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
         # In an area: the page was taken for a buffer, which touches no slot word. The value is in the file, since no
         # page enters an area before it is. In the nursery the word must have moved since: a page is never freed while
         # a word names it.
-        if page >= a.nursery and cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @load.heal
+        if page >= a.nursery and cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a, key))):  # @load.heal
             count(a, C_HEALS)
         return BUSY
     racy_copy(out, page_bytes(a, page), a.page_size)                      # @load.copy
@@ -121,19 +122,18 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
     # advances. So a copy that has a guest's byte finds one of the two moved on.
     if RECHECK and claimed != NULL and load_relaxed(claimed) != claim:    # @load.claim_again
         return BUSY
-    if not load_byte(&a.visited[page]):  # most hits write nothing, so the line stays shared between the caches
-        store_byte(&a.visited[page], 1)
+    note_visit(a, page)
     tick(&counts[C_HITS_NURSERY if page < a.nursery else C_HITS_AREA])
     return OK
 
 
-cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint64_t side, const uint8_t *data) noexcept nogil:
-    """Puts a page that was evicted a short while ago back into memory, clean, if a nursery page is at hand."""
-    cdef int64_t page = grant(a, NULL)                                    # @load.refault
+cdef void refault(Arena *a, Handle *t, uint64_t key, Slot *slot, uint64_t word, uint64_t side, const uint8_t *data) noexcept nogil:
+    """Puts a page that was read from the file into memory, clean, if a nursery page is at hand."""
+    cdef int64_t page = grant(a, t, NULL)                                 # @load.refault
     if page < 0:
         return
     store_relaxed(&a.key[page], key)
-    store_byte(&a.visited[page], 1)  # it came back from the ghosts: to be promoted, not evicted, by the sweep
+    store_byte(&a.visited[page], BACK if recently_evicted(a, key, word) else 0)
     copy_in(page_bytes(a, page), data, a.page_size)
     # `data` is the caller's memory, and somebody may be writing it: what is published is what was checked, nothing
     # else.
@@ -162,8 +162,7 @@ cdef int load_spilled(
     if got < <int64_t>a.page_size or crc32c_page(&a.crc, out) != <uint32_t>(side & CRC):
         return CORRUPT
     tick(&counts[C_HITS_SPILL])
-    if recently_evicted(a, word):
-        refault(a, key_of(t, offset), slot, word, side, out)
+    refault(a, t, key_of(t, offset), slot, word, side, out)
     return OK
 
 

@@ -74,7 +74,7 @@ class Snapshot:
         self.words, self.sides = pairs[::2], pairs[1::2]
         self.life = self._words(g.life_at, g.pages)
         self.key = self._words(g.key_at, g.pages)
-        self.types = [self._words(g.types_at + 64 * t, 4) for t in range(256)]
+        self.types = [self._words(g.types_at + 128 * t, 4) for t in range(256)]
         self.areas: dict[int, AreaEntry] = {}
         for index in range(_AREAS_MAX):
             at = g.areas_at + 128 * index

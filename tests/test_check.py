@@ -276,6 +276,17 @@ def free_in(name: str) -> Callable[[Copy, int, int], bool]:
     return where
 
 
+def made_free(c: Copy, name: str) -> int:
+    """A page of that area that is nobody's and FREE: wherever the cache happens to lie, it gives one up, as if it had been discarded."""
+    at = c.life(lambda page, life: free_in(name)(c, page, life) and life >> 62 in (FREE, PUBLISHED))
+    life = c.read(at)
+    if life >> 62 == PUBLISHED:
+        lent = c.g.area_at(next(a.index for a in c.areas if a.name == name)) + layout.AREA_LENT_AT
+        c.write(at, lives_as(FREE)(c, life + 1))
+        c.write(lent, c.read(lent) - 1)
+    return (at - c.g.life_at) // 8
+
+
 def orphan_without_slot(c: Copy) -> None:
     at = c.life(lambda page, life: free_in_nursery(c, page, life))
     c.write(at, lives_as(PUBLISHED)(c, c.read(at)))
@@ -445,7 +456,7 @@ def test_what_the_dead_broker_had_in_hand(copy: Copy) -> None:
     life_becomes(free_in_nursery, lives_as(GRANTED, layout.BROKER))(copy)
     assert not copy.look(served=True)
     found(copy.look(served=False), "page", "granted to the broker that has died")
-    page = (copy.life(lambda page, life: free_in("a")(copy, page, life) and life >> 62 == FREE) - copy.g.life_at) // 8
+    page = made_free(copy, "a")
     life_becomes(lambda _, at, __: at == page, lives_as(GRANTED))(copy)
     copy.write(layout.FILLING_AT, page + 1)
     found([one for one in copy.look(served=True) if one.kind == "page"] or copy.look(served=True), "header", "fill")

@@ -85,8 +85,10 @@ def test_mapped_clients_go_on_without_a_broker_and_with_the_next(endpoint: str) 
             check_at_rest(arena_name(endpoint), default_spill_dir(endpoint))
 
 
-def test_what_the_cache_held_is_still_in_memory(endpoint: str) -> None:
-    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
+@pytest.mark.parametrize("policy", layout.POLICIES)
+def test_what_the_cache_held_is_still_in_memory(policy: str, endpoint: str) -> None:
+    """And the policy goes on: it is the arena's."""
+    with broker(endpoint, *AREAS, "--policy", policy) as first, gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 1000, "behind")
 
         def fill() -> bool:
@@ -107,6 +109,14 @@ def test_what_the_cache_held_is_still_in_memory(endpoint: str) -> None:
                 assert swap.load(n) == page_of(n)
             after = client.stats()["counters"]
             assert after["hits_area"] > hits["hits_area"]
+            assert client.stats()["arena"]["policy"] == policy
+
+            def goes_on() -> bool:
+                fill()
+                swap.load_many(range(1000), bytearray(1000 * PAGE))
+                return bool(client.stats()["counters"]["promotions"] > after["promotions"] + 100)
+
+            assert eventually(goes_on)
 
 
 # --- what the next one finds

@@ -260,7 +260,8 @@ def retries_have_a_pace(p: Place, faults: Faults) -> None:
             for n in range(p.nursery_pages + 1):
                 swap.store(n, page_of(n + 1))
                 values[n] = n + 1
-        p.degraded(p.nursery_pages, errno.EIO, type_=3)
+        assert p.is_bounded(len(values))
+        p.degraded(len(values), errno.EIO, type_=3)
         assert p.nursery_pages > 4 * RETRIES_MAX
         if p.client.mapped:
             seen = faults.write.get("failed")

@@ -72,6 +72,7 @@ class Place:
         arena = owner.stats()["arena"]
         self.arena = str(arena["name"])
         self.nursery_pages = int(arena["nursery"]) // PAGE
+        self.pinned_max = self.nursery_pages - self.nursery_pages // 16  # of one type, whose share is the whole
         self.spill_dir = spill_root / self.arena.removeprefix("/")
 
     def file(self, type_: int) -> Path:
@@ -98,6 +99,11 @@ class Place:
         assert health["errno"] == number
         assert f"types {type_} " in health["why"]
         assert health["since"] > 0
+
+    def is_bounded(self, pages: int, share: int = 100) -> bool:
+        """Whether a type of that share could store so many pages that its file refuses, and not many less than it may."""
+        bound = self.pinned_max * share // 100
+        return bound * 3 // 4 <= pages <= bound + 2  # and stores in flight
 
     def healthy(self) -> None:
         """Waits until the broker has written everything by itself, which nobody asks it to."""
