@@ -204,12 +204,12 @@ cdef uint64_t giver(Arena *a, uint64_t index, uint64_t own) noexcept nogil:
     """Which queue gives a page up for one of the queue `own`: a type that is above its share; else, by how many pages each has, as the
     hand by place meets them.
     """
-    cdef uint64_t page, number
+    cdef uint64_t page, number, range_ = load_relaxed(&a.ranges[index])
     if not may_grow(a, own):
         return own
     if a.crowded and a.queues[a.crowded].pages:
         return a.crowded
-    page = (a.ranges[index] >> 32) + a.areas[index].clock % max(a.ranges[index] & PAYLOAD, 1)
+    page = (range_ >> 32) + load_relaxed(&a.areas[index].clock) % max(range_ & PAYLOAD, 1)
     number = a.queue_of[page] if page < a.pages else NO_QUEUE
     if number == NO_QUEUE:
         number = own if a.queues[own].pages else COMMON
