@@ -56,14 +56,16 @@ fuzz: all
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	$(BIN)/python -m tests.fuzz.target
 
+# The whole set of benchmarks, one after another, some tens of minutes (each tells its time); then docs/benchmarks.md and its plots from what they found. Alone on the
+# machine, or the figures are its load's. Some of them only: `make bench NAMES='peers checksum'`. The peers' servers: apt-get install redis-server memcached.
 bench: all
-	$(BIN)/python bench/pages.py
-	$(BIN)/python bench/alloc.py --rounds 10
-	$(BIN)/python bench/fragmentation.py
-	$(BIN)/python bench/checksum.py
-	$(BIN)/python bench/stress.py
+	$(BIN)/python bench/suite.py $(NAMES)
+
+# docs/benchmarks.md again, from the published records in docs/benchmarks/ alone.
+bench-docs: all
+	$(BIN)/python bench/publish.py
 
 clean:
 	rm -rf .venv build dist *.egg-info gcma_shm/_core.c gcma_shm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
 
-.PHONY: all run test lint types check model soak storms sanitize fuzz bench clean
+.PHONY: all run test lint types check model soak storms sanitize fuzz bench bench-docs clean

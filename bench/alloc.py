@@ -21,16 +21,17 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import alloc_job
 import numpy as np
-from _common import OUT, Floor, compile_floor, describe_machine, machine, scratch, write_json
+from _common import OUT, Floor, Plot, compile_floor, describe_machine, machine, scratch, write_json
 from alloc_job import NAN, Job, Sample, Samples, Taken
 from alloc_ours import IDLE_AREA, Allocate, Claim, Stage, stage
 from alloc_peers import PosixIpc, Shm
-from alloc_tell import OURS, judge, tell
+from alloc_tell import OURS, judge, section, tell
 from cma import RUN, RUN_MAX, Cma
 from echo import Echo, Transport
 from plasma import NoPlasma, Plasma
@@ -44,6 +45,7 @@ SIZES = sorted([pages * 4096 for pages in KERNEL_PAGES] + [64 << 10, 256 << 10, 
 PLASMA_SIZES = [2 << 20, 64 << 20]
 JOBS = ("alloc", "fresh", "claim", "idle", "cma", "shm", "posix", "echo", "plasma")
 PLOTS = Path(__file__).parent.parent / "docs"
+PLOTS_SHOWN = (Plot("alloc-cdf.svg", "Distribution at 64 MiB"), Plot("alloc-size.svg", "Median and p99 by size"))
 ERRORS_TOLD_MAX = 20
 
 
@@ -127,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     found = machine()
     print(describe_machine(found))
     results: dict[str, Any] = {"settings": []}
+    sections = []
     failures = 0
     with scratch() as directory:
         library = compile_floor(directory)
@@ -137,10 +140,14 @@ def main(argv: list[str] | None = None) -> int:
             taken = run(options, workers, directory, library)
             sizes = tell(setting, taken)
             verdicts = judge(setting, taken, swept)
-            results["settings"].append({"setting": setting, "workers": workers, "sizes": sizes, "expected": verdicts})
+            results["settings"].append(
+                {"setting": setting, "workers": workers, "sizes": sizes, "expected": [asdict(v) for v in verdicts]}
+            )
+            plots_shown = PLOTS_SHOWN if workers == options.workers[-1] else ()
+            sections.append(section(setting, sizes, verdicts, plots_shown))
             ours = [samples for jobs in taken.values() for name, samples in jobs.items() if name.startswith((OURS, "claim", "idle"))]  # fmt: skip
             failures += sum(samples.failures for samples in ours)
-    write_json(options.out, "What does a contiguous buffer cost?", found, vars(options), results)
+    write_json(options.out, "What does a contiguous buffer cost?", found, vars(options), results, sections)
     if options.plots:
         import plots
 

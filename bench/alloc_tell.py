@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from _common import table
+from _common import Plot, Section, Verdict, table
 from alloc_job import Samples, Taken, curve, figures, finite, times_slower
 
 from gcma_shm.sizes import format_size
@@ -76,23 +75,6 @@ def _ratio(ratio: tuple[float, float, float] | None) -> str:
     return f"{ratio[0]:.3g} ({ratio[1]:.3g}-{ratio[2]:.3g})" if ratio else "-"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One expectation. `figure` may be compared with `limit` as it stands: at most, or at least, that."""
-
-    what: str
-    limit: float
-    figure: float | None  # None: not measured
-    at_least: bool = False
-
-    @property
-    def word(self) -> str:
-        """Met or missed."""
-        if self.figure is None:
-            return "not measured"
-        return "met" if (self.figure >= self.limit if self.at_least else self.figure <= self.limit) else "missed"
-
-
 class Expectations:
     """What was expected of a buffer of 64 MiB, and of the paper's ratio, checked against one setting's samples."""
 
@@ -147,15 +129,33 @@ class Expectations:
         return Verdict(words, PAPER_LOW, min(ratios) if ratios else None, at_least=True)
 
 
-def judge(setting: str, taken: Taken, swept: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Prints what was expected and what came; returns it for JSON. Nothing fails by it."""
+def judge(setting: str, taken: Taken, swept: Mapping[str, Any] | None) -> list[Verdict]:
+    """Prints what was expected and what came. Nothing fails by it."""
     verdicts = Expectations(setting, taken).verdicts()
     if swept:
         worst = max(float(np.float64(swept[pages]["ns_per_page"]["take PUBLISHED"].median)) for pages in swept if int(pages) >= 4096)  # fmt: skip
         verdicts.append(Verdict("sweep, ns a page, from 4096 pages up", 2.0, worst))
-    rows = [
-        [v.what, f"{'≥' if v.at_least else '≤'} {v.limit:g}", "-" if v.figure is None else f"{v.figure:.3g}", v.word]
-        for v in verdicts
-    ]
+    rows = [[v.what, v.bound, "-" if v.figure is None else f"{v.figure:.3g}", v.word] for v in verdicts]
     print("\n" + table([f"expected; {setting}", "limit", "figure", ""], rows), flush=True)
-    return [{"what": v.what, "limit": v.limit, "at_least": v.at_least, "figure": v.figure, "verdict": v.word} for v in verdicts]  # fmt: skip
+    return verdicts
+
+
+def section(setting: str, sizes: Mapping[str, Any], verdicts: Sequence[Verdict], plots: Sequence[Plot]) -> Section:
+    """What is published of a setting: 64 MiB, or the largest size there is."""
+    size = max(sizes.values(), key=lambda one: (one["nbytes"] == 64 * MIB, one["nbytes"]))
+    rows = []
+    for name, job in size["jobs"].items():
+        hand_over, usable = job["hand_over_ns"], job["usable_ns"]
+        cells = [
+            f"{found[quantile] / 1e3:,.3g}" if found[quantile] < 1e6 else f"{found[quantile] / 1e3:,.0f}"
+            for found in (hand_over, usable)
+            if found
+            for quantile in ("median", "p99")
+        ]
+        cells += ["-"] * (4 - len(cells))
+        rows.append([name, *cells, (hand_over or {}).get("samples", 0), job["failures"]])
+    columns = ["", "hand-over, µs", "p99", "usable, µs", "p99", "samples", "failures"]
+    note = (
+        "Medians. Hand-over: from the request to the address; usable: until the first byte of every 4 KiB is written."
+    )
+    return Section(f"{format_size(size['nbytes'])}, {setting}", columns, rows, note, verdicts, plots)

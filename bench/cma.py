@@ -1,4 +1,4 @@
-"""What CMA does, for `alloc.py`: memory that was lent holds dirty pages, which must be written out before the range is handed over.
+"""What CMA does, for `alloc.py` and `lent.py`: memory that was lent holds dirty pages, which must be written out before the range is handed over.
 
 A stand-in, and wherever there was a choice the one that favours CMA:
 - only the writing counts. Isolating and migrating the other pages, locks and retries cost nothing here;
@@ -138,18 +138,16 @@ def plan(dirty: npt.NDArray[np.int64], memory_at: int, file_page: int, run: int)
     return Writes(np.ascontiguousarray(pieces), first, (file_page + run_starts) * PAGE, sizes)
 
 
-class Cma(Job):
-    """A range whose dirty pages are written to a file, then handed over."""
+class WriteOut:
+    """Writes what is dirty in a range of memory of its own to a file, as CMA must before it hands the range over."""
 
     def __init__(
-        self, at: Stage, directory: Path, stack: ExitStack, dirty: float, direct: bool, run: int, seed: int
+        self, nbytes_max: int, directory: Path, stack: ExitStack, dirty: float, direct: bool, run: int, seed: int
     ) -> None:
-        self.name = f"CMA {dirty:.0%} dirty, {'O_DIRECT' if direct else 'buffered'}"
-        self._stage = at
         self._dirty = dirty
         self._run = run
         self._rng = np.random.default_rng(seed)
-        self._bytes = at.sizes[IDLE_AREA]
+        self._bytes = nbytes_max
         self._memory = _memory(self._bytes)
         stack.callback(self._memory.close)
         path = directory / f"cma-{'direct' if direct else 'buffered'}-{dirty:g}"
@@ -165,9 +163,8 @@ class Cma(Job):
                 raise OSError(error, os.strerror(error), "io_setup")
             stack.callback(library.close_queue)
 
-    @contextmanager
-    def ready(self, nbytes: int) -> Iterator[Callable[[], Sample]]:
-        """One range. Which of its pages are dirty is drawn anew each time."""
+    def ready(self, nbytes: int) -> Callable[[], int]:
+        """For the next range: what writes it, and returns 0 or an errno. Which of its pages are dirty is drawn anew each time."""
         pages = -(-nbytes // PAGE)
         dirty = np.flatnonzero(self._rng.random(pages) < self._dirty)
         if (self._next_page + pages) * PAGE > self._bytes:
@@ -176,11 +173,33 @@ class Cma(Job):
         writes = plan(dirty, memory_at, self._next_page, self._run)
         self._next_page += pages
         places = [array.ctypes.data for array in (writes.pieces, writes.first, writes.offsets, writes.sizes)]
+        count = writes.sizes.size
+
+        def write(_alive: Writes = writes) -> int:
+            return int(self._write(self._fd, *places, count, DEPTH))
+
+        return write
+
+
+class Cma(Job):
+    """A range whose dirty pages are written to a file, then handed over."""
+
+    def __init__(
+        self, at: Stage, directory: Path, stack: ExitStack, dirty: float, direct: bool, run: int, seed: int
+    ) -> None:
+        self.name = f"CMA {dirty:.0%} dirty, {'O_DIRECT' if direct else 'buffered'}"
+        self._stage = at
+        self._write_out = WriteOut(at.sizes[IDLE_AREA], directory, stack, dirty, direct, run, seed)
+
+    @contextmanager
+    def ready(self, nbytes: int) -> Iterator[Callable[[], Sample]]:
+        """One range."""
+        write = self._write_out.ready(nbytes)
         self._stage.client.areas()  # a message before the pause, as with the other jobs
 
         def act() -> Sample:
             start = time.perf_counter_ns()
-            error = self._write(self._fd, *places, writes.sizes.size, DEPTH)
+            error = write()
             buffer = self._stage.client.alloc_contig(nbytes, area=IDLE_AREA)
             handed_over = time.perf_counter_ns()
             used = touch(buffer, self._stage.floor)

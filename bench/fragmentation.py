@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import OUT, clock_cost_ns, describe_machine, machine, table, write_json
+from _common import OUT, Plot, Section, clock_cost_ns, describe_machine, machine, table, write_json
 from mixes import DRAINED, MIXES, Requests
 from placement import POLICIES, Policy
 
@@ -147,6 +147,26 @@ def rows(load: float, found: dict[str, Any]) -> list[list[object]]:
     ]
 
 
+def sections(results: dict[str, Any]) -> list[Section]:
+    """What is published: refusals of each policy, and what choosing a place takes."""
+    head = ["mix", "held", *POLICIES]
+    by_load = [(mix, load, found) for mix, loads in results.items() for load, found in loads.items()]
+    refused = [
+        [mix, f"{float(load):.0%}", *(f"{100 * found[name]['avoidable_share']:.2g}" for name in POLICIES)]
+        for mix, load, found in by_load
+    ]
+    times = [
+        [mix, f"{float(load):.0%}", *(f"{found[name]['take_ns']['median'] / 1e3:.3g}" for name in POLICIES)]
+        for mix, load, found in by_load
+    ]
+    note = "% of the requests that a packer which may move what is held would have granted."
+    plot = Plot("fragmentation.svg", "Refusals and the largest free range over time")
+    return [
+        Section("Refused without need", head, refused, note, plots=[plot]),
+        Section("To choose a place and take it", head, times, "µs, medians."),
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,7 +187,8 @@ def main(argv: list[str] | None = None) -> int:
         results[mix] = {f"{load:g}": compare(mix, load, options, clock_ns) for load in sorted(options.load)}
         lines = [row for load, by_policy in results[mix].items() for row in rows(float(load), by_policy)]
         print("\n" + table(head, lines, " ".join(f"{mix}: {MIXES[mix].__doc__}".split())), flush=True)
-    write_json(options.out, "Does our placement of buffers fragment an area?", found, vars(options), results)
+    question = "Does our placement of buffers fragment an area?"
+    write_json(options.out, question, found, vars(options), results, sections(results))
     if options.plots:
         import plots
 

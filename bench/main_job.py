@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import multiprocessing
 import queue
 import statistics
@@ -245,10 +244,66 @@ def report(client: Client, latencies: dict[int, list[float]], failures: int, fin
     return not failures and not mismatches
 
 
+def write(
+    out: Path,
+    found: dict[str, Any],
+    client: Client,
+    latencies: dict[int, list[float]],
+    failures: int,
+    finished: list[Done],
+) -> None:
+    """The run's record, as the benchmarks here write it."""
+    from _common import Section, Verdict, write_json  # needs the `bench` extra; the job itself does not
+
+    workers = [
+        [
+            done.worker,
+            f"{done.pages_stored / done.store_s:,.0f}",
+            f"{done.pages_loaded / done.load_s:,.0f}",
+            done.files,
+            done.mismatches,
+        ]
+        for done in sorted(finished, key=lambda d: d.worker)
+    ]
+    buffers = [
+        [format_size(size), len(times), *(f"{figure * 1e3:.2f}" for figure in (statistics.median(times), max(times)))]
+        for size, times in sorted(latencies.items())
+    ]
+    counters = client.stats()["counters"]
+    hits = {name: count for name, count in counters.items() if name.startswith("hits_")}
+    places = ", ".join(f"{name.removeprefix('hits_')} {count / sum(hits.values()):.0%}" for name, count in hits.items())
+    verdicts = [
+        Verdict("allocations that failed", 0, failures),
+        Verdict("files that came back wrong", 0, sum(done.mismatches for done in finished)),
+    ]
+    sections = [
+        Section(
+            "Workers",
+            ["worker", "stored pages/s", "loaded pages/s", "files proved", "wrong"],
+            workers,
+            f"Loads by place: {places}.",
+            verdicts,
+        ),
+        Section("alloc_contig beside them", ["size", "buffers", "median ms", "worst ms"], buffers),
+    ]
+    results = {
+        "workers": [asdict(done) for done in finished],
+        "alloc_s": latencies,
+        "failures": failures,
+        "stats": client.stats(),
+    }
+    write_json(out, " ".join(str(__doc__).split("\n\n")[0].split()), found, {}, results, sections)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="also write the figures there, as JSON")
     parsed = parser.parse_args()
+    found: dict[str, Any] = {}
+    if parsed.out:
+        from _common import machine
+
+        found = machine()
     files = real_files()
     parts = split(files)
     context = multiprocessing.get_context("spawn")
@@ -276,14 +331,7 @@ def main() -> int:
                 worker.kill()
         sound = report(client, latencies, failures, finished)
         if parsed.out:
-            figures = {
-                "workers": [asdict(done) for done in finished],
-                "alloc_s": latencies,
-                "failures": failures,
-                "stats": client.stats(),
-            }
-            parsed.out.parent.mkdir(parents=True, exist_ok=True)
-            parsed.out.write_text(json.dumps(figures, indent=1))
+            write(parsed.out, found, client, latencies, failures, finished)
     return 0 if sound else 1
 
 

@@ -1,4 +1,5 @@
-"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc` and `plots.py fragmentation`.
+"""Plots of what the benchmarks here measured, from their JSON alone: `plots.py alloc`, `plots.py fragmentation`, `plots.py lent`,
+`plots.py policy`; `bars` for `publish.py`.
 
 Readable on a light and on a dark page: a panel of their own behind them. Needs matplotlib.
 """
@@ -9,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
-from _common import OUT
+from _common import OUT, Bar
 from alloc_job import POINTS
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
@@ -38,7 +39,13 @@ COLOURS = {
     "alloc_contig": "#1261a8", "claim": "#1a9e77", "idle": "#7fb3dd", "SharedMemory": "#d1495b", "posix-ipc": "#e39aa4",
     "plasma": "#7a4fa3", "O_DIRECT": "#c06a00", "buffered": "#e0b050",
 }  # fmt: skip
+OURS, THEIRS = "#1261a8", "#d9a441"
+# What stays in memory: ours, and libcachesim's figures.
+HITS = {"s3fifo": "#1261a8", "sieve": "#1a9e77", "clock": "#7fb3dd"}
+HITS_KNOWN = {"LRU": "#d1495b", "SIEVE": "#e0b050", "S3-FIFO": "#c06a00", "Belady": "#888888"}
 POLICIES = {"ours": "#1261a8", "best fit": "#2a9d8f", "first fit": "#c06a00", "buddy": "#7a4fa3"}
+RATIO = "lent/idle, undelayed"  # wall time is at the mercy of whatever else the machine does
+PERIOD_COLOURS = ("#1261a8", "#1a9e77", "#7a4fa3", "#c06a00")
 
 
 @contextmanager
@@ -52,8 +59,8 @@ def figure(
         )
         flat = [ax for row in axes for ax in row]
         yield flat
-        named = {label: line for ax in flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}
-        drawn.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), 4))
+        if named := {label: line for ax in flat for line, label in zip(*ax.get_legend_handles_labels(), strict=True)}:
+            drawn.legend(list(named.values()), list(named), loc="outside lower center", ncols=min(len(named), 4))
         drawn.savefig(path, metadata={"Date": None, "Creator": None})
         plt.close(drawn)
     # A tenth of a point is finer than anyone sees, and half of the file.
@@ -159,14 +166,92 @@ def fragmentation(source: Path, directory: Path) -> None:
         axes[len(mixes)].set_ylabel("largest free range / all that is free")
 
 
+def bars(path: Path, title: str, unit: str, found: Sequence[Bar]) -> None:
+    """A bar a contender, the least on top, on a log scale; ours are blue and bold, and a thin line is the spread over the rounds."""
+    ordered = sorted(found, key=lambda bar: bar.value)
+    height = 0.9 + 0.27 * len(ordered)
+    with figure(path, 1, 1, (7.6, height)) as (ax,):
+        for at, bar in enumerate(ordered):
+            ax.barh(at, bar.value, color=OURS if bar.ours else THEIRS, height=0.68)
+            if bar.low is not None and bar.high is not None:
+                ax.plot([bar.low, bar.high], [at, at], color=INK, linewidth=0.9)
+            words = f"{bar.value:.2f}" if bar.value < 10 else f"{bar.value:.3g}"
+            end = max(bar.value, bar.high or 0)
+            ax.annotate(words, (end, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        ax.set_xscale("log")
+        low, high = ordered[0].value, max(bar.high or bar.value for bar in ordered)
+        ax.set_xlim(low / 2, high * 2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.set_yticks(range(len(ordered)), [bar.label for bar in ordered], fontsize=8)
+        for label, bar in zip(ax.get_yticklabels(), ordered, strict=True):
+            label.set_fontweight("bold" if bar.ours else "normal")
+        ax.invert_yaxis()
+        ax.set_axisbelow(True)
+        ax.grid(visible=False, axis="y")
+        ax.tick_params(axis="y", length=0)
+        ax.set_xlabel(unit)
+        ax.set_title(title, fontsize=9, loc="left")
+
+
+def lent(source: Path, directory: Path) -> None:
+    """The one of `lent.py`: for each kind of work, the speed-up of a lent reserve over an idle one by how long guests hold it."""
+    works = json.loads(source.read_text())["results"]
+    with figure(directory / "lent.svg", len(works), 2, (9.5, 3.1 * len(works)), share_y=True) as axes:
+        for n, (work, found) in enumerate(works.items()):
+            shares = sorted({one["share"] for one in found["cells"] if one["share"]})
+            for ax, share in zip(axes[2 * n : 2 * n + 2], shares, strict=True):
+                _speed_ups(ax, found["cells"], share)
+                ax.set_title(f"{work}: guests take {share:.0%} of the reserve", fontsize=9)
+            axes[2 * n].set_ylabel("work a second, lent / idle, undelayed")
+        for ax in axes[-2:]:
+            ax.set_xlabel("% of the time that guests hold it")
+
+
+def _speed_ups(ax: Axes, cells: list[dict[str, Any]], share: float) -> None:
+    never = next(one for one in cells if not one["share"])
+    mine = [one for one in cells if one["share"] == share]
+    if bound := never.get("no reserve/idle, undelayed"):
+        ax.axhline(bound["median"], color="#888888", linestyle="--", linewidth=1.0, label="no reserve, no guests")
+    ax.axhline(1.0, color=COLOURS["idle"], linewidth=1.0, label="idle reserve")
+    for shade, period in zip(PERIOD_COLOURS, sorted({one["period_s"] for one in mine}), strict=False):
+        line = [(one["duty"], one[RATIO]) for one in mine if one["period_s"] == period]  # in order, as they were told
+        points = [(0.0, never[RATIO]), *line]
+        at = [100 * duty for duty, _ in points]
+        ax.plot(
+            at, [of["median"] for _, of in points], color=shade, marker=".", label=f"lent, a guest every {period:g} s"
+        )
+        ax.fill_between(at, [of["low"] for _, of in points], [of["high"] for _, of in points], color=shade, alpha=0.12)
+    ax.set_xlim(0, 100)
+    ax.set_ylim(bottom=0)
+
+
+def hits(source: Path, directory: Path) -> None:
+    """The one of `policy.py`: loads served from memory against the cache's size, ours in lines, the reference figures dashed."""
+    traces = json.loads(source.read_text())["results"]
+    with figure(directory / "policy.svg", 1, len(traces), (4.2 * len(traces), 3.6)) as axes:
+        for ax, (trace, found) in zip(axes, traces.items(), strict=True):
+            shares = list(found["s3fifo"])
+            for policy, shade in HITS.items():
+                ax.plot(
+                    shares, [found[policy][share]["hits"] for share in shares], color=shade, marker=".", label=policy
+                )
+            for name, figures in found["reference"].items():
+                ax.plot(
+                    shares, figures, color=HITS_KNOWN[name], linestyle="--", linewidth=1, label=f"libcachesim {name}"
+                )
+            ax.set_title(f"{trace} trace", fontsize=9)
+            ax.set_xlabel("cache, % of the pages that are asked for")
+        axes[0].set_ylabel("loads served from memory, %")
+
+
 def main() -> int:
     """Draws what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("alloc", "fragmentation"))
+    parser.add_argument("what", choices=("alloc", "fragmentation", "lent", "policy"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: bench/out/WHAT.json")
     parser.add_argument("--to", type=Path, default=DOCS, metavar="DIRECTORY")
     options = parser.parse_args()
-    draw = alloc if options.what == "alloc" else fragmentation
+    draw = {"alloc": alloc, "fragmentation": fragmentation, "lent": lent, "policy": hits}[options.what]
     draw(options.json or OUT / f"{options.what}.json", options.to)
     return 0
 

@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import OUT, Histogram, crew, describe_machine, machine, scratch, table, write_json
+from _common import (
+    OUT,
+    Histogram,
+    Section,
+    Verdict,
+    crew,
+    describe_machine,
+    machine,
+    scratch,
+    table,
+    write_json,
+)
 from stress_work import OPERATIONS, TOLD_MAX, TYPE, WRITER_BITS, Load, Report, log_of, make_worker
 
 import gcma_shm
@@ -190,6 +201,18 @@ def tell(report: Report, guests: Report, failures: int, counted: dict[str, Any])
     }
 
 
+def section(results: dict[str, Any]) -> Section:
+    """What is published."""
+    names = ("count", "per_second", "median_us", "p99_us", "p99.9_us", "worst_us")
+    rows = [[name, *(found[figure] for figure in names)] for name, found in results["operations"].items()]
+    verdicts = [
+        Verdict("wrong pages and bytes", 0, results["errors"]),
+        Verdict("allocations that failed", 0, results["failures"]),
+    ]
+    columns = ["operation", "calls", "pages a second", "median µs", "p99", "p99.9", "worst"]
+    return Section("Operations of all workers", columns, rows, verdicts=verdicts)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the stress; returns the exit status: 1 when anything was wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,7 +260,8 @@ def main(argv: list[str] | None = None) -> int:
             endpoint = stack.enter_context(owner).endpoint
         parts = stress(options, endpoint)
     results = tell(*parts)
-    write_json(options.out, "Does every page come back whole under load, and how fast?", found, vars(options), results)
+    question = "Does every page come back whole under load, and how fast?"
+    write_json(options.out, question, found, vars(options), results, [section(results)])
     return 1 if results["errors"] or results["failures"] else 0
 
 

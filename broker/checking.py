@@ -81,7 +81,9 @@ def _told(title: str, findings: list[Finding]) -> list[str]:
 
 
 def _figures(figures: dict[str, int]) -> list[str]:
-    held_in = ", ".join(f"{figures[f'slots_{state}']} {state}" for state in ("cached", "dirty", "spilled", "zero"))
+    held_in = ", ".join(
+        f"{figures[f'slots_{state}']} {state}" for state in ("cached", "dirty", "spilled", "zero", "filled")
+    )
     words = [counted(figures.get(f"{what}s", 0), what) for what in ("area", "type", "client", "buffer", "reservation")]
     words.append(counted(figures["slots"], "slot") + f" ({held_in})")
     words.append(

@@ -17,9 +17,11 @@ from gcma_shm.broker.checking import add_check
 from gcma_shm.broker.door import Doorway
 from gcma_shm.broker.keys import keygen
 from gcma_shm.broker.log import logging_to_standard_error
+from gcma_shm.broker.mapping import add_map
 from gcma_shm.broker.process import Settings, run
 from gcma_shm.broker.reap import add_reap
 from gcma_shm.broker.showing import add_showing
+from gcma_shm.broker.top import add_top
 from gcma_shm.curve import credentials_of
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import GcmaError, in_words
@@ -262,6 +264,8 @@ def _parser() -> argparse.ArgumentParser:
     add_check(commands)
     add_reap(commands)
     add_showing(commands)
+    add_map(commands)
+    add_top(commands)
     return parser
 
 

@@ -34,10 +34,11 @@ log = logging.getLogger(__name__)
 FRAMES_MAX = 1 + messages.PAGES_MAX
 FRAMES_ENDED = 1000  # a message of more ends its connection
 BACKLOG = 512  # connections that the kernel keeps until ZeroMQ accepts them
-EVENTS_MAX = 256  # of connections, taken in one turn of the loop
+CHANGES_MAX = 256  # of connections, taken in one turn of the loop
 _QUEUE = 1000  # ZeroMQ's own bound of its side of the monitor
 CROWD_MAX = 2 * _QUEUE  # events under way; ours is as long
 DESCRIPTORS_OWN = 64 + 2 * layout.TYPES_MAX  # files of types, and what a Python process has open
+_NOBLOCK = int(zmq.NOBLOCK)
 _MONITOR = "inproc://connections"
 _LOCAL = "localhost:"  # how ZeroMQ begins the address of a peer on ipc: then uid, gid, pid, by SO_PEERCRED
 
@@ -142,8 +143,9 @@ class Door:
     def receive(self) -> tuple[bytes, list[Frame], Sender, int]:
         """One message that is there: its peer's address, its frames, who sent it, and by which connection. Of a message with
         too many frames one more than allowed is kept, to be refused for it; a peer that sends very many has to come again.
+        Raises zmq.Again when there is none.
         """
-        peer = self.socket.recv()
+        peer = self.socket.recv(_NOBLOCK)
         # A page stays in ZeroMQ's memory until a worker has stored it.
         first = frame = self.socket.recv(copy=False)
         frames: list[Frame] = [first.bytes]
@@ -153,7 +155,7 @@ class Door:
             count += 1
             if count <= FRAMES_MAX + 1:
                 frames.append(frame.buffer)
-        fd = int(_told(first, "__fd") or -1)  # what zmq.SRCFD reads
+        fd = int(_told(first, "__fd") or -1)  # what zmq.SRCFD reads, and an error where there is none
         if count > FRAMES_ENDED:
             log.warning("a message of %d frames: ended its connection", count)
             self.end([fd])
@@ -161,8 +163,8 @@ class Door:
         return peer, frames, _sender(_told(first, "Peer-Address"), key), fd
 
     def changes(self) -> Iterator[tuple[bool, int]]:
-        """Connections that have come (True) and gone since, in order, by descriptor; at most EVENTS_MAX."""
-        for _ in range(EVENTS_MAX):
+        """Connections that have come (True) and gone since, in order, by descriptor; at most CHANGES_MAX."""
+        for _ in range(CHANGES_MAX):
             try:
                 event = parse_monitor_message(self.monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:

@@ -7,10 +7,12 @@ from __future__ import annotations
 import ctypes
 import os
 
+from gcma_shm import messages
 from gcma_shm.broker.service import window_of
 
 GROWTH_BYTES = 64 << 20  # whatever the clients do
 # A session's pages under way, at most: the window, ZeroMQ's queues of twice and four times that, and one of each kind in the kernel.
+# And batches, stored and loaded (what was not read counts, see `broker/window.py`).
 WINDOWS_A_CLIENT = 8
 _PAGE = os.sysconf("SC_PAGESIZE")
 _STATM = os.open(
@@ -20,7 +22,9 @@ _STATM = os.open(
 
 def growth_max(page_size: int, clients_max: int) -> int:
     """What a broker may grow by, in bytes, before somebody abuses it."""
-    return GROWTH_BYTES + clients_max * WINDOWS_A_CLIENT * window_of(page_size) * page_size
+    singles = WINDOWS_A_CLIENT * window_of(page_size) * page_size
+    batches = 2 * messages.BATCHES * messages.batch_max(page_size) * page_size
+    return GROWTH_BYTES + clients_max * (singles + batches)
 
 
 def private_bytes() -> int:

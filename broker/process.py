@@ -17,6 +17,7 @@ from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane, scheduler_slice
 from gcma_shm.areas import LENT, SHARE_WHOLE, Area, AreaSpec
+from gcma_shm.broker.direct import refuse_directory
 from gcma_shm.broker.door import Door, Doorway
 from gcma_shm.broker.growth import growth_max
 from gcma_shm.broker.reclaim import ReclaimThread
@@ -236,6 +237,12 @@ def _make_spill_dir(settings: Settings) -> Path:
     made = private_dir(path).resolve()
     if len(os.fsencode(made)) >= layout.SPILL_DIR_BYTES:
         raise ArenaError(f"the spill directory's path is longer than {layout.SPILL_DIR_BYTES - 1} bytes: {made}")
+    if settings.spill_io == "direct":
+        try:
+            refuse_directory(made, settings.page_size)
+        except BaseException:
+            made.rmdir()
+            raise
     return made
 
 

@@ -1,5 +1,6 @@
-"""The reclaim thread: keeps part of the nursery free, writes what write-behind types left dirty for a while, and tries again what the
-spill files did not take.
+"""The reclaim thread: keeps part of the nursery free, writes what write-behind types left dirty for a while, tries again what the
+spill files did not take, gives back the disk space of pages that were invalidated, and, where spill files are to stay out of the page
+cache, drops what is left of them there.
 
 The sweep runs without the GIL and sleeps on a futex in the arena, which clients wake when the nursery runs low. Retries keep their own pace,
 whether the nursery is low or not, and whoever wrote the page.
@@ -11,6 +12,7 @@ import logging
 import threading
 import time
 
+from gcma_shm import layout
 from gcma_shm._core import Plane, scheduler_slice
 from gcma_shm.broker.health import Health
 
@@ -18,6 +20,8 @@ log = logging.getLogger(__name__)
 
 NAP_S = 0.1  # how long the sweep sleeps at most; also bounds a wake-up that was lost
 WRITE_BEHIND_S = 1.0  # a dirty page is left alone for so long: what is overwritten meanwhile costs no write
+DROP_S = 1.0  # from one time that the page cache is emptied of spill files to the next
+PUNCH_S = 1.0  # from the end of a pass over the slots for places to give back to the next; a slot that is stored to again by then keeps its
 RETRY_S = 0.1  # to the first round of retries that follows one in vain, and twice as long to each further one ...
 RETRY_MAX_S = 1.0  # ... but no longer than this
 
@@ -42,13 +46,19 @@ class ReclaimThread:
     def _run(self) -> None:
         scheduler_slice(0)  # not the control loop's
         head_then = 0
-        then = time.monotonic()
+        then = dropped = punch_at = time.monotonic()
+        uncached = layout.SPILL_IO[self._plane.geometry.spill_io] == "uncached"
         while not self._stopping:
             head = self._plane.sweep(NAP_S)
             now = time.monotonic()
             if now - then >= WRITE_BEHIND_S:
                 self._plane.clean_until(head_then)
                 head_then, then = head, now
+            if now >= punch_at:
+                punch_at = now + (PUNCH_S if self._plane.punch() else NAP_S)
+            if uncached and now - dropped >= DROP_S:
+                self._plane.drop_cached()
+                dropped = now
             if self._plane.refused and now >= self._retry_at:
                 self._retry()
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from gcma_shm import layout
 from gcma_shm._core import Plane, Slots
+from gcma_shm.broker.direct import why_not
 from gcma_shm.broker.extents import Extents
 from gcma_shm.endpoint import private_dir
 from gcma_shm.errors import ArenaError, Closed, NoSuchType, SpillError
@@ -173,6 +174,11 @@ class TypeRegistry:
             raise SpillError(
                 error.errno or errno.EIO, f"the spill file {path} cannot be made: {error.strerror}"
             ) from error
+        if layout.SPILL_IO[self._geometry.spill_io] == "direct":
+            why = why_not(path, self._geometry.page_size)  # the directory may have been made anew, elsewhere
+            if why is not None:
+                path.unlink()
+                raise SpillError(errno.EINVAL, f"type {type_} cannot begin: --spill-io direct: {why}")
 
 
 def _remove_stray(path: Path) -> None:

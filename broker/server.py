@@ -1,4 +1,4 @@
-"""The control loop: one thread, one socket, and an epoll of everything else that can happen.
+"""The control loop: one thread, one socket, and an epoll of everything that can happen.
 
 It touches no file and decides nothing: frames go to `Service.request`, replies go out. Answers from worker threads
 arrive in a queue, with a pipe to wake the loop. A peer that does not read its replies loses them once its pipe is full;
@@ -18,7 +18,7 @@ import zmq
 
 from gcma_shm import messages
 from gcma_shm.broker.connections import Connections
-from gcma_shm.broker.door import Door
+from gcma_shm.broker.door import CHANGES_MAX, Door
 from gcma_shm.broker.growth import give_back, private_bytes
 from gcma_shm.broker.service import Peer, Service
 from gcma_shm.broker.stop import StopSignals
@@ -31,7 +31,11 @@ LOOK_S = (
     0.1  # at the process's own size: what a message of endless frames adds in between is what ZeroMQ reads in that time
 )
 RETURNING_TICKS = 5  # in which memory goes back to the system after connections were ended
+EVENTS_MAX = 64  # deaths, signals and the like that one turn of the loop looks at
 DRAIN_MAX = 64  # requests served before answers, deaths and signals get their turn
+COPY_BYTES = 128 << 10  # of a page frame; longer ones are not copied for ZeroMQ
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 STOP_S = 5.0  # for one worker to end; four of them and their owner's patience are in clients/embedded.py
 
 
@@ -65,19 +69,26 @@ class Server:
         if owner_pidfd >= 0:
             self._epoll.register(owner_pidfd, select.EPOLLIN)
         connections = Connections(self._door.connections_max, service.sessions.has_session)
-        poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._door.monitor, zmq.POLLIN)
-        poller.register(self._epoll.fileno(), zmq.POLLIN)
+        socket_fd, monitor_fd = _fd(self._socket), _fd(self._door.monitor)
+        for fd in (socket_fd, monitor_fd):
+            self._epoll.register(fd, select.EPOLLIN)
         ticked = time.monotonic()
+        # ZeroMQ's descriptors tell once that there is something, and of nothing that is left: what else there is must be asked for
+        # before the next wait, and after whatever was done with the socket. (Its own Poller asks for everything each time.)
+        more = crowded = True
         while not self._stop.reason:
-            ready = dict(poller.poll(0 if service.busy else int(LOOK_S * 1000)))
-            if self._door.monitor in ready:
-                self._count(connections, service)
-            if self._socket in ready:
-                self._serve(connections, service)
-            if self._epoll.fileno() in ready:
-                self._other(service, owner_pidfd)
+            for fd, _ in self._epoll.poll(0 if more or crowded or service.busy else LOOK_S, EVENTS_MAX):
+                if fd == socket_fd:
+                    more = True
+                elif fd == monitor_fd:
+                    crowded = True
+                else:
+                    self._other(fd, service, owner_pidfd)
+                    more = more or _has_more(self._socket)  # to send answers takes notice of what has come
+            if crowded:
+                crowded = self._count(connections, service)
+            if more:
+                more = self._serve(connections, service)
             if service.busy:
                 service.advance()
             now = time.monotonic()
@@ -87,31 +98,38 @@ class Server:
             if now - ticked >= TICK_S:
                 service.tick()
                 ticked = now
-                if self._ended:
-                    log.warning(
-                        "ended %d connections: beyond %d of them, or the process had grown by %d bytes",
-                        self._ended,
-                        connections.connections_max,
-                        self._growth_max,
-                    )
-                    self._ended, self._returning = 0, RETURNING_TICKS
-                if self._returning:
-                    self._returning -= 1
-                    give_back()  # what they had sent, as ZeroMQ's thread comes to free it
+                self._tell_ended(connections.connections_max)
         return self._stop.reason
+
+    def _tell_ended(self, connections_max: int) -> None:
+        if self._ended:
+            log.warning(
+                "ended %d connections: beyond %d of them, or the process had grown by %d bytes",
+                self._ended,
+                connections_max,
+                self._growth_max,
+            )
+            self._ended, self._returning = 0, RETURNING_TICKS
+        if self._returning:
+            self._returning -= 1
+            give_back()  # what they had sent, as ZeroMQ's thread comes to free it
 
     def close(self) -> None:
         """Sends what is still to be sent, for a moment; the door is closed by who opened it."""
         self._send_answers(None)
         self._epoll.close()
 
-    def _count(self, connections: Connections, service: Service) -> None:
+    def _count(self, connections: Connections, service: Service) -> bool:
+        """Takes notice of connections that have come and gone; whether there may be more."""
+        count = 0
         for opened, fd in self._door.changes():
+            count += 1
             if opened:
                 connections.opened(fd)
             elif (peer := connections.closed(fd)) is not None:
                 service.peer_gone(peer)
         self._end(connections.too_many())
+        return count == CHANGES_MAX
 
     def _look(self, connections: Connections) -> None:
         """When the process is too large, some connections are ended: a message that has not ended belongs to nobody yet. Clients come
@@ -133,33 +151,42 @@ class Server:
     def _is_small(self) -> bool:
         return private_bytes() - self._size_at_start <= self._growth_max
 
-    def _serve(self, connections: Connections, service: Service) -> None:
+    def _serve(self, connections: Connections, service: Service) -> bool:
+        """Serves what is there; whether there may be more."""
         for _ in range(DRAIN_MAX):
-            if not cast(int, self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                return
-            peer, frames, sender, fd = self._door.receive()
+            try:
+                peer, frames, sender, fd = self._door.receive()
+            except zmq.Again:
+                return False
             reply = service.request(peer, frames, sender)
             connections.heard(fd, peer)
             if reply is not None:
                 self._send(peer, reply)
+            if not _has_more(self._socket):  # the question costs less than the exception
+                return False
+        return True
 
     def _send(self, peer: bytes, reply: Reply) -> None:
+        frames = messages.encode_reply(reply)
         try:
-            self._socket.send_multipart([peer, *messages.encode_reply(reply)], zmq.NOBLOCK, copy=not reply.pages)
+            self._socket.send(peer, _MORE)
+            for frame in frames[:-1]:
+                self._socket.send(frame, _MORE)
+            # pyzmq copies what is small anyhow; to hand it over without a copy takes a third thread, which then frees it.
+            self._socket.send(frames[-1], _NOBLOCK, len(frames[-1]) < COPY_BYTES)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             log.debug("a reply is lost: its peer %s", "reads too slowly" if error.errno == zmq.EAGAIN else "is gone")
 
-    def _other(self, service: Service, owner_pidfd: int) -> None:
-        for fd, _ in self._epoll.poll(0):
-            if fd == self._stop.fd:
-                os.read(fd, 4096)
-                self._send_answers(service)
-            elif fd == owner_pidfd:
-                self._stop.reason = "its owner has ended"
-            else:
-                service.client_ended(fd)
+    def _other(self, fd: int, service: Service, owner_pidfd: int) -> None:
+        if fd == self._stop.fd:
+            os.read(fd, 4096)
+            self._send_answers(service)
+        elif fd == owner_pidfd:
+            self._stop.reason = "its owner has ended"
+        else:
+            service.client_ended(fd)
 
     def _send_answers(self, service: Service | None) -> None:
         while self._answers:
@@ -167,3 +194,12 @@ class Server:
             if service is not None:
                 service.answered(peer, reply)
             self._send(peer.address, reply)
+
+
+def _fd(socket: zmq.Socket[bytes]) -> int:
+    return cast(int, socket.getsockopt(zmq.FD))
+
+
+def _has_more(socket: zmq.Socket[bytes]) -> bool:
+    """Whether a message is there. Asked for by plain numbers: to combine ZeroMQ's own takes longer than the question."""
+    return bool(cast(int, socket.getsockopt(_EVENTS)) & _POLLIN)

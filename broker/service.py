@@ -25,9 +25,10 @@ from gcma_shm.broker.health import Health
 from gcma_shm.broker.line import Line
 from gcma_shm.broker.recovery import recover
 from gcma_shm.broker.registry import TypeRegistry
-from gcma_shm.broker.rights import LOCAL, Rights, Sender, no_rights
+from gcma_shm.broker.rights import Rights, Sender, no_rights
 from gcma_shm.broker.sessions import NOBODY, Client, Sessions
 from gcma_shm.broker.table import Allocation
+from gcma_shm.broker.window import Entry
 from gcma_shm.broker.workers import Job, Worker
 from gcma_shm.errors import ArenaError, Closed, Forbidden, GcmaError, ProtocolError, SlotBusy
 from gcma_shm.messages import Frame, Reply, Request
@@ -36,7 +37,9 @@ from gcma_shm.process import pid_namespace
 log = logging.getLogger(__name__)
 
 PAGE_WORKERS = 2
+PAGED = {"store", "load", "store_many", "load_many", "invalidate_page", "contains", "count"}  # answered in order
 WINDOW_BYTES = 1 << 20  # of pages that one session may have under way
+AT_HAND_BYTES = 1 << 16  # of a page that the control thread copies itself
 # What a sync by message may wait for other processes' writes, and how much of it at once.
 SYNC_MAX_MS = 60_000
 SYNC_SLICE_S = 0.2
@@ -45,16 +48,17 @@ DROPS_MAX = 64  # buffers of a client that has left, freed in one turn of the lo
 HELLO_NEEDED = "HelloNeeded"  # the status that tells a peer to introduce itself (again)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Peer:
-    """Whom a worker's reply goes to, and whose window it was in."""
+    """Whom a worker's reply goes to, and what it was in their window."""
 
     address: bytes
     client: Client
+    entry: Entry
 
 
 Answer = Callable[[Peer, Reply], None]
-Results = tuple[dict[str, Any], list[bytes]]
+Results = tuple[dict[str, Any], list[Frame]]
 
 
 def window_of(page_size: int) -> int:
@@ -96,7 +100,7 @@ class Service:
         self.sessions = Sessions(plane, self._inherit, watch, arena.presence)
         self.health = Health(time.time())
         self.window = window_of(arena.geometry.page_size)
-        jobs_max = arena.geometry.clients_max * messages.WINDOW
+        jobs_max = arena.geometry.clients_max * (messages.WINDOW + 2 * messages.BATCHES)
         self._page_workers = [Worker(f"pages-{n}", jobs_max) for n in range(PAGE_WORKERS)]
         self._type_worker = Worker("types", jobs_max)
         self._sync_worker = Worker("sync", jobs_max)
@@ -136,8 +140,17 @@ class Service:
             "contains": lambda p, _r: ({"contains": p["offset"] in registry.find(p["type"], p["life"])}, []),
             "store": self._store,
             "load": self._load,
+            "store_many": self._store_many,
+            "load_many": self._load_many,
             "invalidate_page": self._invalidate_page,
         }
+        # Without a worker; None: it needs one.
+        self._at_hand: dict[str, Callable[[dict[str, Any], Request], Results | None]] = {
+            "contains": self._jobs["contains"],
+            "invalidate_page": self._invalidate_page,
+        }
+        if arena.geometry.page_size <= AT_HAND_BYTES:
+            self._at_hand |= {"store": self._store_at_hand, "load": self._load_at_hand}
         assert {*self._control, *self._open, *self._jobs, "hello", "sync"} == set(messages.OPERATIONS)
 
     def request(self, peer: bytes, frames: list[Frame], sender: Sender = NOBODY) -> Reply | None:
@@ -150,20 +163,39 @@ class Service:
             refusal = self._refuse(error.number or 0, error)
             return None if error.number is None else refusal
         try:
-            self._bury(self.sessions.adopt_forked())
+            if gone := self.sessions.adopt_forked():
+                self._bury(gone)
             self._requests[request.operation] += 1
             return self._serve(peer, sender, request)
         except Exception as error:  # one request must not end the broker
             return self._refuse(request.number, error)
         finally:
-            self.advance()
+            if self.busy or self._dropped:
+                self.advance()
 
     def _serve(self, peer: bytes, sender: Sender, request: Request) -> Reply | None:
-        rights = self._remote_rights(sender) if sender.remote else LOCAL
-        if rights is None:
-            raise Forbidden("this key is not authorized, or is not any more")
-        rights.check(request.operation, request.parameters)
+        if sender.remote:  # a process of our own user may do everything
+            rights = self._remote_rights(sender)
+            if rights is None:
+                raise Forbidden("this key is not authorized, or is not any more")
+            rights.check(request.operation, request.parameters)
         client = self.sessions.find(peer, sender)
+        if client is None or request.operation in self._open or request.operation == "hello":
+            return self._serve_anybody(peer, client, sender, request)
+        decide = self._control.get(request.operation)
+        if decide is not None:
+            return Reply(request.number, "ok", decide(client, request))
+        if not client.window.paged and (at_hand := self._at_hand.get(request.operation)):
+            # What is in memory is served at once: two switches between threads cost more than all the rest of a request. It comes in
+            # order, for no request of this session's is with a worker, and takes no longer than the copy of one page.
+            served = at_hand(request.parameters, request)
+            if served is not None:
+                return Reply(request.number, "ok", *served)
+        self._submit(peer, client, request)
+        return None
+
+    def _serve_anybody(self, peer: bytes, client: Client | None, sender: Sender, request: Request) -> Reply:
+        """What may come from a peer without a session, or say which arena it means."""
         if request.parameters.get("arena_id", self._arena.arena_id) != self._arena.arena_id:
             raise Closed("the arena that this client knows has ended with its broker; connect again")
         of_nobody = client is None and request.operation == "quota" and "client" not in request.parameters
@@ -171,12 +203,7 @@ class Service:
             return Reply(request.number, "ok", self._open[request.operation](client, request))
         if request.operation == "hello":
             return Reply(request.number, "ok", self._hello(peer, sender, request.parameters))
-        if client is None:
-            return Reply(request.number, HELLO_NEEDED, {"message": "no session: say hello first"})
-        if request.operation in self._control:
-            return Reply(request.number, "ok", self._control[request.operation](client, request))
-        self._submit(Peer(peer, client), request)
-        return None
+        return Reply(request.number, HELLO_NEEDED, {"message": "no session: say hello first"})
 
     def client_ended(self, pidfd: int) -> None:
         """A process has ended: all that it held is given back. Should that fail, it is tried again at the next turn of the loop."""
@@ -308,6 +335,7 @@ class Service:
             "epoch": self._epoch,
             "page_size": self._arena.geometry.page_size,
             "window": self.window,
+            "batch": messages.batch_max(self._arena.geometry.page_size),
         }
 
     def _bye(self, client: Client, _request: Request) -> dict[str, Any]:
@@ -432,22 +460,22 @@ class Service:
         log.info("area %s: %s", name, request.operation)
         return next(info for info in self.allocations.describe() if info["name"] == name)
 
-    def _submit(self, peer: Peer, request: Request) -> None:
-        client = peer.client
-        if client.under_way >= self.window:
-            raise ProtocolError(f"more than {self.window} requests under way in one session; wait for replies first")
+    def _submit(self, address: bytes, client: Client, request: Request) -> None:
+        paged = request.operation in PAGED
+        peer = Peer(address, client, client.window.enter(request, self.window, paged=paged))
+        party = 0  # in the order in which they came, whoever sent them
         if request.operation == "sync":
             worker, job = self._sync_worker, self._sync(peer, request)
         else:
-            types = request.operation in ("swap_init", "invalidate_area")
-            worker = self._type_worker if types else self._page_workers[client.number % PAGE_WORKERS]
+            worker = self._type_worker
+            if paged:
+                worker, party = self._page_workers[client.number % PAGE_WORKERS], client.number
 
             def job() -> None:
                 self._work(peer, request)
 
-        client.under_way += 1
-        if not worker.submit(job):
-            client.under_way -= 1
+        if not worker.submit(job, party):
+            client.window.leave(peer.entry)
             raise ProtocolError("the broker's queue is full; try again later")
 
     def _refuse(self, number: int, error: Exception) -> Reply:
@@ -457,7 +485,7 @@ class Service:
 
     def answered(self, peer: Peer, reply: Reply) -> None:
         """For each reply that a worker gave: one request less under way."""
-        peer.client.under_way -= 1
+        peer.client.window.leave(peer.entry, has_pages=bool(reply.pages))
         if reply.status != "ok":
             self._refusals[reply.status] += 1
 
@@ -470,11 +498,25 @@ class Service:
             error = GcmaError("the broker failed on this request; its log says why")
         return messages.error_reply(number, error)
 
+    # --- on the control thread, without a file or a wait
+
+    def _store_at_hand(self, p: dict[str, Any], request: Request) -> Results | None:
+        slots = self._registry.find(p["type"], p["life"])
+        return ({}, []) if slots.store_at_hand(p["offset"], request.pages[0]) else None
+
+    def _load_at_hand(self, p: dict[str, Any], _request: Request) -> Results | None:
+        page = self._registry.find(p["type"], p["life"]).load_at_hand(p["offset"])
+        if page is False:
+            return None
+        return {"hit": page is not None}, [] if page is None else [page]
+
     # --- on worker threads
 
     def _work(self, peer: Peer, request: Request) -> None:
         try:
             results, pages = self._jobs[request.operation](request.parameters, request)
+            if pages and peer.entry.receipt:
+                results["receipt"] = peer.entry.receipt
             reply = Reply(request.number, "ok", results, pages)
         except Exception as error:  # one request must not end the worker
             reply = self._as_reply(request.number, error)
@@ -522,6 +564,16 @@ class Service:
     def _load(self, p: dict[str, Any], _request: Request) -> Results:
         page = self._registry.find(p["type"], p["life"]).load(p["offset"])
         return {"hit": page is not None}, [] if page is None else [page]
+
+    def _store_many(self, p: dict[str, Any], request: Request) -> Results:
+        slots = self._registry.find(p["type"], p["life"])
+        slots.store_many(messages.unpack_offsets(p["offsets"]), request.pages[0])
+        return {}, []
+
+    def _load_many(self, p: dict[str, Any], _request: Request) -> Results:
+        slots = self._registry.find(p["type"], p["life"])
+        hits, pages = slots.load_batch(messages.unpack_offsets(p["offsets"]))
+        return {"hits": hits}, [pages] if pages else []
 
     def _invalidate_page(self, p: dict[str, Any], _request: Request) -> Results:
         self._registry.find(p["type"], p["life"]).invalidate_page(p["offset"])

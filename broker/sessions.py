@@ -11,11 +11,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.broker.rights import Sender
+from gcma_shm.broker.window import Window
 from gcma_shm.errors import ProtocolError, QuotaExceeded
 from gcma_shm.presence import Presence
 from gcma_shm.process import open_pidfd, pid_namespace, start_time
@@ -43,7 +44,7 @@ class Client:
     pidfd: int = -1
     peer: bytes | None = None
     mapped: bool = True
-    under_way: int = 0  # requests on worker threads
+    window: Window = field(default_factory=Window)
     sender: Sender = NOBODY  # who said hello
     heard_at: float = 0.0  # of a remote one
 
@@ -69,6 +70,7 @@ class Sessions:
         self._records = Records(plane)
         self._inherit = inherit
         self._forks_seen = 0
+        self._unwatched: set[int] = set()  # numbers of local clients without a pidfd
         self.clients: dict[int, Client] = {}
         self._by_peer: dict[bytes, Client] = {}
         self.by_pidfd: dict[int, Client] = {}
@@ -86,6 +88,7 @@ class Sessions:
                     self._records.free(record.number)
             elif record.parent == layout.BROKER or record.has_inherited:
                 self.clients[record.number] = client = Client(record.number, 0, known_at=time.monotonic())
+                self._unwatched.add(record.number)
                 if record.state is State.ALIVE and record.pidns in (0, self._pidns):
                     self._complete(client, record)
         return burying
@@ -176,6 +179,7 @@ class Sessions:
             raise
         self._records.fill(number, State.ALIVE, pid, start, pidns)
         client = self.clients[number] = Client(number, seen, known_at=time.monotonic())
+        self._unwatched.add(number)
         if pidfd >= 0:
             self._watch(client, pidfd)
         return client
@@ -223,14 +227,13 @@ class Sessions:
                 self._adopt(record)
         return [
             client
-            for client in self.clients.values()
-            if (client.pidfd < 0 or look_anyway)
-            and not client.sender.remote
-            and self._has_gone(client, self._records.read(client.number))
+            for client in map(self.clients.__getitem__, tuple(self.clients if look_anyway else self._unwatched))
+            if not client.sender.remote and self._has_gone(client, self._records.read(client.number))
         ]
 
     def _adopt(self, record: Record) -> None:
         self.clients[record.number] = Client(record.number, 0, known_at=time.monotonic())
+        self._unwatched.add(record.number)
         self._inherit(record.parent, record.number)
         # Last: a broker that dies in between leaves it to the next, which does it again.
         self._plane.write(self._geometry.client_at(record.number) + layout.CLIENT_INHERITS_AT, 1)
@@ -263,6 +266,7 @@ class Sessions:
 
     def _watch(self, client: Client, pidfd: int) -> None:
         client.pidfd = pidfd
+        self._unwatched.discard(client.number)
         self.by_pidfd[pidfd] = client
         self._watch_pidfd(pidfd)
 
@@ -273,6 +277,7 @@ class Sessions:
                 self._records.free(record.number)  # it died on its way to a fork
         self._records.mark(client.number, State.DEAD)
         del self.clients[client.number]
+        self._unwatched.discard(client.number)
         if client.peer is not None:
             self._by_peer.pop(client.peer, None)
         if client.pidfd >= 0:
@@ -301,6 +306,10 @@ class Sessions:
         )
         assert all(client.pidfd == pidfd for pidfd, client in self.by_pidfd.items()), (
             "a pidfd that its client does not know"
+        )
+        local = [client for client in self.clients.values() if not client.sender.remote]
+        assert self._unwatched == {client.number for client in local if client.pidfd < 0}, (
+            "a client that is not looked at"
         )
         assert {client.number for client in self._by_peer.values()} <= set(self.clients), "a session without a client"
         for number in self.clients:

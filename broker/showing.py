@@ -24,6 +24,8 @@ from gcma_shm.sizes import format_size
 from gcma_shm.standing import Standing
 
 Figures = dict[str, Any]
+Show = Callable[[argparse.ArgumentParser, argparse.Namespace], int]
+Look = Callable[[Inspected, Geometry, list[Area], Standing], Figures]
 
 
 def add_showing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,14 +34,22 @@ def add_showing(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         ("status", "what an arena holds, and whether a broker serves it", _status),
         ("holders", "who holds which buffers and reservations", _holders),
     ):
-        parser = commands.add_parser(name, help=words)
-        parser.set_defaults(run=show)
-        parser.add_argument("--endpoint", default=default_endpoint(), help="whose arena (default %(default)s)")
-        parser.add_argument("--json", action="store_true", help="figures in bytes, for programs")
+        add_command(commands, name, words, show)
+
+
+def add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, words: str, show: Show
+) -> argparse.ArgumentParser:
+    """Adds a command that shows something of an arena; more options are its own."""
+    parser = commands.add_parser(name, help=words)
+    parser.set_defaults(run=show)
+    parser.add_argument("--endpoint", default=default_endpoint(), help="whose arena (default %(default)s)")
+    parser.add_argument("--json", action="store_true", help="figures in bytes, for programs")
+    return parser
 
 
 def _status(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
-    figures = _looked_at(parsed.endpoint, _status_figures)
+    figures = looked_at(parsed.endpoint, _status_figures)
     if parsed.json:
         print(json.dumps(figures))
         return 0
@@ -53,12 +63,12 @@ def _status(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int
         (area["area"], *(format_size(area[figure]) for figure in ("size", "held", "reserved", "lent")), "drained" * area["drained"])
         for area in figures["areas"]
     ]  # fmt: skip
-    _print_table(("area", "size", "held", "reserved", "lent", ""), rows)
+    print_table(("area", "size", "held", "reserved", "lent", ""), rows)
     return 0
 
 
 def _holders(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
-    figures = _looked_at(parsed.endpoint, _holders_figures)
+    figures = looked_at(parsed.endpoint, _holders_figures)
     if parsed.json:
         print(json.dumps(figures))
         return 0
@@ -66,7 +76,7 @@ def _holders(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> in
         (one["client"], one["pid"] or "", one["buffers"], one["reservations"], format_size(one["held"]), _LIVES[one["lives"]])
         for one in figures["clients"]
     ]  # fmt: skip
-    _print_table(("client", "process", "buffers", "reservations", "held", ""), clients)
+    print_table(("client", "process", "buffers", "reservations", "held", ""), clients)
     if figures["guests"]:
         print()
     guests = [
@@ -75,15 +85,15 @@ def _holders(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> in
         for one in figures["guests"]
     ]  # fmt: skip
     if guests:
-        _print_table(("name", "", "area", "offset", "size", "clients", ""), guests)
+        print_table(("name", "", "area", "offset", "size", "clients", ""), guests)
     return 0
 
 
 _LIVES = {True: "", False: "has died", None: "cannot be seen from here"}
 
 
-def _looked_at(endpoint: str, figures: Callable[[Inspected, Geometry, list[Area], Standing], Figures]) -> Figures:
-    """Raises ArenaError when there is no arena, or it cannot be read."""
+def looked_at(endpoint: str, figures: Look) -> Figures:
+    """What that finds in the endpoint's arena, and the arena's name. Raises ArenaError when there is no arena, or it cannot be read."""
     name = arena_name(endpoint)
     inspected = Inspected(name)
     try:
@@ -174,7 +184,8 @@ def _client_figures(client: ClientEntry, guests: Sequence[Guest], page: int, sta
     }
 
 
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def print_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Aligned columns, to the left."""
     cells = [list(head), *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     for row in cells:

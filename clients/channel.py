@@ -6,6 +6,9 @@ known still. If not, the request may have been served or not. What may be done t
 new broker takes back what we know nothing of; a page that was stored or invalidated may not, since somebody else may have
 stored another one since.
 
+What was given up, because its time was over, is under way still, and the broker bounds what is: a request for which it leaves
+no room waits for the late replies first.
+
 Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket of
 its own.
 """
@@ -32,9 +35,15 @@ from gcma_shm.messages import Frame, Reply, Request
 RECONNECT_MS = 20
 SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
 PROBE_S = 0.1  # between two questions whether we are known still
-ONCE = {"store", "invalidate_page", "invalidate_area", "hand_over"}  # not to be done twice
+ONCE = {"store", "store_many", "invalidate_page", "invalidate_area", "hand_over"}  # not to be done twice
+BATCHES = {"store_many", "load_many"}  # of each kind messages.BATCHES may be under way
+# ... and of these together, `window`. All others are answered at once.
+SINGLES = {"store", "load", "invalidate_page", "contains", "count", "swap_init", "invalidate_area", "sync"}
 HELLO_NEEDED = "HelloNeeded"
 LOST = "Lost"  # stands for the reply to a request that a broker took with it
+_BEGIN_AGAIN = (HELLO_NEEDED, LOST)  # the broker does not know this socket (any more)
+# As plain numbers: to combine two of ZeroMQ's own takes longer than to send.
+_NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
 
 
@@ -73,6 +82,8 @@ class Channel:
         self.lock = threading.Lock()
         self._number = 0
         self._late = 0  # requests whose replies may still come
+        self._given_up: dict[int, str] = {}  # of these, the ones that the broker bounds: number to kind
+        self._receipt = 0  # of the last batch of loads whose reply was read
         self._greeted = False
         self._is_open = False
 
@@ -118,9 +129,9 @@ class Channel:
         pages: Iterable[Frame] = (),
         *,
         patience: float = 0.0,
-        then: Callable[[Reply], Any] = lambda reply: reply,
+        then: Callable[[Reply], Any] | None = None,
     ) -> Any:
-        """Sends one request and returns `then` of its reply, made before any other thread's request, or a fork, goes
+        """Sends one request and returns its reply, or `then` of it, made before any other thread's request, or a fork, goes
         on.
 
         `patience`: seconds that the broker may take on top of the timeout. Raises what the broker answers,
@@ -129,12 +140,13 @@ class Channel:
         refused = False
         try:
             with self.lock:
-                for reply in self._requests([(operation, parameters or {}, tuple(pages))], 1, patience):
-                    if isinstance(reply, Exception):
-                        refused = True
-                        raise reply
-                    return then(reply)
-            return None  # a bye to a broker that does not know us
+                reply = self._ask(operation, parameters or {}, tuple(pages), patience)
+                if reply is None:
+                    return None  # a bye to a broker that does not know us
+                if reply.status != "ok":
+                    refused = True
+                    raise messages.reply_error(reply)
+                return reply if then is None else then(reply)
         except GcmaError:
             raise
         except BaseException:
@@ -145,57 +157,128 @@ class Channel:
             self._greeted = False
             raise
         finally:
-            self._drain()
+            if self.holds:
+                self._drain()
+
+    def _ask(
+        self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...], patience: float
+    ) -> Reply | None:
+        """The reply to one request; None: to a bye of nobody. (Not the general case of `requests`: generators would cost more than
+        the codec.)
+        """
+        deadline = self._prepare(patience)
+        request = self._make(operation, parameters, pages)
+        if self._given_up:
+            self._room_for(request, 1, 0, deadline)
+        self._send(request, deadline)
+        try:
+            reply = self._receive(request, deadline)
+            while reply.status in _BEGIN_AGAIN:
+                if operation == "bye":
+                    return None  # our session has ended
+                if self._begin_again(deque([request]), reply.status == LOST, deadline):
+                    raise self._lost(request)
+                reply = self._receive(request, deadline)
+        except BaseException:
+            self._give_up([request])
+            raise
+        if operation == "bye":
+            self._greeted = False
+        return reply
 
     def requests(self, wanted: Iterable[Wanted], window: int) -> Iterator[Reply | Exception]:
-        """Sends requests, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
-        exception, unraised.
+        """Sends requests of one kind, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
+        exception, unraised, after which it sends no more.
         """
+        sent: deque[Request] = deque()
         with self.lock:
-            yield from self._requests(wanted, window, 0.0)
+            try:
+                yield from self._exchange(iter(wanted), sent, window)
+            finally:
+                self._give_up(sent)
         self._drain()
 
-    def _requests(self, wanted: Iterable[Wanted], window: int, patience: float) -> Iterator[Reply | Exception]:
+    def _prepare(self, patience: float) -> float:
+        """Before a request: the channel is open, we are introduced, and what was given up is told. Returns the deadline."""
         if self.closed:
             raise Closed("this client is closed")
-        self._open()
+        if not self._is_open:
+            self._open()
         deadline = time.monotonic() + self.timeout + patience
-        self._take_late_replies()
+        if self._late:
+            self._take_late_replies()
         if not self._greeted:
             self._hello(deadline)
-        self._flush(deadline)
-        sent: deque[Request] = deque()
-        source = iter(wanted)
+        if self.holds:
+            self._flush(deadline)
+        return deadline
+
+    def _give_up(self, sent: Iterable[Request]) -> None:
+        """Nobody waits for these any more; their replies may still come."""
+        for request in sent:
+            self._late += 1
+            if kind := _kind_of(request.operation):
+                self._given_up[request.number] = kind
+
+    def _exchange(self, source: Iterator[Wanted], sent: deque[Request], window: int) -> Iterator[Reply | Exception]:
+        deadline = self._prepare(0.0)
         exhausted = False
         while True:
             while not exhausted and len(sent) < window:
                 try:
-                    sent.append(self._make(*next(source)))
+                    request = self._make(*next(source))
                 except StopIteration:
                     exhausted = True
                     break
-                self._send(sent[-1], deadline)
+                if self._given_up:
+                    window = self._room_for(request, window, len(sent), deadline)
+                self._send(request, deadline)
+                sent.append(request)
             if not sent:
                 return
             reply = self._receive(sent[0], deadline)
-            if reply.status in (HELLO_NEEDED, LOST):  # the broker does not know this socket (any more)
-                if sent[0].operation == "bye":
-                    return  # nor our session: it has ended
-                self.attaching = [request.parameters for request in sent if request.operation == "attach"]
-                try:
-                    self._hello(deadline)
-                finally:
-                    self.attaching = []
-                if reply.status == LOST and any(request.operation in ONCE for request in sent):
-                    yield from (self._lost(request) for request in sent)
+            if reply.status in _BEGIN_AGAIN:
+                if lost := self._begin_again(sent, reply.status == LOST, deadline):
+                    yield from map(self._lost, lost)
                     return
-                for request in sent:
-                    self._send_again(request, deadline)
                 continue
-            if sent.popleft().operation == "bye":
-                self._greeted = False
-            yield reply if reply.status == "ok" else messages.reply_error(reply)
-            deadline = time.monotonic() + self.timeout + patience
+            sent.popleft()
+            if reply.status == "ok":
+                yield reply
+            else:
+                exhausted = True
+                yield messages.reply_error(reply)
+            deadline = time.monotonic() + self.timeout
+
+    def _begin_again(self, sent: deque[Request], may_be_done: bool, deadline: float) -> list[Request]:
+        """Introduces us, and sends again what had been sent; or returns it, when it may have been done and is not to be done twice."""
+        self.attaching = [request.parameters for request in sent if request.operation == "attach"]
+        try:
+            self._hello(deadline)
+        finally:
+            self.attaching = []
+        if may_be_done and any(request.operation in ONCE for request in sent):
+            lost = list(sent)
+            sent.clear()
+            return lost
+        for request in sent:
+            self._send_again(request, deadline)
+        return []
+
+    def _room_for(self, request: Request, window: int, sent: int, deadline: float) -> int:
+        """How many of this kind may be under way beside those that were given up, and no more than `window`; waits for late replies
+        while that is not one more than `sent`. Raises BrokerUnavailable.
+        """
+        kind = _kind_of(request.operation)
+        bound = messages.BATCHES if kind in BATCHES else int(self.greeting["window"])
+        while kind and (room := bound - sum(other == kind for other in self._given_up.values())) <= sent:
+            try:
+                self._take_late(self._take())
+            except zmq.Again:
+                self._check_time(request, deadline)
+        if not self._greeted:  # another broker, as a late reply said
+            self._hello(deadline)
+        return min(window, room) if kind else window
 
     def free(self, number: int, claim: int, hold: Hold | None) -> None:
         """Ends a hold of a buffer or reservation, or of our part in a shared claim; the broker is told of the last, and has done
@@ -212,8 +295,8 @@ class Channel:
                 if not self._greeted:
                     self._hello(deadline)
                 last = self._flush(deadline)
-                reply = self._receive(last, deadline) if last is not None else None
-                if reply is not None and reply.status in (HELLO_NEEDED, LOST):
+                reply = self._receive_flushed(last, deadline) if last is not None else None
+                if reply is not None and reply.status in _BEGIN_AGAIN:
                     self._hello(deadline)  # what it does not list is freed by that
             self._drain()
 
@@ -284,10 +367,10 @@ class Channel:
         refuse_strangers(self.endpoint)
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
-        reply = self._receive(request, deadline)
+        reply = self._receive_hello(request, deadline)
         while reply.status == LOST:  # one broker after the other
             self._send_again(request, deadline)
-            reply = self._receive(request, deadline)
+            reply = self._receive_hello(request, deadline)
         if reply.status != "ok":
             raise messages.reply_error(reply)
         self.greeting = reply.results
@@ -304,40 +387,67 @@ class Channel:
         self._send(request, deadline)
 
     def _send(self, request: Request, deadline: float) -> None:
-        frames = messages.encode_request(request)
-        # Without a copy ZeroMQ would send the caller's memory whenever it can, also after this request was given up and
-        # the caller writes there again.
-        copy = not all(isinstance(getattr(page, "obj", page), bytes) for page in request.pages) or not request.pages
+        if request.operation == "load_many":
+            request.parameters = request.parameters | {"receipt": self._receipt}
+        header, *pages = messages.encode_request(request)
         while True:
             try:
-                self._socket.send_multipart(frames, zmq.NOBLOCK, copy=copy)
+                if pages:
+                    self._socket.send(header, _MORE)
+                    # With a copy: else ZeroMQ would send the caller's memory whenever it can, also after this request was given up
+                    # and the caller writes there again. And it is faster, but for pages of a megabyte: what is not copied must be
+                    # given back by a thread of pyzmq's.
+                    self._socket.send(pages[0], _NOBLOCK)
+                else:
+                    self._socket.send(header, _NOBLOCK)
                 return
             except zmq.Again:  # not connected, or the broker is far behind
                 left_ms = int((deadline + self._wait_for_broker - time.monotonic()) * 1000)
                 if left_ms <= 0 or not self._socket.poll(left_ms, zmq.POLLOUT):
                     raise self._unavailable(request) from None
 
+    def _receive_flushed(self, request: Request, deadline: float) -> Reply:
+        """For what `_flush` sent, and counted as late."""
+        reply = self._receive(request, deadline)
+        self._late = max(self._late - 1, 0)
+        return reply
+
+    def _receive_hello(self, request: Request, deadline: float) -> Reply:
+        try:
+            return self._receive(request, deadline)
+        except BrokerUnavailable:
+            self._late += 1
+            raise
+
     def _receive(self, request: Request, deadline: float) -> Reply:
         """The reply; one of status LOST when there will be none, since its broker has gone and another is there."""
         while True:
             try:
-                frames = self._socket.recv_multipart()  # for PROBE_S at the most
+                reply = self._take()
             except zmq.Again:
                 self._check_time(request, deadline)
                 continue
-            reply = messages.decode_reply(frames)
             if reply.number == request.number:
+                self._receipt = reply.results.get("receipt", self._receipt)
                 return reply
             self._take_late(reply)
             # Requests are read in order: to one that was sent after ours, ours was lost, or answered, before.
             if reply.status == HELLO_NEEDED and reply.number > request.number:
                 return Reply(request.number, LOST, {})
 
+    def _take(self, flags: int = 0) -> Reply:
+        """The next reply; raises zmq.Again when none comes within PROBE_S. Its pages stay in ZeroMQ's memory."""
+        frame = self._socket.recv(flags, copy=False)
+        frames: list[Frame] = [frame.bytes]
+        while frame.more:
+            frame = self._socket.recv(copy=False)
+            frames.append(frame.buffer)
+        return messages.decode_reply(frames)
+
     def _check_time(self, request: Request, deadline: float) -> None:
         """While a reply does not come: raises BrokerUnavailable when it is time, else asks whether we are known still."""
         now, connected = time.monotonic(), self._socket.poll(0, zmq.POLLOUT)
         if now >= deadline and (connected or now >= deadline + self._wait_for_broker):
-            self._late += 1
             raise self._unavailable(request)
         if connected:
             with contextlib.suppress(zmq.Again):
@@ -349,14 +459,18 @@ class Channel:
         """Before the next request: a buffer in a reply that came too late must not stand in its way."""
         while self._late:
             try:
-                self._take_late(messages.decode_reply(self._socket.recv_multipart(zmq.NOBLOCK)))
+                self._take_late(self._take(_NOBLOCK))
             except zmq.Again:
                 return
 
     def _take_late(self, reply: Reply) -> None:
         self._late = max(self._late - 1, 0)
+        self._given_up.pop(reply.number, None)
         if reply.status == HELLO_NEEDED:
             self._greeted = False
+            # A broker that did not know us then has nothing of ours from before.
+            self._given_up = {number: kind for number, kind in self._given_up.items() if number > reply.number}
+        self._receipt = reply.results.get("receipt", self._receipt)
         if reply.status == "ok" and "buffer" in reply.results:
             self.holds.give_up(int(reply.results["buffer"]), int(reply.results.get("claim", 0)), None)
 
@@ -371,6 +485,11 @@ class Channel:
             f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
             f"is it running, and not stopped?{'' if self._path is not None else ' Over TCP: does it know our key, and we its own?'}"
         )
+
+
+def _kind_of(operation: str) -> str:
+    """Of those that are bounded together; empty: of none."""
+    return operation if operation in BATCHES else "single" if operation in SINGLES else ""
 
 
 def _say_goodbye(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:

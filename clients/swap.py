@@ -10,10 +10,11 @@ import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, SupportsIndex, cast
 
+from gcma_shm import messages
 from gcma_shm._core import Plane, Slots
-from gcma_shm.clients.channel import Channel
-from gcma_shm.errors import Closed
-from gcma_shm.messages import Reply
+from gcma_shm.clients.channel import Channel, Wanted
+from gcma_shm.errors import Closed, GcmaError
+from gcma_shm.messages import Frame, Reply
 
 Page = bytes | bytearray | memoryview
 SYNC_MAX_S = 60.0  # of a sync by message; the broker waits no longer
@@ -97,8 +98,8 @@ class MappedSwap(Slots):
 
 
 class MessageSwap:
-    """A swap type of a client that does not map the arena: every page travels in a message, `window` of a batch at
-    once.
+    """A swap type of a client that does not map the arena: every page travels in a message, those of a batch in long frames,
+    several under way at once.
     """
 
     def __init__(self, owner: Owner, type_: int, life: int, slots: int, write_through: bool) -> None:
@@ -113,7 +114,9 @@ class MessageSwap:
 
     def store(self, offset: SupportsIndex, page: Page) -> None:
         """See `Swap.store`."""
-        self._request("store", self._slot(offset), (self._pages(page, 1),))
+        slot = self._slot(offset)
+        whole = page if type(page) is bytes and len(page) == self.page_size else self._pages(page, 1)
+        self._request("store", slot, (whole,))
 
     def load(self, offset: SupportsIndex) -> bytes | None:
         """See `Swap.load`."""
@@ -163,39 +166,76 @@ class MessageSwap:
 
     def store_many(self, offsets: Iterable[SupportsIndex], pages: Page) -> None:
         """See `Swap.store_many`. The broker serves one session's requests in order."""
-        slots = [self._slot(offset) for offset in offsets]
-        source = self._pages(pages, len(slots))
-        size = self.page_size
-        wanted = (("store", slot, (source[i * size : (i + 1) * size],)) for i, slot in enumerate(slots))
-        for _ in self._batch(wanted):
+        wanted = self._offsets(offsets)
+        source = self._pages(pages, len(wanted))
+        size, life = self.page_size, self._life()
+        batches = (
+            ("store_many", life | {"offsets": packed}, (source[first * size : (first + count) * size],))
+            for first, count, packed in self._split(wanted)
+        )
+        for _ in self._replies(batches, len(wanted)):
             pass
 
     def load_many(self, offsets: Iterable[SupportsIndex], out: Any) -> list[bool]:
         """See `Swap.load_many`."""
-        slots = [self._slot(offset) for offset in offsets]
-        target = self._pages(out, len(slots), writable=True)
-        hits = []
-        for i, reply in enumerate(self._batch(("load", slot, ()) for slot in slots)):
-            hits.append(bool(reply.results["hit"]))
-            if hits[-1]:
-                target[i * self.page_size : (i + 1) * self.page_size] = reply.pages[0]
+        wanted = self._offsets(offsets)
+        target = self._pages(out, len(wanted), writable=True)
+        life = self._life()
+        batches = (("load_many", life | {"offsets": packed}, ()) for _, _, packed in self._split(wanted))
+        hits: list[bool] = []
+        for reply in self._replies(batches, len(wanted)):
+            first = len(hits)
+            hits += map(bool, reply.results["hits"])
+            if reply.pages:
+                self._lay_out(reply.pages[0], hits[first:], target[first * self.page_size : len(hits) * self.page_size])
         return hits
 
-    def _batch(self, wanted: Iterable[tuple[str, dict[str, Any], tuple[memoryview, ...]]]) -> Iterator[Reply]:
+    def _lay_out(self, pages: Frame, hits: list[bool], out: memoryview) -> None:
+        """Puts the pages of the hits, which lie one after another, into their places."""
+        size = self.page_size
+        if len(pages) == len(out):
+            out[:] = pages
+            return
+        places = (i for i, hit in enumerate(hits) if hit)
+        for at, i in enumerate(places):
+            out[i * size : (i + 1) * size] = pages[at * size : (at + 1) * size]
+
+    def _replies(self, batches: Iterable[Wanted], pages: int) -> Iterator[Reply]:
         """The replies in order. The first error is raised when all replies are in, so that none is left over; it tells
-        how many came before.
+        how many pages were served before.
         """
+        done, batch = 0, self._channel.greeting["batch"]
         first: Exception | None = None
-        for done, reply in enumerate(self._channel.requests(wanted, self._channel.greeting["window"])):
-            if first is not None:
-                continue
-            if isinstance(reply, Exception):
-                first = reply
-                first.done = done  # type: ignore[attr-defined] # plain errors take the attribute as well
-            else:
-                yield reply
+        try:
+            for reply in self._channel.requests(batches, messages.BATCHES):
+                if isinstance(reply, Exception):
+                    if first is None:
+                        first = reply
+                        done += getattr(reply, "done", 0)
+                elif first is None:
+                    done = min(done + batch, pages)
+                    yield reply
+        except GcmaError as error:  # no answer, say
+            first = first or error
         if first is not None:
+            first.done = done  # type: ignore[attr-defined] # plain errors take the attribute as well
             raise first
+
+    def _split(self, offsets: list[int]) -> Iterator[tuple[int, int, bytes]]:
+        """A batch of any length as the broker takes them: where each begins, how many pages, and their offsets, packed."""
+        batch = self._channel.greeting["batch"]
+        for first in range(0, len(offsets), batch):
+            some = offsets[first : first + batch]
+            yield first, len(some), messages.pack_offsets(some)
+
+    def _offsets(self, offsets: Iterable[SupportsIndex]) -> list[int]:
+        """Checked, all of them before the first page moves."""
+        self._life()
+        found = list(map(operator.index, offsets))
+        wrong = next((n for n in (min(found, default=0), max(found, default=0)) if not 0 <= n < self.slots), None)
+        if wrong is not None:
+            raise IndexError(f"offset {wrong}: type {self.type} has slots 0 to {self.slots - 1}")
+        return found
 
     def _life(self) -> dict[str, Any]:
         if self._closed:
@@ -204,10 +244,11 @@ class MessageSwap:
 
     def _slot(self, offset: object) -> dict[str, Any]:
         n = operator.index(offset)  # type: ignore[arg-type] # raises TypeError for what is none
-        life = self._life()
+        found = self._life()
         if not 0 <= n < self.slots:
             raise IndexError(f"offset {n}: type {self.type} has slots 0 to {self.slots - 1}")
-        return life | {"offset": n}
+        found["offset"] = n
+        return found
 
     def _pages(self, data: Any, pages: int, *, writable: bool = False) -> memoryview:
         view = memoryview(data)
@@ -221,7 +262,7 @@ class MessageSwap:
             )
         return view.cast("B") if view.nbytes else view
 
-    def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[memoryview] = ()) -> Reply:
+    def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[Frame] = ()) -> Reply:
         return cast(Reply, self._channel.request(operation, parameters, pages))
 
     def __repr__(self) -> str:

@@ -62,11 +62,6 @@ static inline void prefetch_lines(const uint8_t *p, int lines)
     for (int i = 0; i < lines; i++)
         __builtin_prefetch(p + 64 * i);
 }
-static inline void prefetch_for_write(const uint8_t *p, int lines)
-{
-    for (int i = 0; i < lines; i++)
-        __builtin_prefetch(p + 64 * i, 1);
-}
 
 static inline void cpu_relax(void)
 {

@@ -1,4 +1,4 @@
-"""C declarations of `_atomics.h`, `_races.h` and `_crc32c.h`."""
+"""C declarations of `_atomics.h`, `_races.h`, `_copy.h` and `_crc32c.h`."""
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
@@ -22,7 +22,6 @@ cdef extern from "_atomics.h" nogil:
     void fence_full()
     void prefetch(const void *p)
     void prefetch_lines(const uint8_t *p, int lines)
-    void prefetch_for_write(const uint8_t *p, int lines)
     uint64_t now_ns()
     void back_off(unsigned step)
     uint64_t set_slice(uint64_t ns)
@@ -37,6 +36,13 @@ cdef extern from "_races.h" nogil:
         size_t iov_len
     void racy_copy(void *to, const void *from_, size_t size)
     ssize_t racy_pwritev(int fd, const iovec *parts, int count, int64_t at)
+    ssize_t racy_pwritev2(int fd, const iovec *parts, int count, int64_t at, int flags)
+
+cdef extern from "_copy.h" nogil:
+    enum:
+        HELD_MAX
+    void copy_init()
+    void copy_in(void *to, const void *from_, size_t size)
 
 cdef extern from "_crc32c.h" nogil:
     ctypedef struct crc32c_t:

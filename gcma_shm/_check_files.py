@@ -14,6 +14,7 @@ _OF_VALUES = {
     "file-differs": "its place in the file does not fit its checksum",
     "memory-differs": "page {page} in memory is not what is in the file",
     "file-unreadable": "its place in the file cannot be read: {error}",
+    "file-keeps": "its place in the file holds something that it has no need of, and does not say so",
 }
 
 

@@ -82,15 +82,16 @@ cdef void write_run(Arena *a, Clean *batch, int n, int fd) noexcept nogil:
     """Writes n claimed neighbours in one write, if the file takes it, and gives the claims back. A page that it refuses keeps none of
     the others from being written.
     """
-    cdef iovec parts[RUN_MAX]
-    cdef uint32_t crcs[RUN_MAX]
+    cdef iovec parts[BATCH_MAX]
+    cdef uint32_t crcs[BATCH_MAX]
+    cdef uint64_t type_ = batch[0].key >> KEY_SHIFT
     cdef int i, done = 0, whole, written
     for i in range(n):
         parts[i].iov_base = page_bytes(a, batch[i].word & PAYLOAD)
         parts[i].iov_len = a.page_size
         crcs[i] = crc32c_page(&a.crc, <uint8_t *>parts[i].iov_base)
     while done < n:
-        written = spill_write(fd, parts + done, n - done, (batch[0].offset + done) * a.page_size, &whole)  # @clean.write
+        written = spill_write(a, type_, fd, parts + done, n - done, (batch[0].offset + done) * a.page_size, &whole)  # @clean.write
         for i in range(done, done + whole):
             clean_finish(a, &batch[i], crcs[i], OK)
         done += whole
@@ -100,7 +101,7 @@ cdef void write_run(Arena *a, Clean *batch, int n, int fd) noexcept nogil:
 
 
 cdef void clean_claimed(Arena *a, Clean *batch, int n, const Handle *own) noexcept nogil:
-    """Claims up to RUN_MAX-long runs of n slots, writes and releases them: holds no more than n claims, waits for
+    """Claims n slots, writes them in runs of at most `run_max` neighbours and releases them: holds no more than n claims, waits for
     nobody.
     """
     cdef uint64_t type_
@@ -115,7 +116,7 @@ cdef void clean_claimed(Arena *a, Clean *batch, int n, const Handle *own) noexce
             continue
         run = 1
         while (
-            run < RUN_MAX
+            run < a.run_max
             and first + run < n
             and batch[first + run].status == CLAIMED
             and batch[first + run].key == batch[first].key + run
@@ -148,7 +149,7 @@ cdef void clean_batch(Arena *a, Clean *batch, int n, int pins, const Handle *own
         first += pins
 
 
-cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, uint64_t deadline) noexcept nogil:
+cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, Patience *patience) noexcept nogil:
     """Until `word` of that slot is clean or superseded: OK, BUSY at the deadline, ENDED, or -errno.
 
     Holds nothing, neither claim nor pin, while it waits.
@@ -162,14 +163,14 @@ cdef int clean_wait(Arena *a, const Handle *t, uint64_t key, uint64_t word, uint
             unpin(a, 1)
             if one.status != BUSY:
                 return one.status
-        if now_ns() >= deadline:
+        if is_over(patience):
             return BUSY
         back_off(step)
         step += 1
     return OK
 
 
-cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *words, int n, uint64_t deadline) noexcept nogil:
+cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *words, int n, Patience *patience) noexcept nogil:
     """Cleans n slots, in order of their keys, whose `words` were found dirty; waits for those that others are writing.
 
     Each slot's status is OK, BUSY at the deadline, ENDED, or -errno.
@@ -180,7 +181,7 @@ cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *wor
         pins = pin(a, n)
         if pins:
             break
-        if now_ns() >= deadline:
+        if is_over(patience):
             for i in range(n):
                 batch[i].status = BUSY
             return
@@ -190,4 +191,4 @@ cdef void clean_all(Arena *a, const Handle *t, Clean *batch, const uint64_t *wor
     unpin(a, pins)
     for i in range(n):
         if batch[i].status == BUSY:
-            batch[i].status = clean_wait(a, t, batch[i].key, words[i], deadline)
+            batch[i].status = clean_wait(a, t, batch[i].key, words[i], patience)

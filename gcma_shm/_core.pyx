@@ -1,18 +1,20 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True
-# cython: initializedcheck=False, freethreading_compatible=False
-"""The data plane: slots, pages and spill files of one mapped arena, all outside the GIL.
+# cython: initializedcheck=False, freethreading_compatible=False, binding=False, embedsignature=True, embedsignature.format=clinic
+"""The data plane: slots, pages and spill files of one mapped arena; outside the GIL whatever may wait or touches a file.
 
 `Plane` is one process's view of an arena; `Slots` one life of one swap type on it; `Span` a contiguous buffer's memory.
 The protocol is in docs/data-plane.md, its steps in the .pxi files included here.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBUF_WRITE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_CheckExact, PyByteArray_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.number cimport PyNumber_AsSsize_t
-from libc.errno cimport EINTR, EIO, ENOENT, ENOSPC, ESTALE, errno
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.errno cimport EINTR, EIO, ENOENT, ENOMEM, ENOSPC, ENOSYS, EOPNOTSUPP, ESTALE, errno
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memcmp, memcpy, memset, strdup
@@ -25,21 +27,39 @@ from gcma_shm import layout
 from gcma_shm.errors import ArenaError, Closed, NurseryFull, SlotBusy, SpillCorrupt, SpillError, StaleHandle
 
 cdef extern from "fcntl.h" nogil:
-    int O_RDONLY, O_RDWR, O_CLOEXEC, O_DIRECTORY, O_NOCTTY, O_NOFOLLOW
+    int O_RDONLY, O_RDWR, O_CLOEXEC, O_DIRECT, O_DIRECTORY, O_NOCTTY, O_NOFOLLOW
+    int FALLOC_FL_PUNCH_HOLE, FALLOC_FL_KEEP_SIZE, POSIX_FADV_DONTNEED, SYNC_FILE_RANGE_WRITE
     int open_ "open"(const char *, int, ...)
     int openat(int, const char *, int, ...)
+    int fallocate(int, int, int64_t, int64_t)
+    int posix_fadvise(int, int64_t, int64_t, int)
+    int sync_file_range(int, int64_t, int64_t, unsigned int)
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t, size_t)
 
 cdef extern from "sys/stat.h" nogil:
     struct stat_t "stat":
         uint64_t st_ino
         uint64_t st_dev
+        int64_t st_blksize
     int fstat(int, stat_t *)
 
 cdef extern from "unistd.h" nogil:
     int close(int)
     int dup3(int, int, int)
     int ftruncate(int, int64_t)
+    int64_t lseek(int, int64_t, int)
+    int SEEK_DATA
     ssize_t pread(int, void *, size_t, int64_t)
+
+cdef extern from "sys/uio.h" nogil:
+    ssize_t preadv(int, const iovec *, int, int64_t)
+    ssize_t preadv2(int, const iovec *, int, int64_t, int)
+
+cdef extern from "_direct.h" nogil:
+    int GCMA_DONTCACHE
+    bint direct_alignment_of "direct_alignment"(int fd, uint32_t *memory, uint32_t *offset)
 
 cdef extern from "sys/mman.h" nogil:
     int madvise(void *, size_t, int)
@@ -50,13 +70,22 @@ cdef enum:
 include "_arena.pxi"
 include "_spill.pxi"
 include "_clean.pxi"
+include "_policy.pxi"
 include "_nursery.pxi"
+include "_shares.pxi"
+include "_readahead.pxi"
 include "_slots.pxi"
 include "_claim.pxi"
 include "_retry.pxi"
+include "_punch.pxi"
+include "_queue.pxi"
+include "_promote.pxi"
 include "_sweep.pxi"
+include "_ranges.pxi"
 include "_recover.pxi"
 include "_survey.pxi"
+
+copy_init()
 
 # The tables have a size in layout.py and a shape here.
 assert sizeof(TypeEntry) == layout.TYPE_BYTES
@@ -97,6 +126,12 @@ def address_of(memory):
     return at
 
 
+def direct_alignment(int fd):
+    """What O_DIRECT asks of memory, and of offset and length, in bytes (0: there is no such thing); None: nobody tells of this file."""
+    cdef uint32_t memory, offset
+    return (memory, offset) if direct_alignment_of(fd, &memory, &offset) else None
+
+
 cdef class Plane:
     """One process's view of a mapped arena.
 
@@ -134,6 +169,8 @@ cdef class Plane:
         a.head = <uint64_t *>(base + <size_t>layout.HEAD_AT)
         a.hand = <uint64_t *>(base + <size_t>layout.HAND_AT)
         a.clock = <uint64_t *>(base + <size_t>layout.CLOCK_AT)
+        a.cache_pages = <uint64_t *>(base + <size_t>layout.CACHE_PAGES_AT)
+        a.counted = <uint64_t *>(base + <size_t>layout.COUNTED_AT)
         a.filling = <uint64_t *>(base + <size_t>layout.FILLING_AT)
         a.taking = <uint64_t *>(base + <size_t>layout.TAKING_AT)
         a.wake = <uint32_t *>(base + <size_t>layout.WAKE_AT)
@@ -150,14 +187,26 @@ cdef class Plane:
         a.pages = geometry.pages
         a.nursery = geometry.nursery_pages
         a.policy = geometry.policy
+        a.visits_max = PROVEN if a.policy == S3FIFO else 1
         a.spill_io = geometry.spill_io
         a.slots_count = geometry.slots
         a.allocations_count = geometry.allocations_max
         a.pins_max = geometry.grants_max
+        a.sweeper_pins = max(a.pins_max, <int32_t>min(<uint64_t>BATCH_MAX, a.nursery // SWEEPER_SHARE))
+        a.run_max = RUN_BUFFERED if a.spill_io == BUFFERED else BATCH_MAX
+        a.direct_memory = DIRECT_MEMORY
         if number == BROKER:
             a.lent_map = <uint32_t *>calloc(a.pages // LENT_BLOCK + 1, sizeof(uint32_t))
             a.refused = <uint64_t *>calloc(a.nursery, sizeof(uint64_t))
-            if a.lent_map == NULL or a.refused == NULL:
+            a.newer = <uint32_t *>calloc(a.pages, sizeof(uint32_t))
+            a.older = <uint32_t *>calloc(a.pages, sizeof(uint32_t))
+            a.queue_of = <uint16_t *>calloc(a.pages, sizeof(uint16_t))
+            a.queues = <Queue *>calloc(QUEUES, sizeof(Queue))
+            a.nursery_of = <uint16_t *>calloc(a.nursery, sizeof(uint16_t))
+            if (
+                a.lent_map == NULL or a.refused == NULL or a.newer == NULL or a.older == NULL or a.queue_of == NULL or a.queues == NULL
+                or a.nursery_of == NULL
+            ):
                 raise MemoryError
         self.populated = <uint8_t *>calloc(a.pages // LENT_BLOCK + 1, 1)
         if self.populated == NULL:
@@ -182,6 +231,11 @@ cdef class Plane:
         if self.memory.buf != NULL:
             PyBuffer_Release(&self.memory)
         free(self.a.spill_path)
+        free(self.a.nursery_of)
+        free(self.a.queues)
+        free(self.a.queue_of)
+        free(self.a.older)
+        free(self.a.newer)
         free(self.a.refused)
         free(self.a.lent_map)
         free(self.populated)
@@ -223,14 +277,16 @@ cdef class Plane:
             step += 1
         return self.users == 0
 
-    cdef int enter(self) except -1:
+    @cython.final
+    cdef inline int enter(self) except -1:
         """An operation begins that may hold pages or claims; to be ended with `leave`, also under the GIL."""
         if self.closed:
             raise Closed("this client is closed")
         self.users += 1
         return 0
 
-    cdef void leave(self, Tally *tally) noexcept:
+    @cython.final
+    cdef inline void leave(self, Tally *tally) noexcept:
         self.users -= 1
         add_tally(self.a, tally)
 
@@ -469,6 +525,20 @@ cdef class Plane:
             retry_refused(self.a)
             count_refused(self.a, by_type)
         return {type_: by_type[type_] for type_ in range(256) if by_type[type_]}, self.a.refused_errno
+
+    def punch(self):
+        """One turn of the search for places in spill files that no value needs any more, whose disk space is given back. True: it has come
+        to the end, and the next turn begins anew. To be called by the thread that sweeps.
+        """
+        cdef bint ended
+        with nogil:
+            ended = punch_some(self.a)
+        return ended
+
+    def drop_cached(self):
+        """Has the page cache let go of what it holds of the living types' files, but for what has not reached the disk yet."""
+        with nogil:
+            drop_cached(self.a)
 
     def bury(self, numbers):
         """Takes back the nursery grants and the writer's claims of clients that are dead or have said goodbye: one pass for all."""

@@ -57,6 +57,7 @@ cdef class Slots:
     cdef readonly int share     # percent of the cache that the type may have
     cdef uint64_t timeout_ns
     cdef bint closed
+    cdef bint held      # whether pages are copied under the GIL: HELD_MAX
     cdef bint opened    # t.fd is ours to close: 0 is a descriptor, and a constructor that is refused its arguments never begins
 
     def __cinit__(self, Plane plane not None, uint64_t type_, uint64_t life, timeout, *_more):
@@ -64,6 +65,7 @@ cdef class Slots:
             raise IndexError(f"type {type_}: expected 0 to {layout.TYPES_MAX - 1}")
         self.plane = plane
         self.timeout_ns = nanoseconds(timeout)
+        self.held = plane.page_size <= HELD_MAX
         self.t.type = type_
         self.t.life = life
         # Each before the look at the life: of a life that begins meanwhile nothing is taken for this one's.
@@ -71,6 +73,7 @@ cdef class Slots:
         self.t.slots = load_acquire(&plane.a.types[type_].slots)
         self.write_through = not load_acquire(&plane.a.types[type_].flags) & 1
         self.share = load_acquire(&plane.a.types[type_].share)
+        self.t.nursery_part = nursery_part(plane.a, type_)
         if not living(plane.a, &self.t):
             refuse(plane, &self.t, ENDED, None, False)
         if self.t.slots > plane.a.slots_count or self.t.base > plane.a.slots_count - self.t.slots:
@@ -121,7 +124,8 @@ cdef class Slots:
         """Gives the disk back that the life's spill file takes. For the broker, when the life has ended; an error changes nothing."""
         ftruncate(self.t.fd, 0)
 
-    cdef int64_t offset_of(self, offset) except -1:
+    @cython.final
+    cdef inline int64_t offset_of(self, offset) except -1:
         cdef Py_ssize_t n = PyNumber_AsSsize_t(offset, IndexError)
         if self.closed or self.plane.closed:
             raise Closed(f"this handle on type {self.t.type} is closed")
@@ -130,60 +134,75 @@ cdef class Slots:
         prefetch(slot_of(self.plane.a, &self.t, n))
         return n
 
+    @cython.final
     cdef int open_buffer(self, object_, Py_buffer *buffer, bint writable, Py_ssize_t pages) except -1:
         PyObject_GetBuffer(object_, buffer, PyBUF_SIMPLE | (PyBUF_WRITABLE if writable else 0))
-        if buffer.len != pages * self.plane.page_size:
-            wrong = buffer.len
+        try:
+            return self.check_size(buffer.len, pages)
+        except BaseException:
             PyBuffer_Release(buffer)
+            raise
+
+    @cython.final
+    cdef inline int check_size(self, Py_ssize_t found, Py_ssize_t pages) except -1:
+        if found != pages * self.plane.page_size:
             if pages == 1:
-                raise ValueError(f"{wrong} bytes: expected one page, exactly {self.plane.page_size} bytes")
-            raise ValueError(f"{wrong} bytes: expected {pages} pages of {self.plane.page_size} bytes in one buffer")
+                raise ValueError(f"{found} bytes: expected one page, exactly {self.plane.page_size} bytes")
+            raise ValueError(f"{found} bytes: expected {pages} pages of {self.plane.page_size} bytes in one buffer")
         return 0
 
-    def load(self, offset):
+    def load(self, offset, /):
         """The page stored at `offset` as new bytes, or None when nothing is stored there.
 
         Raises IndexError, TypeError, Closed, SpillError or SpillCorrupt.
         """
         cdef uint64_t n = self.offset_of(offset)
         cdef bytes out = PyBytes_FromStringAndSize(NULL, self.plane.page_size)
-        cdef int status = self.load_to(n, <uint8_t *>PyBytes_AS_STRING(out))
-        if status == OK:
-            return out
-        if status != MISS:
-            refuse(self.plane, &self.t, status, offset, False)
-        return None
+        return out if self.load_to(offset, n, <uint8_t *>PyBytes_AS_STRING(out)) == OK else None
 
-    def load_into(self, offset, buffer):
+    def load_into(self, offset, buffer, /):
         """Copies the page stored at `offset` into `buffer`, writable and one page long; False when nothing is stored
         there.
 
         After False or an error the content of `buffer` is undefined. Raises as `load`, ValueError for another length.
         """
-        cdef uint64_t n = self.offset_of(offset)
+        cdef uint64_t n = self.offset_of(offset), word
+        cdef Arena *a = self.plane.a
         cdef Py_buffer out
         cdef int status
+        if self.held and PyByteArray_CheckExact(buffer):  # under the GIL nobody resizes it, so it need not be exported
+            self.check_size(PyByteArray_GET_SIZE(buffer), 1)
+            fetch_ahead(a, slot_of(a, &self.t, n), PREFETCH_LOAD)
+            status = load_memory(a, &self.t, n, &word, <uint8_t *>PyByteArray_AS_STRING(buffer), a.me.counters)
+            if status == OK or status == MISS:
+                return status == OK
         self.open_buffer(buffer, &out, True, 1)
         try:
-            status = self.load_to(n, <uint8_t *>out.buf)
+            return self.load_to(offset, n, <uint8_t *>out.buf) == OK
         finally:
             PyBuffer_Release(&out)
+
+    @cython.final
+    cdef int load_to(self, offset, uint64_t n, uint8_t *out) except -1:
+        """OK or MISS; anything else is raised."""
+        cdef Arena *a = self.plane.a
+        cdef Tally tally
+        cdef uint64_t word
+        cdef int status = BUSY
+        fetch_ahead(a, slot_of(a, &self.t, n), PREFETCH_LOAD)
+        if self.held:
+            status = load_memory(a, &self.t, n, &word, out, a.me.counters)
+        if status == BUSY or status == IN_FILE:
+            memset(&tally, 0, sizeof(Tally))
+            self.plane.enter()
+            with nogil:
+                status = load_page(a, &self.t, n, out, tally.counts)
+            self.plane.leave(&tally)
         if status > MISS or status < 0:
             refuse(self.plane, &self.t, status, offset, False)
-        return status == OK
-
-    cdef int load_to(self, uint64_t n, uint8_t *out) except? -1:
-        cdef Tally tally
-        cdef int status
-        self.plane.enter()
-        fetch_ahead(self.plane.a, slot_of(self.plane.a, &self.t, n), PREFETCH_LOAD)
-        memset(&tally, 0, sizeof(Tally))
-        with nogil:
-            status = load_page(self.plane.a, &self.t, n, out, &tally)
-        self.plane.leave(&tally)
         return status
 
-    def store(self, offset, page):
+    def store(self, offset, page, /):
         """Stores `page`, bytes-like and exactly one page long, at `offset`, in place of what was there.
 
         A write-through type returns when the page is also in the spill file, a write-behind type as soon as every
@@ -191,28 +210,43 @@ cdef class Slots:
         SpillError or SlotBusy (stored and visible, but not yet in the file).
         """
         cdef uint64_t n = self.offset_of(offset)
-        cdef uint64_t deadline = now_ns() + self.timeout_ns
-        cdef uint64_t word = 0
         cdef Py_buffer source
-        cdef Tally tally
-        cdef int status
-        cdef bint stored = False
-        memset(&tally, 0, sizeof(Tally))
+        if PyBytes_CheckExact(page):  # never changes, and our caller holds it: the buffer protocol has nothing to add
+            self.check_size(PyBytes_GET_SIZE(page), 1)
+            self.store_from(offset, n, <const uint8_t *>PyBytes_AS_STRING(page))
+            return
         self.open_buffer(page, &source, False, 1)
         try:
-            self.plane.enter()
-            with nogil:
-                status = store_page(self.plane.a, &self.t, n, <uint8_t *>source.buf, deadline, &word, &tally)
-                if status == OK and self.write_through and word & DIRTY:
-                    stored = True
-                    status = clean_wait(self.plane.a, &self.t, key_of(&self.t, n), word, deadline)
-            self.plane.leave(&tally)
+            self.store_from(offset, n, <const uint8_t *>source.buf)
         finally:
             PyBuffer_Release(&source)
-        if status != OK:
-            refuse(self.plane, &self.t, status, offset, stored, tally.refusal)
 
-    def invalidate_page(self, offset):
+    @cython.final
+    cdef int store_from(self, offset, uint64_t n, const uint8_t *data) except -1:
+        cdef Arena *a = self.plane.a
+        cdef Patience patience = Patience(self.timeout_ns, 0, 0)
+        cdef Tally tally
+        cdef uint64_t word = 0
+        cdef int status = FULL
+        cdef bint stored = False
+        if self.held:
+            status = store_page(a, &self.t, n, data, NULL, &word, a.me.counters)
+            if status == OK and not (self.write_through and word & DIRTY):
+                return 0
+        memset(&tally, 0, sizeof(Tally))
+        self.plane.enter()
+        with nogil:
+            if status == FULL:
+                status = store_page(a, &self.t, n, data, &patience, &word, tally.counts)
+            if status == OK and self.write_through and word & DIRTY:
+                stored = True
+                status = clean_wait(a, &self.t, key_of(&self.t, n), word, &patience)
+        self.plane.leave(&tally)
+        if status != OK:
+            refuse(self.plane, &self.t, status, offset, stored, patience.refusal)
+        return 0
+
+    def invalidate_page(self, offset, /):
         """Forgets what is stored at `offset`; loads miss until the next store. Nothing stored there: no error."""
         cdef uint64_t n = self.offset_of(offset)
         cdef int status
@@ -229,6 +263,7 @@ cdef class Slots:
         not take a page, after all others were tried; Closed.
         """
         cdef uint64_t end = now_ns() + nanoseconds(timeout), offset = 0
+        cdef Patience patience = Patience(0, 0, 0)
         cdef Tally tally
         cdef int status = OK, some
         self.offset_of(0)
@@ -236,8 +271,9 @@ cdef class Slots:
         while offset < self.t.slots and status != ENDED:
             PyErr_CheckSignals()
             self.plane.enter()
+            patience.deadline = min(end, now_ns() + self.timeout_ns)
             with nogil:
-                some = sync_some(self.plane.a, &self.t, &offset, min(end, now_ns() + self.timeout_ns))
+                some = sync_some(self.plane.a, &self.t, &offset, &patience)
             self.plane.leave(&tally)
             status = graver(status, some)
         if status != OK:
@@ -272,6 +308,7 @@ cdef class Slots:
         """A handle is true, also when nothing is stored; `len` counts."""
         return True
 
+    @cython.final
     cdef uint64_t *offsets_of(self, list wanted) except NULL:
         """The checked offsets, to be freed."""
         cdef Py_ssize_t i
@@ -286,7 +323,7 @@ cdef class Slots:
             raise
         return offsets
 
-    def load_many(self, offsets, out):
+    def load_many(self, offsets, out, /):
         """Loads page after page into `out`, one contiguous writable buffer of `len(offsets)` pages.
 
         Returns the mask of hits, a list of bool; the pages of misses are undefined. Each page is atomic by itself. An
@@ -317,7 +354,7 @@ cdef class Slots:
                             fetch_ahead(self.plane.a, ahead, PREFETCH_BATCH)
                         status[k] = load_page(
                             self.plane.a, &self.t, slots[first + k],
-                            <uint8_t *>target.buf + (first + k) * self.plane.page_size, &tally,
+                            <uint8_t *>target.buf + (first + k) * self.plane.page_size, tally.counts,
                         )  # fmt: skip
                         if status[k] > MISS or status[k] < 0:
                             break
@@ -332,7 +369,7 @@ cdef class Slots:
             free(slots)
         return hits
 
-    def store_many(self, offsets, pages):
+    def store_many(self, offsets, pages, /):
         """Stores page after page from `pages`, one contiguous buffer of `len(offsets)` pages; of equal offsets the
         last wins.
 
@@ -343,7 +380,7 @@ cdef class Slots:
         cdef Py_ssize_t first, n = len(wanted)
         # A batch must not fill the nursery with pages that only its own end would clean.
         cdef Py_ssize_t batch_max = max(1, min(BATCH_MAX, <Py_ssize_t>self.plane.a.nursery // 4))
-        cdef uint64_t deadline = now_ns() + self.timeout_ns
+        cdef Patience patience = Patience(self.timeout_ns, 0, 0)
         cdef Py_buffer source
         cdef Tally tally
         cdef int status, failed, size
@@ -362,15 +399,57 @@ cdef class Slots:
                 with nogil:
                     status = store_batch(
                         self.plane.a, &self.t, slots + first, size, <uint8_t *>source.buf + first * self.plane.page_size,
-                        self.write_through, deadline, &tally, &failed, &stored,
+                        self.write_through, &patience, tally.counts, &failed, &stored,
                     )  # fmt: skip
                 self.plane.leave(&tally)
                 if status != OK:
                     with done(first + failed):
-                        refuse(self.plane, &self.t, status, wanted[first + failed], stored, tally.refusal)
+                        refuse(self.plane, &self.t, status, wanted[first + failed], stored, patience.refusal)
         finally:
             PyBuffer_Release(&source)
             free(slots)
+
+    def load_at_hand(self, offset, /):
+        """As `load`, but never reads a file, and holds the GIL: for a thread that must not wait. False: ask `load`."""
+        cdef uint64_t n = self.offset_of(offset), word
+        cdef Arena *a = self.plane.a
+        cdef bytes out
+        cdef int status
+        if state_of(load_acquire(&slot_of(a, &self.t, n).word)) == SPILLED:
+            return False
+        out = PyBytes_FromStringAndSize(NULL, self.plane.page_size)
+        status = load_memory(a, &self.t, n, &word, <uint8_t *>PyBytes_AS_STRING(out), a.me.counters)
+        return out if status == OK else None if status == MISS else False
+
+    def store_at_hand(self, offset, page, /):
+        """As `store`, but never writes a file, nor waits for a page to store into, and holds the GIL. False: nothing was stored,
+        ask `store`.
+        """
+        cdef uint64_t n = self.offset_of(offset), word = 0
+        cdef Arena *a = self.plane.a
+        cdef Py_buffer source
+        cdef int status
+        if self.write_through:
+            return False
+        self.open_buffer(page, &source, False, 1)
+        try:
+            status = store_page(a, &self.t, n, <uint8_t *>source.buf, NULL, &word, a.me.counters)
+        finally:
+            PyBuffer_Release(&source)
+        return status == OK
+
+    def load_batch(self, offsets, /):
+        """As `load_many`, for a message: the mask as bytes, 1 for a hit, and the pages of the hits as new bytes, one after another."""
+        cdef Py_ssize_t size = self.plane.page_size, n = len(offsets), held = 0, i
+        cdef bytes pages = PyBytes_FromStringAndSize(NULL, n * size)  # not cleared: what a miss leaves there is not passed on
+        cdef char *at = PyBytes_AS_STRING(pages)
+        cdef list hits = self.load_many(offsets, PyMemoryView_FromMemory(at, n * size, PyBUF_WRITE))
+        for i in range(n):
+            if hits[i]:
+                if held != i:
+                    memcpy(at + held * size, at + i * size, size)
+                held += 1
+        return bytes(hits), pages if held == n else pages[: held * size]
 
 
 class done:

@@ -29,11 +29,11 @@ cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
     return True
 
 
-cdef bint evict(Arena *a, uint64_t page, uint64_t life, Slot *slot, uint64_t word) noexcept nogil:
+cdef bint evict(Arena *a, uint64_t page, uint64_t life, uint64_t key, uint64_t word) noexcept nogil:
     """Drops a clean page. The word leaves the page before the page becomes FREE, or a load could be sent to somebody
     else's bytes.
     """
-    if not cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @evict.word
+    if not cas(&a.slots[key & SLOT].word, word, next_word(word, SPILLED, shadow_evicted(a, key, page))):  # @evict.word
         return False
     count(a, C_EVICTIONS)
     return cas(&a.life[page], life, next_life(life, FREE, life_owner(life)))  # @evict.free
@@ -78,7 +78,17 @@ cdef int reclaim(Arena *a, uint64_t page) noexcept nogil:
         return OK if free_orphan(a, page, life) else BUSY
     if word & DIRTY:
         return BUSY
-    return OK if evict(a, page, life, &a.slots[key & SLOT], word) else BUSY
+    return OK if evict(a, page, life, key, word) else BUSY
+
+
+cdef bint may_reclaim(Arena *a, uint64_t page, bint insist, uint64_t tries) noexcept nogil:
+    """Policy: whether a client, which has overtaken the sweep, reclaims `page` itself. What is proven is left to the sweep, which promotes it;
+    but a store does not look for another page for long. A load from the file reclaims only what costs no write.
+    """
+    cdef uint64_t life, key, word
+    if a.policy == S3FIFO and is_proven(a, page) and (not insist or tries < LOOK_EVERY):
+        return False
+    return insist or (look_up(a, page, &life, &key, &word) and not (names(word, page) and word & DIRTY))
 
 
 cdef inline void wake_sweeper(Arena *a) noexcept nogil:
@@ -89,17 +99,39 @@ cdef inline void wake_sweeper(Arena *a) noexcept nogil:
         futex_wake(a.wake)
 
 
-cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexcept nogil:
-    """A nursery page of ours, pinned until `publish` or `abandon`; or -1: none within the bound (`insist`), or none at
-    hand. `refusal`: errno of the last file that did not take a page in our way.
+cdef int64_t grant_at_hand(Arena *a, const Handle *t) noexcept nogil:
+    """The nursery page of the next ticket, pinned until `publish` or `abandon`, if it is FREE; else -1, and the ticket is left to whoever
+    may wait. Waits for nobody and touches no file, so it may be called under the GIL.
+    """
+    cdef uint64_t ticket, page = load_relaxed(a.head) % a.nursery, life = load_relaxed(&a.life[page])
+    if life_state(life) != FREE or is_above_part(a, t, load_relaxed(a.head)) or not pin(a, 1):
+        return -1
+    ticket = fetch_add(a.head, 1)
+    if ticket % a.nursery != page:  # somebody drew it first; another ticket is lost by this, as one is that meets a page in use
+        page = ticket % a.nursery
+        life = load_relaxed(&a.life[page])
+    if <int64_t>(load_relaxed(a.hand) + a.nursery - ticket) < <int64_t>(a.nursery // LOW_WATER):
+        wake_sweeper(a)
+    if life_state(life) == FREE and cas(&a.life[page], life, next_life(life, GRANTED, a.number)):  # @store.grant
+        fence_release()  # as in `grant`
+        return page
+    unpin(a, 1)
+    return -1
+
+
+cdef int64_t grant(Arena *a, const Handle *t, Patience *patience) noexcept nogil:
+    """A nursery page of ours for a page of `t`, pinned until `publish` or `abandon`; or -1: none within the bound, and in `patience` why.
+    NULL: none at hand.
     """
     cdef uint64_t ticket, page, life
     cdef int64_t room
     cdef uint64_t tries = 0, refusals = 0, laps = load_relaxed(&a.vain_laps)
     cdef unsigned step = 0
-    cdef int status
+    cdef int status, refused
+    cdef int64_t own
+    cdef bint insist = patience != NULL
     while not pin(a, 1):  # for other threads of this process, whose stores come to an end by themselves
-        if not insist or now_ns() >= deadline:
+        if not insist or is_over(patience):
             return -1
         back_off(step)
         step += 1
@@ -110,14 +142,32 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
         room = <int64_t>(load_relaxed(a.hand) + a.nursery - ticket)
         if room < <int64_t>(a.nursery // LOW_WATER):
             wake_sweeper(a)
+        if (insist or has_share(a, t.type)) and is_above_part(a, t, ticket):
+            refused = 0
+            own = own_page(a, t, insist, &refused)
+            if own >= 0:
+                return own
+            if not insist:
+                break
+            if (refused or has_share(a, t.type)) and has_all_dirty(a, t):
+                tries += 1
+                if refused:
+                    patience.refusal = refused
+                    if a.refused != NULL or is_over(patience):  # the broker waits for no file
+                        break
+                    if not pause_unpinned(a, patience, &step):
+                        return -1
+                elif tries % LOOK_EVERY == 0 and is_over(patience):  # else they are further on, where the next look begins
+                    break
+                continue
         life = load_relaxed(&a.life[page])
-        if insist and room <= 0 and life_state(life) == PUBLISHED:
+        if room <= 0 and life_state(life) == PUBLISHED and may_reclaim(a, page, insist, tries):
             status = reclaim(a, page)
             if status == OK:
                 count(a, C_DIRECT_RECLAIMS)
                 life = load_relaxed(&a.life[page])
-            elif status < 0:
-                refusal[0] = -status
+            elif status < 0 and insist:
+                patience.refusal = -status
                 refusals += 1
                 if refusals % LOOK_EVERY == 0 and a.refused == NULL:  # each has cost a write: a full disk is not to be hammered
                     back_off(step)
@@ -130,14 +180,14 @@ cdef int64_t grant(Arena *a, bint insist, uint64_t deadline, int *refusal) noexc
         if not insist:
             if tries >= GRANT_TRIES:
                 break
-        elif tries % LOOK_EVERY == 0 and now_ns() >= deadline:
+        elif tries % LOOK_EVERY == 0 and is_over(patience):
             break
         if tries % a.nursery == 0:  # a whole lap: every page is granted, pinned, being cleaned by somebody, or refused by its file
             # The broker stores for those that send messages, and others wait for the same worker: it does not wait for a file that
             # has refused half of the nursery (no more than the other half may be in clients' hands), once the sweep has gone all
             # around since we came (a lap under way may have missed what was freed before) and found nothing.
-            if 2 * load_relaxed(&a.refused_count) >= a.nursery and load_relaxed(&a.vain_laps) - laps > 1:
-                refusal[0] = a.refused_errno  # also where the sweep was so far ahead that none of our tickets led to such a page
+            if insist and 2 * load_relaxed(&a.refused_count) >= a.nursery and load_relaxed(&a.vain_laps) - laps > 1:
+                patience.refusal = a.refused_errno  # also where the sweep was so far ahead that none of our tickets led to such a page
                 break
             back_off(step)
             step += 1

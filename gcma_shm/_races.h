@@ -7,20 +7,23 @@
  *   load.copy      racy_copy     `load_cached`: the sequence in the life word, and the claim word, are compared after the copy
  *   promote.copy   racy_copy     `fill`: the swing is a CAS from the word that was read before the copy
  *   clean.write    RACY_READS    `crc32c_page`, and
- *                  racy_pwritev  `spill_write`: DIRTY goes by a CAS from the word that was read before; where that is lost, the file's content
- *                                does not matter
+ *                  racy_pwritev  `write_some`, and racy_pwritev2 there: DIRTY goes by a CAS from the word that was read before; where that is
+ *                                lost, the file's content does not matter
  *
  * Only the reading is racy. Where a copy writes to is told to the sanitizer as a write like any other, so two writers of one page
- * that nothing orders are reported: `store_page`, `refault`, `fill` and `Span.zero` use the plain memcpy and memset for their targets.
+ * that nothing orders are reported: `store_page`, `refault`, `fill` and `Span.zero` use the plain copy_in, memcpy and memset for their targets.
  * Every word that several threads touch is atomic, and none of those is excepted.
  *
- * In the product, and under the other sanitizers, the names mean memcpy, pwritev and nothing.
+ * In the product, and under the other sanitizers, the names mean copy_out, pwrite or pwritev, and nothing.
  */
 #ifndef GCMA_RACES_H
 #define GCMA_RACES_H
 
 #include <string.h>
 #include <sys/uio.h>
+#include <unistd.h>
+
+#include "_copy.h"
 
 #ifdef __SANITIZE_THREAD__
 
@@ -48,11 +51,22 @@ static inline ssize_t racy_pwritev(int fd, const struct iovec *parts, int count,
     return written;
 }
 
+static inline ssize_t racy_pwritev2(int fd, const struct iovec *parts, int count, off_t at, int flags)
+{
+    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
+    ssize_t written = pwritev2(fd, parts, count, at, flags);
+    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
+    return written;
+}
+
 #else
 
 #define RACY_READS
-#define racy_copy(to, from, size) memcpy(to, from, size)
-#define racy_pwritev(fd, parts, count, at) pwritev(fd, parts, count, at)
+#define racy_copy(to, from, size) copy_out(to, from, size)
+/* One page, as most writes are, by the call that has no vector to take in: 50 ns of 850. */
+#define racy_pwritev(fd, parts, count, at) \
+    ((count) == 1 ? pwrite(fd, (parts)->iov_base, (parts)->iov_len, at) : pwritev(fd, parts, count, at))
+#define racy_pwritev2(fd, parts, count, at, flags) pwritev2(fd, parts, count, at, flags)
 
 #endif
 

@@ -17,56 +17,72 @@ cdef inline bint living(Arena *a, Handle *t) noexcept nogil:
 
 
 cdef int swing(Arena *a, Handle *t, Slot *slot, uint64_t state, uint64_t rest, uint64_t *before, uint64_t *after) noexcept nogil:
-    """Points the slot to a new value, whatever it held: OK, or ENDED. A lost CAS is somebody else's progress."""
+    """Points the slot to a new value, whatever it held: OK, or ENDED. A lost CAS is somebody else's progress. `rest`: of a CACHED
+    word, or the pattern of a FILLED one.
+    """
     while True:
         before[0] = load_acquire(&slot.word)
         if not living(a, t) or state_of(before[0]) == CLOSED:
             return ENDED
-        after[0] = next_word(before[0], state, rest)
+        after[0] = next_word(before[0], CACHED, rest) if state == CACHED else hollow_word(before[0], state, rest)
         if cas(&slot.word, before[0], after[0]):
             return OK
         count(a, C_RETRIES)
 
 
-cdef bint all_zero(const uint8_t *page, size_t size) noexcept nogil:
-    """Compares the page with itself, shifted: memcmp stops at the first byte that differs, at once for most pages."""
-    return page[0] == 0 and memcmp(page, page + 1, size - 1) == 0
+cdef bint is_filled(const uint8_t *page, size_t size, uint32_t *pattern) noexcept nogil:
+    """Whether the page is its first four bytes over and over, as zeros are, or any one byte. The ends first: they differ in most pages,
+    also in those that begin with many zeros. Then the page is compared with itself, shifted, up to the first byte that differs.
+    """
+    cdef uint32_t last
+    memcpy(pattern, page, sizeof(uint32_t))
+    memcpy(&last, page + size - sizeof(uint32_t), sizeof(uint32_t))
+    return pattern[0] == last and memcmp(page, page + sizeof(uint32_t), size - sizeof(uint32_t)) == 0
+
+
+cdef void repeat(uint8_t *out, size_t size, uint32_t pattern) noexcept nogil:
+    """The page that `is_filled` said this of; `size` is a power of two, and what is there is doubled until it is all."""
+    cdef size_t done = sizeof(uint32_t)
+    memcpy(out, &pattern, sizeof(uint32_t))
+    while done < size:
+        memcpy(out + done, out, done)
+        done *= 2
 
 
 cdef int store_page(
-    Arena *a, Handle *t, uint64_t offset, const uint8_t *data, uint64_t deadline, uint64_t *stored, Tally *tally
+    Arena *a, Handle *t, uint64_t offset, const uint8_t *data, Patience *patience, uint64_t *stored, uint64_t *counts
 ) noexcept nogil:
     """Makes `data` the slot's value, visible to all: OK, and in `stored` the word that names it; FULL or ENDED:
-    nothing changed.
+    nothing changed. Without `patience` it waits for nothing and touches no file: FULL when no page is at hand.
     """
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t before
     cdef int64_t page
-    if all_zero(data, a.page_size):
-        if swing(a, t, slot, ZERO, 0, &before, stored) != OK:             # @store.zero
+    cdef uint32_t pattern
+    if is_filled(data, a.page_size, &pattern):
+        if swing(a, t, slot, FILLED if pattern else ZERO, pattern, &before, stored) != OK:  # @store.filled
             return ENDED
-        tally.counts[C_STORES_ZERO] += 1
+        tick(&counts[C_STORES_FILLED if pattern else C_STORES_ZERO])
     else:
-        page = grant(a, True, deadline, &tally.refusal)
+        page = grant_at_hand(a, t) if patience == NULL else grant(a, t, patience)
         if page < 0:
             return FULL if living(a, t) else ENDED
         store_relaxed(&a.key[page], key_of(t, offset))                                   # @store.fill
         store_byte(&a.visited[page], 0)
-        memcpy(page_bytes(a, page), data, a.page_size)
+        copy_in(page_bytes(a, page), data, a.page_size)
         # The CAS releases key and bytes to whoever acquires the word.
         if swing(a, t, slot, CACHED, DIRTY | <uint64_t>page, &before, stored) != OK:  # @store.swing
             abandon(a, page)
             return ENDED
+        keep_place(a, page, before)
         publish(a, page)
-        # The next store's page, as far as anybody knows; the copy into a page that is not in the cache is what a store
-        # costs.
-        prefetch_for_write(page_bytes(a, load_relaxed(a.head) % a.nursery), PREFETCH_STORE)
-    tally.counts[C_STORES] += 1
-    tally.counts[C_OVERWRITES_SAVED] += before & DIRTY != 0
+    tick(&counts[C_STORES])
+    if before & DIRTY:
+        tick(&counts[C_OVERWRITES_SAVED])
     return OK
 
 
-cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t *out, Tally *tally) noexcept nogil:
+cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t *out, uint64_t *counts) noexcept nogil:
     """OK; or BUSY: start over."""
     cdef uint64_t page = word & PAYLOAD
     cdef uint64_t life, state, claim = 0
@@ -90,7 +106,7 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
         # In an area: the page was taken for a buffer, which touches no slot word. The value is in the file, since no
         # page enters an area before it is. In the nursery the word must have moved since: a page is never freed while
         # a word names it.
-        if page >= a.nursery and cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a))):  # @load.heal
+        if page >= a.nursery and cas(&slot.word, word, next_word(word, SPILLED, shadow_now(a, key))):  # @load.heal
             count(a, C_HEALS)
         return BUSY
     racy_copy(out, page_bytes(a, page), a.page_size)                      # @load.copy
@@ -106,21 +122,19 @@ cdef int load_cached(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint8_t 
     # advances. So a copy that has a guest's byte finds one of the two moved on.
     if RECHECK and claimed != NULL and load_relaxed(claimed) != claim:    # @load.claim_again
         return BUSY
-    if not load_byte(&a.visited[page]):  # most hits write nothing, so the line stays shared between the caches
-        store_byte(&a.visited[page], 1)
-    tally.counts[C_HITS_NURSERY if page < a.nursery else C_HITS_AREA] += 1
+    note_visit(a, page)
+    tick(&counts[C_HITS_NURSERY if page < a.nursery else C_HITS_AREA])
     return OK
 
 
-cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint64_t side, const uint8_t *data) noexcept nogil:
-    """Puts a page that was evicted a short while ago back into memory, clean, if a nursery page is at hand."""
-    cdef int refusal
-    cdef int64_t page = grant(a, False, 0, &refusal)                      # @load.refault
+cdef void refault(Arena *a, Handle *t, uint64_t key, Slot *slot, uint64_t word, uint64_t side, const uint8_t *data) noexcept nogil:
+    """Puts a page that was read from the file into memory, clean, if a nursery page is at hand."""
+    cdef int64_t page = grant(a, t, NULL)                                 # @load.refault
     if page < 0:
         return
     store_relaxed(&a.key[page], key)
-    store_byte(&a.visited[page], 1)  # it came back from the ghosts: to be promoted, not evicted, by the sweep
-    memcpy(page_bytes(a, page), data, a.page_size)
+    store_byte(&a.visited[page], BACK if recently_evicted(a, key, word) else 0)
+    copy_in(page_bytes(a, page), data, a.page_size)
     # `data` is the caller's memory, and somebody may be writing it: what is published is what was checked, nothing
     # else.
     if crc32c_page(&a.crc, page_bytes(a, page)) == <uint32_t>(side & CRC) and cas(
@@ -133,11 +147,11 @@ cdef void refault(Arena *a, uint64_t key, Slot *slot, uint64_t word, uint64_t si
 
 
 cdef int load_spilled(
-    Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out, Tally *tally
+    Arena *a, Handle *t, uint64_t offset, Slot *slot, uint64_t word, uint8_t *out, uint64_t *counts
 ) noexcept nogil:
     """OK; BUSY: start over; CORRUPT; or -errno."""
     cdef uint64_t side = load_acquire(&slot.side)                         # @load.file
-    cdef int64_t got = spill_read(t.fd, out, a.page_size, offset * a.page_size)
+    cdef int64_t got = read_place(a, t, offset, out)
     fence_acquire()
     # While the word says SPILLED nobody writes this place: a write under way holds the writer since before the word
     # became clean. So with the word unchanged, file and checksum belong together.
@@ -147,40 +161,55 @@ cdef int load_spilled(
         return <int>got
     if got < <int64_t>a.page_size or crc32c_page(&a.crc, out) != <uint32_t>(side & CRC):
         return CORRUPT
-    tally.counts[C_HITS_SPILL] += 1
-    if recently_evicted(a, word):
-        refault(a, key_of(t, offset), slot, word, side, out)
+    tick(&counts[C_HITS_SPILL])
+    refault(a, t, key_of(t, offset), slot, word, side, out)
     return OK
 
 
-cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, Tally *tally) noexcept nogil:
+cdef int load_memory(
+    Arena *a, Handle *t, uint64_t offset, uint64_t *word, uint8_t *out, uint64_t *counts
+) noexcept nogil:
+    """One look at the slot, in `word`: OK, MISS, ENDED or DAMAGED; IN_FILE: nothing was copied; or BUSY: start over. Waits for nobody and
+    touches no file, so it may be called under the GIL.
+    """
+    cdef Slot *slot = slot_of(a, t, offset)
+    cdef uint64_t state
+    word[0] = load_acquire(&slot.word)                                    # @load.word
+    state = state_of(word[0])
+    if state == CLOSED or not living(a, t):
+        return ENDED
+    if state == CACHED:
+        return load_cached(a, key_of(t, offset), slot, word[0], out, counts)
+    if state == SPILLED:
+        return IN_FILE
+    if state == EMPTY:
+        tick(&counts[C_MISSES])
+        return MISS
+    if state == ZERO:
+        memset(out, 0, a.page_size)
+        tick(&counts[C_HITS_ZERO])
+        return OK
+    if state == FILLED or state == FILLED_LAID:
+        repeat(out, a.page_size, <uint32_t>(word[0] & PAYLOAD))
+        tick(&counts[C_HITS_FILLED])
+        return OK
+    return DAMAGED
+
+
+cdef int load_page(Arena *a, Handle *t, uint64_t offset, uint8_t *out, uint64_t *counts) noexcept nogil:
     """Copies the slot's value to `out`: OK, MISS, ENDED, BUSY (it never stood still), CORRUPT, DAMAGED or
     -errno. After anything but OK, `out` is
     undefined.
     """
     cdef Slot *slot = slot_of(a, t, offset)
-    cdef uint64_t word, state
+    cdef uint64_t word
     cdef int status, tries
     for tries in range(TRIES_MAX):
-        word = load_acquire(&slot.word)                                   # @load.word
-        state = state_of(word)
-        if state == CLOSED or not living(a, t):
-            return ENDED
-        if state == EMPTY:
-            tally.counts[C_MISSES] += 1
-            return MISS
-        if state == ZERO:
-            memset(out, 0, a.page_size)
-            tally.counts[C_HITS_ZERO] += 1
-            return OK
-        if state == CACHED:
-            status = load_cached(a, key_of(t, offset), slot, word, out, tally)
-        elif state == SPILLED:
-            status = load_spilled(a, t, offset, slot, word, out, tally)
+        status = load_memory(a, t, offset, &word, out, counts)
+        if status == IN_FILE:
+            status = load_spilled(a, t, offset, slot, word, out, counts)
             if status < 0 and not living(a, t):
                 return ENDED
-        else:
-            return DAMAGED
         if status != BUSY:
             return status
         count(a, C_RETRIES)
@@ -203,7 +232,7 @@ cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
 
 cdef int64_t holds_page(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
     cdef uint64_t state = state_of(load_acquire(&slot_of(a, t, offset).word))
-    return state == CACHED or state == SPILLED or state == ZERO
+    return state != EMPTY and state <= FILLED_LAID and state != CLOSED
 
 
 cdef int64_t count_pages(Arena *a, Handle *t) noexcept nogil:
@@ -220,7 +249,7 @@ cdef inline int graver(int one, int other) noexcept nogil:
     return other if one == OK or other == ENDED or (one == BUSY and other < 0) else one
 
 
-cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, uint64_t deadline) noexcept nogil:
+cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, Patience *patience) noexcept nogil:
     """Cleans what is dirty in the next slots from `offset` on, all of it: OK, ENDED, the first -errno, or BUSY."""
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t words[BATCH_MAX]
@@ -236,15 +265,15 @@ cdef int sync_some(Arena *a, Handle *t, uint64_t *offset, uint64_t deadline) noe
     if not living(a, t):
         return ENDED
     if n:
-        clean_all(a, t, batch, words, n, deadline)
+        clean_all(a, t, batch, words, n, patience)
     for i in range(n):
         result = graver(result, batch[i].status)
     return result
 
 
 cdef int store_batch(
-    Arena *a, Handle *t, const uint64_t *offsets, int n, const uint8_t *data, bint through, uint64_t deadline,
-    Tally *tally, int *failed, bint *stored,
+    Arena *a, Handle *t, const uint64_t *offsets, int n, const uint8_t *data, bint through, Patience *patience,
+    uint64_t *counts, int *failed, bint *stored,
 ) noexcept nogil:
     """Stores n pages (at most BATCH_MAX) in order, then cleans them together: OK, or the first failure and the page
     that it hit.
@@ -256,7 +285,7 @@ cdef int store_batch(
     cdef int i, k, status = OK, done = 0, dirty = 0
     stored[0] = False
     while done < n:
-        status = store_page(a, t, offsets[done], data + done * a.page_size, deadline, &words[done], tally)
+        status = store_page(a, t, offsets[done], data + done * a.page_size, patience, &words[done], counts)
         if status != OK:
             break
         done += 1
@@ -277,7 +306,7 @@ cdef int store_batch(
         order[k] = i
         dirty += 1
     if dirty:
-        clean_all(a, t, batch, sorted_words, dirty, deadline)
+        clean_all(a, t, batch, sorted_words, dirty, patience)
     for k in range(dirty):
         if batch[k].status != OK and order[k] < failed[0]:
             failed[0] = order[k]

@@ -16,13 +16,14 @@ cdef enum:
     FILE_DIFFERS
     MEMORY_DIFFERS
     FILE_UNREADABLE
+    FILE_KEEPS
     SUSPICIONS_COUNT
     VALUELESS           # its value is in no file, or there is none
     MOVING              # it never stood still
 
 SUSPICIONS = (
     "sound", "no-state", "dirty-nothing", "says-too-much", "no-page", "dirty-in-area", "not-its-page", "closed-alive", "open-dead",
-    "file-differs", "memory-differs", "file-unreadable",
+    "file-differs", "memory-differs", "file-unreadable", "file-keeps",
 )  # fmt: skip
 assert len(SUSPICIONS) == SUSPICIONS_COUNT
 
@@ -40,11 +41,11 @@ cdef struct Suspect:
 cdef int suspicion(Arena *a, int64_t type_, uint64_t slot, uint64_t word, Suspect *s) noexcept nogil:
     """What is wrong with a slot of the living type `type_`, -1: of none, whose word is `word`."""
     cdef uint64_t state = state_of(word), page = word & PAYLOAD
-    if state > CLOSED:
+    if state > FILLED_LAID:
         return NO_STATE
     if word & DIRTY and state != CACHED:
         return DIRTY_NOTHING
-    if page and (state == EMPTY or state == ZERO or state == CLOSED):
+    if page and (state == CLOSED or (page != LAID and (state == EMPTY or state == ZERO))):
         return SAYS_TOO_MUCH
     if state == CACHED and page >= a.pages:
         return NO_PAGE
@@ -88,7 +89,7 @@ cdef int page_suspicion(Arena *a, uint64_t type_, uint64_t base, uint64_t slot, 
                 life_state(life) == PUBLISHED or (life_state(life) == GRANTED and page < a.nursery)
             )
         side = load_acquire(&at.side)
-        got = spill_read(fd, out, a.page_size, (slot - base) * a.page_size)
+        got = spill_read(a, type_, fd, out, a.page_size, (slot - base) * a.page_size)
         file_fits = got == <int64_t>a.page_size and crc32c_page(&a.crc, out) == <uint32_t>(side & CRC)
         memory_fits = not in_memory or not file_fits or memcmp(out, page_bytes(a, page), a.page_size) == 0
         fence_acquire()
@@ -104,6 +105,32 @@ cdef int page_suspicion(Arena *a, uint64_t type_, uint64_t base, uint64_t slot, 
             return FILE_UNREADABLE
         return SOUND if file_fits and memory_fits else FILE_DIFFERS if not file_fits else MEMORY_DIFFERS
     return MOVING
+
+
+cdef int hole_suspicion(Arena *a, uint64_t base, uint64_t slot, int fd, uint8_t *out, int64_t *data_at, Suspect *s) noexcept nogil:
+    """Whether the file holds something at the place of a slot that has no value in it, and whose word does not say so.
+
+    `data_at`: where the file's next data is, as far as the slots before have asked; what is written since was not there then.
+    """
+    cdef Slot *of = &a.slots[slot]
+    cdef uint64_t word = load_acquire(&of.word), side = load_acquire(&of.side)
+    cdef int64_t at = (slot - base) * a.page_size, got
+    if not is_hollow(word) or is_laid(word) or side >> 32:
+        return VALUELESS
+    if data_at[0] < at:
+        data_at[0] = lseek(fd, at, SEEK_DATA)
+        if data_at[0] < 0:  # nothing behind
+            data_at[0] = NEVER
+    if data_at[0] >= at + <int64_t>a.page_size:
+        return VALUELESS
+    got = spill_read(a, 0, fd, out, a.page_size, at)
+    if got <= 0 or (out[0] == 0 and memcmp(out, out + 1, got - 1) == 0):
+        return VALUELESS
+    fence_acquire()
+    if load_acquire(&of.word) != word or load_acquire(&of.side) != side:
+        return VALUELESS
+    s.word = word
+    return FILE_KEEPS
 
 
 cdef class Survey:
@@ -282,6 +309,7 @@ cdef class Survey:
         Returns how many bytes of values were looked at, how many slots never stood still, how many are suspect, and some of them.
         """
         cdef uint64_t i, bytes_ = 0, moving = 0
+        cdef int64_t data_at = -1
         cdef Suspect s
         cdef uint8_t *out
         self.in_slots(first, count)
@@ -296,6 +324,8 @@ cdef class Survey:
                 memset(&s, 0, sizeof(s))
                 s.at = i
                 s.why = page_suspicion(self.a, type_, base, i, fd, out, &s, &bytes_)
+                if s.why == VALUELESS:
+                    s.why = hole_suspicion(self.a, base, i, fd, out, &data_at, &s)
                 if s.why == MOVING:
                     moving += 1
                 elif s.why != SOUND and s.why != VALUELESS:

@@ -130,7 +130,8 @@ class Inspected:
 def geometry_faults(found: Geometry) -> list[str]:
     """Where the header's numbers do not follow from its sizes, as `layout.plan` computes them."""
     try:
-        planned, _ = layout.plan(found.size, found.page_size, None, found.slots, found.clients_max)
+        policy, spill_io = layout.POLICIES[found.policy], layout.SPILL_IO[found.spill_io]
+        planned, _ = layout.plan(found.size, found.page_size, None, found.slots, found.clients_max, policy, spill_io)
     except (ArenaError, ValueError) as error:
         return [f"no arena can have these sizes: {error}"]
     grants = min(found.nursery_pages // 2 // (found.clients_max + 1), layout.GRANTS_MAX)

@@ -6,7 +6,7 @@ and checksum fit. The layout (version 4), from the arena's first byte:
     header         4 KiB: identity, geometry and ways of working with a checksum, words that change, hot ones on lines of their own, and
                    where the spill files are
     areas          64 entries of 128 bytes: name, range, policy, clock hand, gauges; an area that was grown may have several
-    types          256 entries of 64 bytes: life, slots, ways of writing
+    types          256 entries of 128 bytes: life, slots, ways of writing, share; gauges
     clients        `clients_max` + 1 records of 512 bytes: state, process, then counters, counted up by the client alone
     allocations    `allocations_max` entries of 128 bytes: buffers and reservations, with the request that asked for it
     holders        one bit per allocation and client;  claimers: the same, for claims that several share
@@ -45,7 +45,7 @@ SPILL_IO = ("buffered", "uncached", "direct")  # how spill files are read and wr
 
 HEADER_BYTES = 4096
 AREA_BYTES = 128
-TYPE_BYTES = 64
+TYPE_BYTES = 128
 CLIENT_BYTES = 512
 ALLOCATION_BYTES = 128
 SLOT_BYTES = 16
@@ -60,7 +60,9 @@ BROKER_START_AT = 0x210
 STOPPED_AT = 0x218
 HEAD_AT = 0x240
 HAND_AT = 0x280
+COUNTED_AT = 0x288  # nursery tickets whose pages are counted in the gauges of their types
 CLOCK_AT = 0x2C0
+CACHE_PAGES_AT = 0x2C8  # pages that cache may be in; 0: not known yet
 FILLING_AT = 0x300
 TAKING_AT = 0x308
 WAKE_AT = 0x340
@@ -83,6 +85,8 @@ TYPE_BASE_AT = 0x08
 TYPE_SLOTS_AT = 0x10
 WRITE_BEHIND = 1
 TYPE_SHARE_AT = 0x20  # percent
+TYPE_CLOCK_AT = 0x40  # its own evictions, if it has a share of its own
+TYPE_NURSERY_AT = 0x48  # pages of it in the nursery
 SHARE_WHOLE = 100
 
 # A client's record. Number 0 is nobody (its counters are those of the departed); number 1 is the broker itself.

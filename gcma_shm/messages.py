@@ -1,15 +1,17 @@
 """Requests and replies as frames: what is in them, and nothing about how they travel. docs/protocol.md is the
 specification.
 
-A request is `[header, page, …]`, a reply likewise. The header is one msgpack array, `[version, number, operation,
-parameters]` or `[version, number, status, results]`; pages are frames of their own. What comes over a socket is never
-trusted: `decode_request` checks every length, type and bound against `OPERATIONS` and raises ProtocolError for
-anything else.
+A request is a header, and for a store one frame of pages; a reply likewise. The header is one msgpack array, `[version,
+number, operation, parameters]` or `[version, number, status, results]`. The pages of a batch lie in one frame, one after
+another: ZeroMQ carries one long frame two to three times as fast as its pages in frames of their own. What comes over a
+socket is never trusted: `decode_request` checks every length, type and bound against `OPERATIONS` and raises
+ProtocolError for anything else.
 """
 
 from __future__ import annotations
 
 import builtins
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,9 +23,20 @@ from gcma_shm import errors, layout
 VERSION = 1
 HEADER_BYTES_MAX = 1 << 20  # a hello that lists 65536 buffers
 REPLY_BYTES_MAX = 16 << 20
-PAGES_MAX = 1  # page frames of one request
+PAGES_MAX = 1  # page frames of one message
 WINDOW = 64  # requests that one session may have under way
+# Of pages in one batch. Half of it takes half as much processor time again for each page; twice as much would be a frame of
+# HEADER_BYTES_MAX, which malloc begins to map and unmap. Others on the same worker wait for one batch at the most.
+BATCH_BYTES = 1 << 19
+BATCHES = 4  # that one session may have under way, of each of the two kinds
+OFFSET_BYTES = 8  # of one offset in a batch
 NUMBER_MAX = 2**63 - 1
+
+
+def batch_max(page_size: int) -> int:
+    """How many pages one `store_many` or `load_many` may have."""
+    return max(1, BATCH_BYTES // page_size)
+
 
 Frame = bytes | bytearray | memoryview
 Check = Callable[[Any], bool]
@@ -54,15 +67,22 @@ def _boolean(required: bool = True) -> Parameter:
 
 @dataclass(frozen=True)
 class Operation:
-    """What a request carries beside its name, and how many page frames."""
+    """What a request carries beside its name, and how many page frames: in a batch one, with a page for each offset."""
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
     pages: int = 0
+    batch: bool = False
 
 
 _SIZE = _integer(1, 2**62)
 _LIFE = {"type": _integer(0, layout.TYPES_MAX - 1), "life": _integer(1, NUMBER_MAX)}
 _SLOT = _LIFE | {"offset": _integer(0, 2**40)}
+_BATCH = _LIFE | {
+    "offsets": Parameter(
+        lambda v: type(v) is bytes and v != b"" and not len(v) % OFFSET_BYTES,
+        f"the offsets of one page or more, {OFFSET_BYTES} bytes each",
+    )
+}
 _NUMBERS = Parameter(
     lambda v: type(v) is list and len(v) <= 65536 and all(type(b) is int and 0 <= b <= NUMBER_MAX for b in v),
     "a list of buffer numbers",
@@ -110,6 +130,8 @@ OPERATIONS: dict[str, Operation] = {
     "sync": Operation(_LIFE | {"timeout_ms": _integer(0, 2**40, required=False)}),
     "store": Operation(_SLOT, pages=1),
     "load": Operation(_SLOT),
+    "store_many": Operation(_BATCH, pages=1, batch=True),
+    "load_many": Operation(_BATCH | {"receipt": _integer(0, NUMBER_MAX, required=False)}, batch=True),
     "invalidate_page": Operation(_SLOT),
     "contains": Operation(_SLOT),
     "count": Operation(_LIFE),
@@ -225,10 +247,26 @@ def _check_request(number: int, name: str, values: dict[str, Any], pages: Sequen
             raise errors.ProtocolError(f"{name} without {key}: expected {parameter.expected}")
     if len(pages) != operation.pages:
         raise errors.ProtocolError(f"{name} with {len(pages)} page frames: expected {operation.pages}")
+    expected_bytes = page_size
+    if operation.batch:
+        count = len(values["offsets"]) // OFFSET_BYTES
+        if count > batch_max(page_size):
+            raise errors.ProtocolError(f"{name} of {count} pages: expected at most {batch_max(page_size)}")
+        expected_bytes *= count
     for page in pages:
-        if len(page) != page_size:
-            raise errors.ProtocolError(f"{name} with a page of {len(page)} bytes: expected {page_size}")
+        if len(page) != expected_bytes:
+            raise errors.ProtocolError(f"{name} with a page frame of {len(page)} bytes: expected {expected_bytes}")
     return Request(number, name, values, pages)
+
+
+def pack_offsets(offsets: Sequence[int]) -> bytes:
+    """The offsets of a batch as they travel: unsigned, 64 bits, little-endian."""
+    return struct.pack(f"<{len(offsets)}Q", *offsets)
+
+
+def unpack_offsets(packed: bytes) -> tuple[int, ...]:
+    """The inverse of `pack_offsets`, for what was checked."""
+    return struct.unpack(f"<{len(packed) // OFFSET_BYTES}Q", packed)
 
 
 def decode_reply(frames: Sequence[Frame]) -> Reply:
@@ -252,11 +290,20 @@ def error_reply(number: int, error: Exception) -> Reply:
         value = getattr(error, attribute, None)
         if value is not None:
             results[attribute] = [list(item) for item in value.items()] if isinstance(value, dict) else value
+    if done := getattr(error, "done", 0):  # of a batch
+        results["done"] = done
     return Reply(number, name, results)
 
 
 def reply_error(reply: Reply) -> Exception:
     """The exception that a reply stands for; the inverse of `error_reply`."""
+    error = _error_of(reply)
+    if done := reply.results.get("done", 0):
+        error.done = int(done)  # type: ignore[attr-defined] # plain errors take the attribute as well
+    return error
+
+
+def _error_of(reply: Reply) -> Exception:
     message = str(reply.results.get("message", reply.status))
     more = reply.results
     kind: type[Exception]

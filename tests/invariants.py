@@ -17,12 +17,13 @@ from gcma_shm.layout import Geometry
 
 REST_S = 30.0  # how long an arena may take to come to rest: its broker sweeps and writes behind
 
-EMPTY, CACHED, SPILLED, ZERO, CLOSED = range(5)
+EMPTY, CACHED, SPILLED, ZERO, CLOSED, FILLED, FILLED_LAID = range(7)
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)
 _BUFFER_KIND, _RESERVATION_KIND = 1, 2
 _BROKER = 1
 _AREAS_MAX = 64
 _DIRTY = 1 << 32
+_LAID = 1  # in the payload of what is EMPTY or ZERO: the file may hold a page there
 _LOW = (1 << 32) - 1
 _SLOT = (1 << 48) - 1
 
@@ -73,7 +74,7 @@ class Snapshot:
         self.words, self.sides = pairs[::2], pairs[1::2]
         self.life = self._words(g.life_at, g.pages)
         self.key = self._words(g.key_at, g.pages)
-        self.types = [self._words(g.types_at + 64 * t, 4) for t in range(256)]
+        self.types = [self._words(g.types_at + 128 * t, 4) for t in range(256)]
         self.areas: dict[int, AreaEntry] = {}
         for index in range(_AREAS_MAX):
             at = g.areas_at + 128 * index
@@ -122,14 +123,15 @@ def _check_slots(s: Snapshot) -> None:
         state, dirty, payload = word >> 33 & 7, bool(word & _DIRTY), word & _LOW
         where = f"slot {slot} of type {owner}, word {word:#x}"
         assert side >> 32 == 0, f"{where}: somebody holds its place in the file, side {side:#x}"
-        assert state <= CLOSED, f"{where}: no such state"
+        assert state <= FILLED_LAID, f"{where}: no such state"
         if owner is None:
             assert state == CLOSED or word == 0, f"{where}: a slot of no living type"
         else:
             assert state != CLOSED, f"{where}: closed in a living type"
-        if state in (EMPTY, ZERO, CLOSED):
+        if state in (EMPTY, ZERO, CLOSED, FILLED, FILLED_LAID):
             assert not dirty, f"{where}: dirty with nothing to write"
-            assert payload == 0, f"{where}: a payload with nothing to say"
+            if state not in (FILLED, FILLED_LAID):
+                assert payload in (0, _LAID * (state != CLOSED)), f"{where}: a payload with nothing to say"
         elif state == SPILLED:
             assert not dirty, f"{where}: in the file and dirty"
         else:
@@ -220,7 +222,9 @@ def _check_reservation(s: Snapshot, guest: Guest) -> None:
 
 
 def _check_files(s: Snapshot, memory: memoryview, spill_dir: Path) -> None:
-    """A clean page is in the file as it is in memory: promise 2 for areas, and what eviction relies on for the nursery."""
+    """A clean page is in the file as it is in memory: promise 2 for areas, and what eviction relies on for the nursery. Where no value is in
+    the file, there is nothing, or the word says so.
+    """
     size = s.geometry.page_size
     for type_, (life, base, slots, _flags) in enumerate(s.types):
         if not life & 1:
@@ -229,6 +233,11 @@ def _check_files(s: Snapshot, memory: memoryview, spill_dir: Path) -> None:
             for slot in range(base, base + slots):
                 word = s.words[slot]
                 page = word & _LOW
+                if word >> 33 & 7 == FILLED or (word >> 33 & 7 in (EMPTY, ZERO) and page != _LAID):
+                    file.seek((slot - base) * size)
+                    assert not any(file.read(size)), (
+                        f"slot {slot - base} of type {type_}: the file holds what nobody needs"
+                    )
                 if word >> 33 & 7 != CACHED or word & _DIRTY:
                     continue
                 guest = s.guest_of.get(page)

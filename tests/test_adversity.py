@@ -9,6 +9,7 @@ import os
 import resource
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from gcma_shm.broker.door import FRAMES_ENDED
 from gcma_shm.broker.growth import growth_max, private_bytes
 from gcma_shm.endpoint import socket_path
 from gcma_shm.process import start_time
-from tests.processes import Broker, broker, descriptors, eventually
+from tests.processes import WAIT_S, Broker, broker, descriptors, eventually
 from tests.zmtp import GREETING, LONG, MORE, Raw, frame, ready
 
 CLIENTS = 8
@@ -47,12 +48,21 @@ class Place:
             for swap in (self.swap, self.mapped):
                 swap.store(number % 10, PAGE)
                 assert swap.load(number % 10) == PAGE
+        batch = bytearray(10 * 4096 + messages.BATCH_BYTES)  # of two messages
+        for swap in (self.swap, self.mapped):
+            assert swap.load_many([n % 10 for n in range(len(batch) // 4096)], batch) == [True] * (len(batch) // 4096)
+            assert batch == PAGE * (len(batch) // 4096)
         with gcma_shm.connect(self.broker.endpoint) as another, another.alloc_contig(1 << 16) as buffer:
             assert buffer.nbytes == 1 << 16
 
     def serves_one(self) -> None:
         """A page, after whatever was sent before."""
         assert self.swap.load(0) == PAGE
+
+    def life(self) -> int:
+        """Of the type that all use."""
+        with gcma_shm.connect(self.broker.endpoint, mapped=False) as client:
+            return int(client.stats()["types"]["0"]["life"])
 
     def recovers(self) -> None:
         """Descriptors and memory are back, and nobody is left whom nobody knows."""
@@ -154,6 +164,65 @@ def test_a_slow_reader(place: Place) -> None:
             assert raw.take(10)
         place.serves()
         assert place.private_bytes() - place.bytes < growth_max(4096, CLIENTS)
+    place.recovers()
+
+
+def test_batches_that_are_asked_for_and_never_read(place: Place) -> None:
+    """Asking is cheap, and an answer has 512 KiB: what is kept for one who does not read is bounded all the same."""
+    life = place.life()
+    batch = messages.batch_max(4096)
+    offsets = [n % 100 for n in range(batch)]
+    place.swap.store_many(offsets, PAGE * batch)
+    wanted = {"type": 0, "life": life, "offsets": messages.pack_offsets(offsets)}
+    load = bytes(messages.encode_request(messages.Request(7, "load_many", wanted))[0])
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            raw = stack.enter_context(Raw(place.broker.endpoint))
+            raw.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            raw.greet()
+            hello(raw)
+            for _ in range(30):
+                raw.socket.sendall(frame(load) * 10)
+        place.serves()
+        kept = 4 * (messages.BATCHES + 1) * messages.BATCH_BYTES
+        assert place.private_bytes() - place.bytes < kept + (24 << 20)
+    place.recovers()
+
+
+def test_who_sends_batches_without_a_pause_does_not_keep_others(place: Place) -> None:
+    """They are more than may be under way, so most are refused; others are served meanwhile, from all of the same workers."""
+    life = place.life()
+    batch = messages.batch_max(4096)
+    wanted = {"type": 0, "life": life, "offsets": messages.pack_offsets([20 + n % 80 for n in range(batch)])}
+    header = bytes(messages.encode_request(messages.Request(7, "store_many", wanted))[0])
+    message = frame(header, MORE) + frame(os.urandom(4096) * batch)
+    with contextlib.ExitStack() as stack:
+        crowd = [stack.enter_context(Raw(place.broker.endpoint).greet()) for _ in range(4)]
+        for raw in crowd:
+            hello(raw)
+        stop = threading.Event()
+
+        def flood(raw: Raw) -> None:
+            with contextlib.suppress(OSError):
+                while not stop.is_set():
+                    raw.socket.sendall(message)
+
+        def drain(raw: Raw) -> None:
+            with contextlib.suppress(OSError):
+                while raw.socket.recv(1 << 16):
+                    pass
+
+        threads = [threading.Thread(target=act, args=(raw,)) for raw in crowd for act in (flood, drain)]
+        for thread in threads:
+            thread.start()
+        try:
+            place.serves()
+        finally:
+            stop.set()
+            for raw in crowd:
+                raw.socket.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(WAIT_S)
     place.recovers()
 
 

@@ -31,7 +31,7 @@ SLOTS = 2000
 
 
 def page_of(value: int) -> bytes:
-    return (value + 1).to_bytes(4, "little") * (PAGE // 4)
+    return (value + 1).to_bytes(8, "little") * (PAGE // 8)
 
 
 def area(client: Client, name: str) -> AreaInfo:

@@ -77,7 +77,7 @@ def test_a_signal_stops_it_cleanly_with_everything_in_use(endpoint: str, number:
         swaps = [client.swap(0, 100), client.swap(1, 100, "behind")]
         for swap in swaps:
             for n in range(100):
-                swap.store(n, bytes([n + 1]) * 4096)
+                swap.store(n, (bytes([n + 1]) + b"-gcma--") * 512)
         buffer = client.alloc_contig(1 << 20)
         view = buffer.view
         view[:5] = b"mine."
@@ -86,7 +86,7 @@ def test_a_signal_stops_it_cleanly_with_everything_in_use(endpoint: str, number:
         assert is_gone(endpoint)
         for swap in swaps:
             with pytest.raises(Closed):
-                swap.store(1, b"x" * 4096)
+                swap.store(1, b"x-gcma--" * 512)
             with pytest.raises(Closed):
                 swap.load(1)
         assert bytes(view[:5]) == b"mine.", "what is mapped stays mapped"
@@ -118,18 +118,18 @@ def test_a_signal_as_soon_as_it_serves(endpoint: str, number: signal.Signals) ->
 def test_a_second_broker_is_refused_and_the_first_undisturbed(endpoint: str) -> None:
     with broker(endpoint) as running, gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 10)
-        swap.store(1, b"a" * 4096)
+        swap.store(1, b"a-gcma--" * 512)
         refused = run(*broker_command(endpoint, "--size", "4M"))
         assert refused.returncode == 1
         assert "another broker" in refused.stderr
         assert "Traceback" not in refused.stderr
         assert refused.stdout == ""
-        assert swap.load(1) == b"a" * 4096
-        swap.store(2, b"b" * 4096)
+        assert swap.load(1) == b"a-gcma--" * 512
+        swap.store(2, b"b-gcma--" * 512)
         swap.sync()
         assert client.alloc_contig(1 << 20).nbytes == 1 << 20
         with gcma_shm.connect(endpoint) as another:
-            assert another.swap(0, 10).load(2) == b"b" * 4096
+            assert another.swap(0, 10).load(2) == b"b-gcma--" * 512
         assert running.process.poll() is None
     assert is_gone(endpoint)
 
@@ -226,22 +226,22 @@ def test_an_old_handle_never_reaches_another_arenas_type(endpoint: str, mapped: 
     with broker(endpoint) as first:
         client = gcma_shm.connect(endpoint, mapped=mapped, timeout=2.0)
         old = client.swap(0, 10)
-        old.store(1, b"a" * 4096)
+        old.store(1, b"a-gcma--" * 512)
         first.stop(signal.SIGKILL)
         remove_dead(arena_name(endpoint))
         with broker(endpoint), gcma_shm.connect(endpoint) as stranger:
             theirs = stranger.swap(0, 10)
-            theirs.store(1, b"b" * 4096)
+            theirs.store(1, b"b-gcma--" * 512)
             calls: list[Callable[[], object]] = [
                 lambda: old.load(1),
-                lambda: old.store(1, b"c" * 4096),
+                lambda: old.store(1, b"c-gcma--" * 512),
                 lambda: old.invalidate_page(1),
                 old.invalidate_area,
             ]
             for call in calls:
                 with pytest.raises(Closed):
                     call()
-            assert theirs.load(1) == b"b" * 4096
+            assert theirs.load(1) == b"b-gcma--" * 512
             client.close()
 
 
@@ -418,8 +418,8 @@ def test_no_descriptor_of_the_broker_is_inherited_or_leaked(endpoint: str) -> No
         for _ in range(20):
             with gcma_shm.connect(endpoint) as client:
                 swap = client.swap(0, 10)
-                swap.store(1, b"x" * 4096)
-                client.swap(1, 10, "behind").store(1, b"x" * 4096)
+                swap.store(1, b"x-gcma--" * 512)
+                client.swap(1, 10, "behind").store(1, b"x-gcma--" * 512)
                 client.alloc_contig(4096)
                 swap.invalidate_area()
                 client.swap(1, 10, "behind").invalidate_area()

@@ -184,7 +184,7 @@ def test_zeroed_on_demand(client: EmbeddedClient) -> None:
 
 def test_every_size_up_to_the_whole_area_under_a_full_cache(client: EmbeddedClient) -> None:
     swap = client.swap(0, 8000)
-    pages = {n: n.to_bytes(4, "little") * (PAGE // 4) for n in range(1, 8000)}
+    pages = {n: n.to_bytes(8, "little") * (PAGE // 8) for n in range(1, 8000)}
     for n, page in pages.items():
         swap.store(n, page)
     size = client.areas()[0].size

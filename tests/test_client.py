@@ -28,7 +28,7 @@ PAGE = 4096
 
 
 def page_of(value: int) -> bytes:
-    return (value + 1).to_bytes(4, "little") * (PAGE // 4)
+    return (value + 1).to_bytes(8, "little") * (PAGE // 8)
 
 
 def held(client: Client) -> int:
@@ -543,7 +543,7 @@ def test_a_killed_clients_buffers_come_back_and_its_record_is_used_again(client:
         "import sys, gcma_shm\n"
         f"client = gcma_shm.connect({client.endpoint!r})\n"
         "swap = client.swap(0, 100, 'behind')\n"
-        "for n in range(100): swap.store(n, (n + 1).to_bytes(4, 'little') * 1024)\n"
+        "for n in range(100): swap.store(n, (n + 1).to_bytes(8, 'little') * 512)\n"
         "buffer = client.alloc_contig(client.areas()[0].largest_free)\n"
         "print(client.number, flush=True)\n"
         "sys.stdin.read()\n"

@@ -87,7 +87,7 @@ def test_an_option_that_argparse_refuses_is_an_error_and_no_hang() -> None:
 def test_a_relative_spill_dir_is_the_owners(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with gcma_shm.embedded("4M", spill_dir="pages") as client:
-        client.swap(0, 10).store(1, b"x" * 4096)
+        client.swap(0, 10).store(1, b"x-gcma--" * 512)
         assert list((tmp_path / "pages").rglob("000.1")), "the broker runs elsewhere, the path is the caller's"
 
 
@@ -95,11 +95,11 @@ def test_closing_ends_the_types_and_requests_of_all() -> None:
     with gcma_shm.embedded("4M") as owner:
         other = gcma_shm.connect(owner.endpoint, timeout=0.3)
         swap = other.swap(0, 10)
-        swap.store(1, b"x" * 4096)
+        swap.store(1, b"x-gcma--" * 512)
     with pytest.raises(Closed):
         swap.load(1)
     with pytest.raises(Closed):
-        swap.store(1, b"y" * 4096)
+        swap.store(1, b"y-gcma--" * 512)
     with pytest.raises(gcma_shm.BrokerUnavailable):
         other.areas()
     other.close()
@@ -118,7 +118,7 @@ def test_close_is_refused_with_a_view_and_the_broker_lives_on() -> None:
 
 def test_several_at_once() -> None:
     with gcma_shm.embedded("4M") as a, gcma_shm.embedded("4M") as b:
-        a.swap(0, 10).store(1, b"a" * 4096)
+        a.swap(0, 10).store(1, b"a-gcma--" * 512)
         assert b.swap(0, 10).load(1) is None
 
 
@@ -127,12 +127,12 @@ def test_a_childs_close_leaves_the_parents_broker() -> None:
         swap = client.swap(0, 10)
 
         def child(_: Said) -> bool:
-            swap.store(1, b"x" * 4096)
+            swap.store(1, b"x-gcma--" * 512)
             client.close()
             return client.closed
 
         assert in_fork(child)
-        assert swap.load(1) == b"x" * 4096
+        assert swap.load(1) == b"x-gcma--" * 512
         assert client.areas()
 
 
@@ -140,7 +140,7 @@ OWNER = (
     "import gcma_shm, os, sys\n"
     "client = gcma_shm.embedded('8M')\n"
     "swap = client.swap(0, 100)\n"
-    "for n in range(100): swap.store(n, b'x' * 4096)\n"
+    "for n in range(100): swap.store(n, b'x-gcma--' * 512)\n"
     "buffer = client.alloc_contig(1 << 20)\n"
     "print(client.endpoint, client.broker_pid, flush=True)\n"
 )
@@ -181,7 +181,7 @@ def test_its_owner_is_killed_while_everything_is_in_use() -> None:
     process, endpoint, pid = start_owner("sys.stdin.read()\n")
     with gcma_shm.connect(endpoint, timeout=0.5) as other:
         swap = other.swap(0, 100)
-        assert swap.load(5) == b"x" * 4096
+        assert swap.load(5) == b"x-gcma--" * 512
         view = other.alloc_contig(4096).view
         process.kill()
         finish(process)
@@ -238,9 +238,9 @@ def test_it_works_from_anywhere_and_warns_of_nothing() -> None:
         "import gcma_shm\n"
         "with gcma_shm.embedded('4M') as client:\n"
         "    swap = client.swap(0, 10)\n"
-        "    swap.store(7, b'x' * client.page_size)\n"
+        "    swap.store(7, b'x-gcma--' * (client.page_size // 8))\n"
         "    with client.alloc_contig(1 << 20) as frame: frame.view[:5] = b'hello'\n"
-        "    print(swap.load(7) == b'x' * client.page_size)\n"
+        "    print(swap.load(7) == b'x-gcma--' * (client.page_size // 8))\n"
     )
     assert run_python(code, cwd="/").strip() == "True"
 

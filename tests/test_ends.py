@@ -33,7 +33,7 @@ ABRUPT = """
 import os, sys, threading
 import gcma_shm
 client = gcma_shm.connect(sys.argv[1])
-page = lambda n: bytes([n]) * client.page_size
+page = lambda n: (bytes([n]) + b'-gcma--') * (client.page_size // 8)
 buffer = client.alloc_contig(10 * client.page_size, name="theirs")
 view = buffer.view
 reservation = client.reserve(5 * client.page_size)
@@ -109,8 +109,8 @@ def test_an_exit_without_close(last_words: str, status: int, client: EmbeddedCli
         pass
     through, behind = client.swap(0, 100), client.swap(1, 100, "behind")
     for n in range(1, 20):
-        assert through.load(n) == behind.load(n) == bytes([n]) * PAGE
-    assert {behind.load(n) for n in range(50, 60)} <= {bytes([7]) * PAGE, None}
+        assert through.load(n) == behind.load(n) == (bytes([n]) + b"-gcma--") * (PAGE // 8)
+    assert {behind.load(n) for n in range(50, 60)} <= {(bytes([7]) + b"-gcma--") * (PAGE // 8), None}
     check_at_rest(arena_name(client.endpoint))
 
 
@@ -158,7 +158,7 @@ def test_a_lost_socket(mapped: bool, client: EmbeddedClient) -> None:
     lossy = Cut(client, mapped)
     with lossy.client as other:
         number, swap = other.number, other.swap(0, 10)
-        swap.store(1, bytes([1]) * PAGE)
+        swap.store(1, (bytes([1]) + b"-gcma--") * (PAGE // 8))
         if mapped:
             buffer = other.alloc_contig(10 * PAGE, name="kept")
             with buffer.view as view:
@@ -168,8 +168,8 @@ def test_a_lost_socket(mapped: bool, client: EmbeddedClient) -> None:
             lossy.cut()
             assert clients(client) == 2 or not mapped, "no client less"
             assert held(client) == (15 * PAGE if mapped else 0)
-            assert patiently(lambda: swap.load(1)) == bytes([1]) * PAGE
-            assert patiently(lambda: other.swap(0, 10)).load(1) == bytes([1]) * PAGE
+            assert patiently(lambda: swap.load(1)) == (bytes([1]) + b"-gcma--") * (PAGE // 8)
+            assert patiently(lambda: other.swap(0, 10)).load(1) == (bytes([1]) + b"-gcma--") * (PAGE // 8)
             assert other.number == number or not mapped
             assert eventually(lambda: clients(client) == 2), "and none more"
         if mapped:
@@ -254,7 +254,7 @@ def test_a_fork_in_the_middle_of_a_batch_by_message(client: EmbeddedClient) -> N
     """The fork waits for the batch, its client's timeout long; then the child has a socket of its own, and the batch its error."""
     with gcma_shm.connect(client.endpoint, mapped=False, timeout=1.0) as other:
         swap = other.swap(0, 100)
-        swap.store(1, bytes([1]) * PAGE)
+        swap.store(1, (bytes([1]) + b"-gcma--") * (PAGE // 8))
         failed: list[BaseException] = []
 
         def load() -> None:
@@ -271,10 +271,10 @@ def test_a_fork_in_the_middle_of_a_batch_by_message(client: EmbeddedClient) -> N
         with stopped(client):
             thread.start()
             assert eventually(other._channel.lock.locked)
-            assert in_fork(child) == (bytes([1]) * PAGE, 1)
+            assert in_fork(child) == ((bytes([1]) + b"-gcma--") * (PAGE // 8), 1)
             thread.join(WAIT_S)
         assert len(failed) == 1
-        assert swap.load(1) == bytes([1]) * PAGE
+        assert swap.load(1) == (bytes([1]) + b"-gcma--") * (PAGE // 8)
         assert eventually(lambda: clients(client) == 2)
 
 

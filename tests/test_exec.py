@@ -72,8 +72,8 @@ def test_a_client_that_becomes_another_program(client: EmbeddedClient) -> None:
         buffer = client.alloc_contig(10 * client.page_size, name="theirs")
         view = buffer.view
         claimed = client.reserve(5 * client.page_size).claim()
-        client.swap(0, 10).store(1, b"a" * client.page_size)
-        client.swap(1, 10, "behind").store(1, b"b" * client.page_size)
+        client.swap(0, 10).store(1, b"a-gcma--" * (client.page_size // 8))
+        client.swap(1, 10, "behind").store(1, b"b-gcma--" * (client.page_size // 8))
         print("ready", flush=True)
         sys.stdin.readline()
         os.execv(sys.argv[2], sys.argv[2:])
@@ -90,8 +90,8 @@ def test_a_client_that_becomes_another_program(client: EmbeddedClient) -> None:
         assert soon(lambda: clients(client) == 1)
         assert not client.names()
         assert process.poll() is None, "it lives"
-        assert client.swap(0, 10).load(1) == b"a" * PAGE
-        assert client.swap(1, 10, "behind").load(1) == b"b" * PAGE
+        assert client.swap(0, 10).load(1) == b"a-gcma--" * (PAGE // 8)
+        assert client.swap(1, 10, "behind").load(1) == b"b-gcma--" * (PAGE // 8)
 
 
 def test_a_forked_child_that_becomes_another_program(client: EmbeddedClient) -> None:

@@ -51,7 +51,7 @@ def fill_until_lent(client: Client) -> None:
 
     def is_lent() -> bool:
         for n in range(2000):
-            swap.store(n, (n + 1).to_bytes(4, "little") * (PAGE // 4))
+            swap.store(n, (n + 1).to_bytes(8, "little") * (PAGE // 8))
         return sum(area.lent for area in client.areas()) > 0
 
     assert eventually(is_lent)

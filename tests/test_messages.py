@@ -33,6 +33,8 @@ SOUND: dict[str, dict[str, Any]] = {
     "sync": {"type": 255, "life": 1, "timeout_ms": 0},
     "store": {"type": 0, "life": 1, "offset": 0},
     "load": {"type": 0, "life": 1, "offset": 2**40},
+    "store_many": {"type": 0, "life": 1, "offsets": bytes(8)},
+    "load_many": {"type": 0, "life": 1, "offsets": b"\xff" * 8, "receipt": 2**63 - 1},
     "invalidate_page": {"type": 0, "life": 1, "offset": 0},
     "contains": {"type": 0, "life": 1, "offset": 0},
     "count": {"type": 0, "life": 2**63 - 1},
@@ -113,6 +115,7 @@ WRONG: dict[str, list[Any]] = {
     "a boolean": [0, 1, None, "true"],
     "'through' or 'behind'": ["", "back", 1, None, ["through"]],
     "16 bytes": [b"", bytes(15), bytes(17), "x" * 16, 1, None],
+    "the offsets": [b"", bytes(7), bytes(9), bytearray(8), "x" * 8, 1, [1], None, True],
     "a list": [1, "1", [True], [-1], [1.0], [[]], {"1": 1}, None],
 }
 
@@ -126,6 +129,8 @@ def test_parameters_of_another_kind(name: str, key: str) -> None:
     for value in WRONG[kind]:
         if (key, value) == ("by", -1):
             continue  # a difference, which may be less than zero
+        if isinstance(value, bytearray):
+            value = list(value)  # noqa: PLW2901 - msgpack has one kind of bytes
         with pytest.raises(ProtocolError, match=key):
             messages.decode_request(frames_of(name, {key: value}), PAGE)
 
@@ -136,6 +141,38 @@ def test_page_frames_that_do_not_fit(name: str) -> None:
     for wrong in ([*pages, bytes(PAGE)], pages[1:] if pages else [b""], [bytes(PAGE - 1)], [bytes(PAGE + 1)], [b""]):
         with pytest.raises(ProtocolError):
             messages.decode_request([head, *wrong], PAGE)
+
+
+@pytest.mark.parametrize("page_size", [4096, 1 << 16, 1 << 18, 1 << 20])
+def test_batches_of_every_length(page_size: int) -> None:
+    """As many pages as there are offsets, in one frame, and no more than the bound."""
+    batch = messages.batch_max(page_size)
+    assert batch >= 1
+    assert batch == 1 or batch * page_size <= messages.BATCH_BYTES
+    assert max(batch * page_size, page_size) <= max(messages.HEADER_BYTES_MAX, page_size), (
+        "a frame that ends its connection"
+    )
+    for count in {1, 2, batch, batch + 1}:
+        offsets = [n * 2**55 + 7 for n in range(count)]
+        packed = messages.pack_offsets(offsets)
+        assert packed[:8] == (7).to_bytes(8, "little")
+        assert list(messages.unpack_offsets(packed)) == offsets
+        slot = {"type": 1, "life": 1, "offsets": packed}
+        for name, pages in (("store_many", [bytes(count * page_size)]), ("load_many", [])):
+            frames = messages.encode_request(Request(5, name, slot, pages))
+            if count > batch:
+                with pytest.raises(ProtocolError, match=f"at most {batch}"):
+                    messages.decode_request(frames, page_size)
+                continue
+            assert messages.decode_request(frames, page_size).parameters == slot
+            for wrong in ([*pages, b""], pages[1:] if pages else [bytes(page_size)], [bytes(count * page_size + 1)]):
+                with pytest.raises(ProtocolError):
+                    messages.decode_request([frames[0], *wrong], page_size)
+        if count > 1:  # each page in a frame of its own
+            with pytest.raises(ProtocolError):
+                messages.decode_request(
+                    messages.encode_request(Request(5, "store_many", slot, [bytes(page_size)] * count)), page_size
+                )
 
 
 @pytest.mark.parametrize(
@@ -296,6 +333,15 @@ def test_errors_there_and_back(error: Exception) -> None:
     assert str(back) == str(error)
     for attribute in ("errno", "strerror", "stored", "requested", "largest_free", "holders"):
         assert getattr(back, attribute, None) == getattr(error, attribute, None)
+
+
+@pytest.mark.parametrize("error", [errors.SpillError(28, "no space", True), IndexError("offset"), errors.Closed("x")])
+def test_an_error_of_a_batch_tells_how_far_it_came(error: Exception) -> None:
+    assert "done" not in messages.error_reply(9, error).results
+    error.done = 7  # type: ignore[attr-defined] # plain errors take the attribute as well
+    reply = messages.decode_reply(messages.encode_reply(messages.error_reply(9, error)))
+    assert reply.results["done"] == 7
+    assert messages.reply_error(reply).done == 7  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

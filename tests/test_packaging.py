@@ -141,6 +141,7 @@ def test_what_is_in_them(built: tuple[Path, Path]) -> None:
         "gcma_shm/_atomics.h",
         "gcma_shm/_crc32c.h",
         "gcma_shm/_races.h",
+        "gcma_shm/_copy.h",
     }
     assert wanted <= inside
     assert {

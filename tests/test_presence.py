@@ -28,7 +28,7 @@ import sys, gcma_shm
 client = gcma_shm.connect(sys.argv[1], mapped=True)
 buffer = client.alloc_contig(1 << 20)
 swap = client.swap(0, 16)
-swap.store(3, b"n" * client.page_size)
+swap.store(3, b"n-gcma--" * (client.page_size // 8))
 print(client.number, flush=True)
 sys.stdin.read()
 """
@@ -173,7 +173,7 @@ def _connects_and_dies(prefix: list[str], endpoint: str, looking: Callable[[], g
         assert int(process.stdout.readline()) > layout.BROKER
         with looking() as client:
             assert held(client) == 1 << 20
-            assert client.swap(0, 16).load(3) == b"n" * client.page_size
+            assert client.swap(0, 16).load(3) == b"n-gcma--" * (client.page_size // 8)
             process.kill()
             process.wait(WAIT_S)
             assert eventually(lambda: held(client) == 0)
@@ -224,7 +224,7 @@ def test_a_client_that_the_broker_does_not_see() -> None:
 def test_a_dead_writers_claim_is_taken_over_without_a_broker(client: EmbeddedClient) -> None:
     """A store that is written through need not wait for a broker to find out who has died."""
     swap = client.swap(0, 16)
-    swap.store(3, b"a" * client.page_size)
+    swap.store(3, b"a-gcma--" * (client.page_size // 8))
     with gcma_shm.connect(client.endpoint, timeout=0.2) as other:
         theirs, number, plane = other.swap(0, 16), 0, other._plane
         assert plane is not None
@@ -240,11 +240,11 @@ def test_a_dead_writers_claim_is_taken_over_without_a_broker(client: EmbeddedCli
             before = plane.read(side)
             assert plane.swap_word(side, before, number << 52 | 7 << 32 | before)
             with pytest.raises(gcma_shm.SlotBusy):
-                theirs.store(3, b"b" * client.page_size)
-            assert theirs.load(3) == b"b" * client.page_size
+                theirs.store(3, b"b-gcma--" * (client.page_size // 8))
+            assert theirs.load(3) == b"b-gcma--" * (client.page_size // 8)
             child.kill()
-            theirs.store(3, b"c" * client.page_size)
+            theirs.store(3, b"c-gcma--" * (client.page_size // 8))
             assert plane.read(side) >> 32 == 0
             plane.write(side, plane.read(side) | layout.BROKER << 52 | 9 << 32)  # and a broker that died at it
-            theirs.store(3, b"d" * client.page_size)
-        assert theirs.load(3) == b"d" * client.page_size
+            theirs.store(3, b"d-gcma--" * (client.page_size // 8))
+        assert theirs.load(3) == b"d-gcma--" * (client.page_size // 8)

@@ -169,7 +169,7 @@ def test_a_client_that_nobody_closed_says_goodbye_when_it_is_collected(client: E
     del other
     gc.collect()
     assert clients() == 2, "its swap type and its array are in use"
-    swap.store(1, b"x" * client.page_size)
+    swap.store(1, b"x-gcma--" * (client.page_size // 8))
     array[:] = 7
     del swap
     gc.collect()
@@ -244,25 +244,25 @@ def test_a_store_by_message_that_was_given_up_never_lands_torn() -> None:
         gcma_shm.connect(owner.endpoint, mapped=False, timeout=0.5) as other,
     ):
         swap = other.swap(0, 4)
-        page = bytearray(b"a" * owner.page_size)
+        page = bytearray(b"a-gcma--" * (owner.page_size // 8))
         os.kill(owner.broker_pid, signal.SIGSTOP)
         try:
             swap.store(1, page)
         except gcma_shm.BrokerUnavailable:
-            page[:] = b"b" * owner.page_size
+            page[:] = b"b-gcma--" * (owner.page_size // 8)
         else:
             raise AssertionError("a stopped broker cannot have answered")
         finally:
             os.kill(owner.broker_pid, signal.SIGCONT)
         mapped = owner.swap(0, 4)
         until(lambda: 1 in mapped)
-        assert mapped.load(1) == b"a" * owner.page_size
+        assert mapped.load(1) == b"a-gcma--" * (owner.page_size // 8)
 
 
 def test_forks_while_clients_come_and_other_threads_fork(client: EmbeddedClient) -> None:
     """Each child is a client of its own or none, whatever other threads make or fork meanwhile; the parent goes on."""
     swap = client.swap(0, 10)
-    swap.store(1, b"x" * client.page_size)
+    swap.store(1, b"x-gcma--" * (client.page_size // 8))
     stop = threading.Event()
     failures: list[int] = []
 
@@ -275,7 +275,7 @@ def test_forks_while_clients_come_and_other_threads_fork(client: EmbeddedClient)
             pid = os.fork()
             if pid == 0:
                 try:
-                    own = client.number != os.getppid() and swap.load(1) == b"x" * client.page_size
+                    own = client.number != os.getppid() and swap.load(1) == b"x-gcma--" * (client.page_size // 8)
                     with client.alloc_contig(4096):
                         os._exit(0 if own else 1)
                 finally:

@@ -118,6 +118,54 @@ def test_store_and_load_are_seen_by_mapped_clients(client: EmbeddedClient, stran
     assert swap.load(4) is None
 
 
+def packed(*offsets: int) -> bytes:
+    return b"".join(offset.to_bytes(8, "little") for offset in offsets)
+
+
+def test_batches_are_seen_by_mapped_clients(client: EmbeddedClient, stranger: Stranger) -> None:
+    greeting = stranger.hello()
+    size, batch = greeting["page_size"], greeting["batch"]
+    _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 100, "write": "through"})
+    life = {"type": 1, "life": declared["life"]}
+    pages = [bytes([n]) * size for n in range(1, 5)]
+    offsets = packed(7, 3, 7, 99)
+    assert stranger.request("store_many", life | {"offsets": offsets}, b"".join(pages)) == ("ok", {}, [])
+    swap = client.swap(1, slots=100, write="through")
+    assert [swap.load(n) for n in (3, 7, 99)] == [pages[1], pages[2], pages[3]], "of equal offsets the last wins"
+    status, results, found = stranger.request("load_many", life | {"offsets": packed(0, 99, 1, 3, 3)})
+    assert (status, results["hits"]) == ("ok", b"\0\1\0\1\1")
+    assert found == [pages[3] + pages[1] + pages[1]]
+    assert stranger.request("load_many", life | {"offsets": packed(0, 1)}) == ("ok", {"hits": b"\0\0"}, [])
+    whole = packed(*[7] * batch)
+    assert stranger.request("load_many", life | {"offsets": whole})[2] == [pages[2] * batch]
+    for operation, more in (("store_many", [pages[0] * (batch + 1)]), ("load_many", [])):
+        status, results, _ = stranger.request(operation, life | {"offsets": packed(*[7] * (batch + 1))}, *more)
+        assert status == "ProtocolError"
+        assert f"at most {batch}" in results["message"]
+        for wrong in (b"", whole[1:], list(range(3))):
+            assert stranger.request(operation, life | {"offsets": wrong}, *more)[0] == "ProtocolError"
+        for outside in (100, 2**63, 2**64 - 1):
+            answer = stranger.request(operation, life | {"offsets": packed(3, outside)}, *[pages[0] * 2 for _ in more])
+            assert answer[0] == "IndexError"
+    assert swap.load(3) == pages[1], "a batch is refused before it begins"
+    swap.invalidate_area()
+    for operation, more in (("store_many", [pages[0]]), ("load_many", [])):
+        assert stranger.request(operation, life | {"offsets": packed(3)}, *more)[0] == "Closed"
+
+
+def test_batches_of_loads_whose_replies_nobody_has_read(stranger: Stranger) -> None:
+    stranger.hello()
+    _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 10, "write": "behind"})
+    some = {"type": 1, "life": declared["life"], "offsets": packed(1, 2)}
+    assert stranger.request("store_many", some, b"x" * 8192)[0] == "ok"
+    receipts = [stranger.request("load_many", some)[1]["receipt"] for _ in range(messages.BATCHES)]
+    for receipt in ({}, {"receipt": receipts[0] ^ 1}):
+        status, results, _ = stranger.request("load_many", some | receipt)
+        assert status == "ProtocolError"
+        assert "receipt" in results["message"]
+    assert stranger.request("load_many", some | {"receipt": receipts[-1]})[2] == [b"x" * 8192]
+
+
 def test_hello_is_needed_first_and_again_after_bye(stranger: Stranger) -> None:
     assert stranger.request("ping")[0] == "HelloNeeded"
     stranger.hello()
@@ -135,6 +183,7 @@ def test_hello_is_needed_first_and_again_after_bye(stranger: Stranger) -> None:
         ([1, 7, "store", {"type": 1}], "store without"),
         ([1, 7, "load", {"type": 1, "life": True, "offset": 0}], "expected an integer"),
         ([1, 7, "load", {"type": 256, "life": 1, "offset": 0}], "expected an integer from 0 to 255"),
+        ([1, 7, "load_many", {"type": 1, "life": 1, "offsets": b"1234"}], "8 bytes each"),
         ([1, 7, "ping", {"loud": 1}], "no parameter"),
         ([1, 7, "alloc_contig", {"nbytes": -1}], "expected an integer from 1"),
         ([1, 7, "hello", {"pid": 1, "start": 5, "mapped": False}], "in the name of process 1"),

@@ -90,7 +90,7 @@ def test_all_that_a_broker_left(endpoint: str, capsys: pytest.CaptureFixture[str
 def test_a_living_brokers_is_left_alone(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with broker(endpoint), gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 10)
-        swap.store(1, b"x" * PAGE)
+        swap.store(1, b"x-gcma--" * (PAGE // 8))
         for options in (["--endpoint", endpoint], ["--endpoint", endpoint, "--force"]):
             assert reap(*options) == 1
             told = capsys.readouterr()
@@ -98,7 +98,7 @@ def test_a_living_brokers_is_left_alone(endpoint: str, capsys: pytest.CaptureFix
             assert told.out == ""
         assert reap("--all", "--force", "--dry-run") == 0  # other tests' brokers may have died just now
         assert f"a broker serves {arena_name(endpoint)}" in capsys.readouterr().out
-        assert swap.load(1) == b"x" * PAGE
+        assert swap.load(1) == b"x-gcma--" * (PAGE // 8)
         assert all(path.exists() for path in paths(endpoint))
         client.alloc_contig(PAGE).free()
 
@@ -106,14 +106,14 @@ def test_a_living_brokers_is_left_alone(endpoint: str, capsys: pytest.CaptureFix
 def test_living_clients_are_in_the_way(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
     with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=0.5) as client:
         swap = client.swap(0, 10)
-        swap.store(1, b"x" * PAGE)
+        swap.store(1, b"x-gcma--" * (PAGE // 8))
         held, promised = client.alloc_contig(3 * PAGE), client.reserve(5 * PAGE)
         first.stop(signal.SIGKILL)
         for options in ([], ["--dry-run"]):
             assert reap("--endpoint", endpoint, *options) == 1
             words = capsys.readouterr().err
             assert f"(process {os.getpid()}), which holds 32 KiB: buffers 1, reservations 1" in words
-            assert swap.load(1) == b"x" * PAGE, "its type lives"
+            assert swap.load(1) == b"x-gcma--" * (PAGE // 8), "its type lives"
         assert all(path.exists() for path in paths(endpoint))
         assert reap("--endpoint", endpoint, "--force") == 0
         assert not any(path.exists() for path in paths(endpoint))
@@ -356,8 +356,8 @@ def test_brokers_that_start_meanwhile(endpoint: str) -> None:
                 except AssertionError:
                     continue  # the reaper had the lock
                 client = stack.enter_context(gcma_shm.connect(endpoint))
-                client.swap(0, 10).store(1, b"y" * PAGE)
-                assert client.swap(0, 10).load(1) == b"y" * PAGE
+                client.swap(0, 10).store(1, b"y-gcma--" * (PAGE // 8))
+                assert client.swap(0, 10).load(1) == b"y-gcma--" * (PAGE // 8)
                 assert all(path.exists() for path in paths(endpoint))
                 served += 1
             if served == 2:

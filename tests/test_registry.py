@@ -60,7 +60,7 @@ def test_the_lives_of_a_type(registry: TypeRegistry, bare: Bare) -> None:
         assert slots.life == life
         assert [file.name for file in bare.spill_dir.iterdir()] == [f"003.{life}"]
         assert len(slots) == 0
-        slots.store(0, b"x" * 4096)
+        slots.store(0, b"x-gcma--" * 512)
         registry.end(3, life)
         assert not list(bare.spill_dir.iterdir())
         with pytest.raises(Closed):
@@ -98,7 +98,7 @@ def test_a_file_that_has_gone_is_no_obstacle_to_the_end(registry: TypeRegistry, 
 def test_end_all(registry: TypeRegistry, bare: Bare) -> None:
     handles = [registry.declare(type_, 50, "behind") for type_ in range(10)]
     for handle in handles:
-        handle.store(1, b"x" * 4096)
+        handle.store(1, b"x-gcma--" * 512)
     registry.end_all()
     registry.end_all()
     assert registry.describe() == {}
@@ -132,7 +132,7 @@ class Machine(RuleBasedStateMachine):
             assert len(handle) == 0
             self.begun[type_] = handle.life
             self.living[type_] = slots
-        handle.store(slots - 1, bytes([type_ + 1]) * 4096)
+        handle.store(slots - 1, (bytes([type_ + 1]) + b"-gcma--") * 512)
 
     @rule(type_=st.integers(0, 5))
     def end(self, type_: int) -> None:
@@ -147,7 +147,9 @@ class Machine(RuleBasedStateMachine):
     def agree(self) -> None:
         assert {type_: d["slots"] for type_, d in self.registry.describe().items()} == self.living
         for type_, slots in self.living.items():
-            assert self.registry.find(type_, self.begun[type_]).load(slots - 1) == bytes([type_ + 1]) * 4096
+            assert (
+                self.registry.find(type_, self.begun[type_]).load(slots - 1) == (bytes([type_ + 1]) + b"-gcma--") * 512
+            )
         check_at_rest(self.bare.arena.name, self.bare.spill_dir)
 
     def teardown(self) -> None:

@@ -42,7 +42,7 @@ STOPS_MAX = 5000  # attempts to stop a broker in the middle of a copy
 
 
 def page_of(value: int) -> bytes:
-    return (value + 1).to_bytes(4, "little") * (PAGE // 4)
+    return (value + 1).to_bytes(8, "little") * (PAGE // 8)
 
 
 def figure(client: Client, name: str) -> int:

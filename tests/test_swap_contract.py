@@ -294,9 +294,39 @@ def test_one_byte_is_enough_not_to_be_zeros(swap: Swap, place: Place, at: int) -
     assert swap.load(1) == bytes(page)
 
 
-def test_a_page_of_one_byte_repeated_is_not_zeros(swap: Swap, place: Place) -> None:
-    swap.store(1, b"\xff" * place.size)
-    assert swap.load(1) == b"\xff" * place.size
+PATTERNS = [b"\xff", b"\x01\x00", b"\x00\x00\x80\x3f", b"\x00\x00\x00\x80", b"\x00\x00\x00\x00\x00\x00\xf8\x7f"]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=bytes.hex)
+def test_pages_that_repeat_a_pattern(swap: Swap, place: Place, pattern: bytes) -> None:
+    filled = pattern * (place.size // len(pattern))
+    swap.store(1, filled)
+    swap.store(2, page_of(2, place.size))
+    assert swap.load(1) == filled
+    assert 1 in swap
+    assert len(swap) == 2
+    out = bytearray(page_of(3, 2 * place.size + 1))
+    assert swap.load_into(1, memoryview(out)[1 : 1 + place.size]), "where no word is aligned"
+    assert out == page_of(3, 2 * place.size + 1)[:1] + filled + page_of(3, 2 * place.size + 1)[1 + place.size :]
+    swap.store(1, page_of(1, place.size))
+    assert swap.load(1) == page_of(1, place.size)
+    swap.store(1, memoryview(b"x" + filled)[1:])
+    assert swap.load(1) == filled, "a pattern replaces what was there"
+    swap.store_many([1, 2], filled + bytes(place.size))
+    both = bytearray(2 * place.size)
+    assert swap.load_many([2, 1], both) == [True, True]
+    assert both == bytes(place.size) + filled
+    swap.invalidate_page(1)
+    assert swap.load(1) is None
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=bytes.hex)
+@pytest.mark.parametrize("at", [0, 3, 4, -5, -4, -1])
+def test_one_byte_is_enough_not_to_repeat_a_pattern(swap: Swap, place: Place, pattern: bytes, at: int) -> None:
+    page = bytearray(pattern * (place.size // len(pattern)))
+    page[at] ^= 1
+    swap.store(1, page)
+    assert swap.load(1) == bytes(page)
 
 
 def test_load_into(swap: Swap, place: Place) -> None:
@@ -442,6 +472,19 @@ def test_an_error_in_a_batch_tells_how_many_were_served(
     assert raised.value.done == 0
 
 
+def test_a_batch_of_many_messages_with_misses_everywhere(swap: Swap, place: Place) -> None:
+    """Longer than what one message may have, with equal offsets in different ones."""
+    held = {n: page_of(n, place.size) for n in range(0, SLOTS, 3)}
+    order = [n for _ in range(5) for n in held]
+    swap.store_many(order, b"".join(held[n] for n in order))
+    wanted = [n * 7 % SLOTS for n in range(6 * SLOTS)]
+    out = bytearray(len(wanted) * place.size)
+    assert swap.load_many(wanted, out) == [n in held for n in wanted]
+    for i, n in enumerate(wanted):
+        if n in held:
+            assert out[i * place.size : (i + 1) * place.size] == held[n]
+
+
 # --- both ways in and other processes see one another
 
 
@@ -535,6 +578,28 @@ def test_a_failed_store_leaves_no_older_value_as_if_it_were_new(
         (file,) = (tmp_path / "spill").rglob(f"{type_:03}.*")
         for slot, expected in last.items():
             assert file.read_bytes()[slot * place.size : (slot + 1) * place.size] == expected
+
+
+def test_an_error_in_the_middle_of_a_long_batch(place: Place, way: str, type_: int, tmp_path: Path) -> None:
+    """The file takes no page from some place on: what was before it counts, and the next batches are served."""
+    slots, good = (200, 150) if place.size == 4096 else (30, 10)
+    data = np.random.default_rng(9).bytes(slots * place.size)
+    with (
+        served(tmp_path, "4M", str(place.size), "--slots", "400", "--clients", "4") as fresh,
+        fresh.connect(way, timeout=20.0) as client,
+    ):
+        swap = client.swap(type_, slots, "through")
+        with files_refuse_writes(os.getpid(), fresh.broker_pid, above=good * place.size):
+            with pytest.raises(SpillError) as raised:
+                swap.store_many(range(slots), data)
+            assert raised.value.done == good
+            assert raised.value.errno == errno.EFBIG
+            assert raised.value.stored
+            swap.store_many(range(good), data[: good * place.size])
+        out = bytearray(good * place.size)
+        assert swap.load_many(range(good), out) == [True] * good
+        assert out == data[: good * place.size]
+        swap.store_many(range(slots), data)
 
 
 # --- misuse

@@ -85,8 +85,10 @@ def test_mapped_clients_go_on_without_a_broker_and_with_the_next(endpoint: str) 
             check_at_rest(arena_name(endpoint), default_spill_dir(endpoint))
 
 
-def test_what_the_cache_held_is_still_in_memory(endpoint: str) -> None:
-    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
+@pytest.mark.parametrize("policy", layout.POLICIES)
+def test_what_the_cache_held_is_still_in_memory(policy: str, endpoint: str) -> None:
+    """And the policy goes on: it is the arena's."""
+    with broker(endpoint, *AREAS, "--policy", policy) as first, gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 1000, "behind")
 
         def fill() -> bool:
@@ -107,6 +109,14 @@ def test_what_the_cache_held_is_still_in_memory(endpoint: str) -> None:
                 assert swap.load(n) == page_of(n)
             after = client.stats()["counters"]
             assert after["hits_area"] > hits["hits_area"]
+            assert client.stats()["arena"]["policy"] == policy
+
+            def goes_on() -> bool:
+                fill()
+                swap.load_many(range(1000), bytearray(1000 * PAGE))
+                return bool(client.stats()["counters"]["promotions"] > after["promotions"] + 100)
+
+            assert eventually(goes_on)
 
 
 # --- what the next one finds
@@ -369,6 +379,31 @@ def test_a_page_that_the_broker_took_with_it_is_not_stored_twice(endpoint: str) 
                 batch = bytearray(4 * PAGE)
                 assert swap.load_many(range(4), batch) == [False, True, False, False]
                 client.close()
+
+
+def test_a_batch_that_the_broker_took_with_it_tells_what_is_done(endpoint: str) -> None:
+    """Killed in the middle of a long batch: what counts as stored is there afterwards, and nothing was stored twice."""
+    slots = 1500
+    with broker(endpoint, *AREAS) as first:
+        client = gcma_shm.connect(endpoint, mapped=False, timeout=WAIT_S)
+        swap, other = client.swap(0, slots), gcma_shm.connect(endpoint)
+        seen = other.swap(0, slots)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(swap.store_many, range(slots), b"".join(map(page_of, range(slots))))
+            assert eventually(lambda: 100 in seen)
+            with killed_and_restarted(first):
+                with pytest.raises(BrokerUnavailable, match="may have been done") as raised:
+                    asked.result(WAIT_S)
+                done = raised.value.done
+                assert done % client._channel.greeting["batch"] == 0
+                assert done < slots, "it was killed too late for this test"
+                out = bytearray(slots * PAGE)
+                hits = swap.load_many(range(slots), out)
+                assert all(hits[:done])
+                for n, hit in enumerate(hits):
+                    assert not hit or out[n * PAGE : (n + 1) * PAGE] == page_of(n)
+                client.close()
+                other.close()
 
 
 def test_a_place_in_line_is_taken_again(endpoint: str) -> None:

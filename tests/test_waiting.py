@@ -86,7 +86,7 @@ def test_served_when_another_thread_frees(
     assert in_line(client, 1)
     swap = client.swap(0, 100)
     for n in range(100):
-        swap.store(n, (n + 1).to_bytes(4, "little") * (PAGE // 4))
+        swap.store(n, (n + 1).to_bytes(8, "little") * (PAGE // 8))
     assert not waiting.done()
     first.free()
     with waiting.result(WAIT_S) as buffer:

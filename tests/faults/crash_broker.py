@@ -23,7 +23,7 @@ from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import Area
-from gcma_shm.broker import allocations, process, service
+from gcma_shm.broker import allocations, process, reclaim, service
 from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.service import Peer
 from gcma_shm.broker.workers import Job
@@ -152,10 +152,15 @@ class _Stand:
     def reclaim(self, jitter: int) -> None:
         """The reclaim thread runs from now on, and each thread loses the processor at one step in so many."""
         self._hook.jitter.value = jitter
+        put(reclaim, "PUNCH_S", 0.0)  # no pause: what is invalidated is stored to again at any moment of a punch
         ReclaimThread(self.plane, self.service.health)
 
     def clean(self) -> None:
         self.plane.clean_until(self.plane.read(layout.HEAD_AT))
+
+    def punch(self) -> None:
+        while not self.plane.punch():
+            pass
 
     def tick(self) -> None:
         """And what the pidfds tell."""

@@ -227,6 +227,10 @@ class Client:
         page = self.slots(type_).load(offset)
         return MISS if page is None else read_page(type_ * TYPE_STEP + offset, page)
 
+    def invalidate(self, type_: int, offset: int) -> None:
+        self.slots(type_).invalidate_page(offset)
+        self.world.values[type_, offset] = {MISS}
+
     def store_by_message(self, type_: int, offset: int) -> None:
         page, value = self.world.page(type_, offset)
         self.world.values[type_, offset].add(value)

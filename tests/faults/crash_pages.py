@@ -168,6 +168,25 @@ def clean(w: World) -> Play:
 
 
 @scene
+def punch(w: World) -> Play:
+    """Places in a row, alone, of zeros, and one that has been stored to again."""
+    cached(w)
+    w.broker.call("clean")
+    for offset in (*range(8), 10, 12, 20):
+        w.first.invalidate(offset % 2, offset)
+    w.first.invalidate(1, 4)
+    w.first.store(1, 4)
+
+    def after_takeover() -> None:
+        """What the dead broker had not given back, the next one gives."""
+        w.broker.call("punch")
+
+    w.after_takeover = after_takeover
+    yield
+    w.broker.call("punch")
+
+
+@scene
 def store_by_message(w: World) -> Play:
     cached(w)
     yield

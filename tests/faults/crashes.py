@@ -41,6 +41,7 @@ TAKEOVERS = {
     "swap_init": (0.5,),
     "promote": (0.3,),
     "clean": (0.5,),
+    "punch": (0.5,),
     "busy_allocations": (0.5,),
 }
 

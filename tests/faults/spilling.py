@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,43 @@ def page_of(value: int) -> bytes:
     return value.to_bytes(8, "little") * (PAGE // 8)
 
 
+def data_pages(file: Path) -> set[int]:
+    """The pages of a file that have blocks on the disk, or are to have; the others are holes."""
+    found: set[int] = set()
+    with file.open("rb") as opened:
+        at, size = 0, os.fstat(opened.fileno()).st_size
+        while at < size:
+            try:
+                at = os.lseek(opened.fileno(), at, os.SEEK_DATA)
+            except OSError as error:
+                assert error.errno == errno.ENXIO  # noqa: PT017 - nothing but a hole is left
+                break
+            end = os.lseek(opened.fileno(), at, os.SEEK_HOLE)
+            found.update(range(at // PAGE, -(-end // PAGE)))
+            at = end
+    return found
+
+
+def cached_pages(file: Path) -> int:
+    """How many pages of 4 KiB of a file the page cache holds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+    )
+    with file.open("rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if not size:
+            return 0
+        at = libc.mmap(None, size, 1, 1, opened.fileno(), 0)  # PROT_READ, MAP_SHARED; mapped, and not touched
+    assert at != ctypes.c_void_p(-1).value
+    states = (ctypes.c_ubyte * -(-size // 4096))()
+    failed = libc.mincore(ctypes.c_void_p(at), ctypes.c_size_t(size), states)
+    libc.munmap(ctypes.c_void_p(at), ctypes.c_size_t(size))
+    assert not failed, os.strerror(ctypes.get_errno())
+    return sum(state & 1 for state in states)
+
+
 class Place:
     """A broker, and a client that reaches it in shared memory or by messages."""
 
@@ -32,6 +72,7 @@ class Place:
         arena = owner.stats()["arena"]
         self.arena = str(arena["name"])
         self.nursery_pages = int(arena["nursery"]) // PAGE
+        self.pinned_max = self.nursery_pages - self.nursery_pages // 16  # of one type, whose share is the whole
         self.spill_dir = spill_root / self.arena.removeprefix("/")
 
     def file(self, type_: int) -> Path:
@@ -46,7 +87,7 @@ class Place:
         assert sum(health["types"].values()) == health["pages_unwritable"]
         return health
 
-    def degraded(self, pages: int, errno: int, type_: int) -> None:
+    def degraded(self, pages: int, number: int, type_: int) -> None:
         """Waits until the broker knows of exactly so many pages of that type that their file refuses."""
 
         def known() -> bool:
@@ -55,9 +96,14 @@ class Place:
 
         assert eventually(known), f"expected {pages} pages of type {type_}: {self.health()}"
         health = self.health()
-        assert health["errno"] == errno
+        assert health["errno"] == number
         assert f"types {type_} " in health["why"]
         assert health["since"] > 0
+
+    def is_bounded(self, pages: int, share: int = 100) -> bool:
+        """Whether a type of that share could store so many pages that its file refuses, and not many less than it may."""
+        bound = self.pinned_max * share // 100
+        return bound * 3 // 4 <= pages <= bound + 2  # and stores in flight
 
     def healthy(self) -> None:
         """Waits until the broker has written everything by itself, which nobody asks it to."""
@@ -82,10 +128,12 @@ def check_values(swap: Swap, values: dict[int, int]) -> None:
 
 
 @contextlib.contextmanager
-def place(spill_root: Path, mapped: bool, size: str = "4M") -> Iterator[Place]:
+def place(spill_root: Path, mapped: bool, size: str = "4M", spill_io: str = "buffered") -> Iterator[Place]:
     """A broker of about a hundred nursery pages, with its spill files below `spill_root`."""
     with (
-        gcma_shm.embedded(size, slots=3 * SLOTS, clients=8, spill_dir=spill_root, timeout=20.0) as owner,
+        gcma_shm.embedded(
+            size, slots=3 * SLOTS, clients=8, spill_dir=spill_root, spill_io=spill_io, timeout=20.0
+        ) as owner,
         gcma_shm.connect(owner.endpoint, mapped=mapped, timeout=TIMEOUT_S if mapped else 20.0) as client,
     ):
         yield Place(owner, client, spill_root)

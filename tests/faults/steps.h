@@ -5,6 +5,7 @@
  * A function-like macro is not expanded again inside its own expansion, so each name below ends at the function itself.
  */
 #include "_atomics.h"
+#include "_copy.h"
 #include <fcntl.h>
 #include <signal.h>
 #include <string.h>
@@ -67,8 +68,15 @@ static void *gcma_memcpy(const char *where, void *to, const void *from, size_t s
 #define exchange32(p, v) STEP(exchange32(p, v))
 #define add32(p, v) STEP(add32(p, v))
 #define pread(f, b, n, o) LOOK(pread(f, b, n, o))
+#define preadv(f, v, n, o) LOOK(preadv(f, v, n, o))
+#define preadv2(f, v, n, o, w) LOOK(preadv2(f, v, n, o, w))
+#define pwrite(f, b, n, o) STEP(pwrite(f, b, n, o))
 #define pwritev(f, v, n, o) STEP(pwritev(f, v, n, o))
+#define pwritev2(f, v, n, o, w) STEP(pwritev2(f, v, n, o, w))
+#define fallocate(f, m, o, n) STEP(fallocate(f, m, o, n))
 #define memcpy(t, f, n) gcma_memcpy(__func__, t, f, n)
+#define copy_in(t, f, n) gcma_memcpy(__func__, t, f, n)
+#define copy_out(t, f, n) gcma_memcpy(__func__, t, f, n)
 
 /* Jitter without a hand on the process: from the environment, for brokers and for the workers of a storm. */
 __attribute__((constructor)) static void gcma_jitter_from_environment(void)

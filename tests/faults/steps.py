@@ -82,11 +82,11 @@ class Client:
         self._log = log
         self._sequence = 0
 
-    def is_in(self, place: str) -> bool:
-        """Whether SLOT of type 0 is in the "nursery", an "area" or the "file"."""
+    def is_in(self, place: str, slot: int = SLOT) -> bool:
+        """Whether that slot of type 0 is in the "nursery", an "area" or the "file"."""
         g = self.plane.geometry
         base = self.plane.read(g.type_at(0) + layout.TYPE_BASE_AT)
-        word = self.plane.read(g.slots_at + layout.SLOT_BYTES * (base + SLOT))
+        word = self.plane.read(g.slots_at + layout.SLOT_BYTES * (base + slot))
         if word >> 33 & 7 == CACHED:
             return place == ("nursery" if word & 0xFFFFFFFF < g.nursery_pages else "area")
         return place == "file" and word >> 33 & 7 == SPILLED
@@ -138,6 +138,7 @@ class Scene:
     broker_stopped: bool = False  # meanwhile, and no nursery page is free
     broker_needed: bool = False  # to make it ready
     reserved: bool = False  # the whole area is a reservation, claimed instead of allocated
+    direct: bool = False  # spill files are read past the page cache, and ahead
     lent_again: bool = False  # what is claimed meanwhile is lent again before the victim goes on
 
 
@@ -165,6 +166,26 @@ def _until(client: Client, place: str, visit: bool) -> None:
 def _spilled(client: Client) -> None:
     client.store(0, SLOT)
     _until(client, "file", visit=False)
+
+
+def _row_spilled(client: Client) -> None:
+    """Four neighbours; a page is free."""
+    for _ in range(100):
+        client.store(0, SLOT, 4)
+        _until(client, "file", visit=False)
+        if all(client.is_in("file", SLOT + n) for n in range(4)):
+            return
+        for offset in range(16, PLAN.wide):  # some of them are in an area, where they had room
+            client.store(1, offset)
+        client.owner.alloc_contig(PLAN.area_pages[0] * PLAN.page_size).free()
+        for n in range(4):
+            client.load(0, SLOT + n)
+    raise AssertionError("the slots do not come into the file together")
+
+
+def _load_row(client: Client) -> None:
+    for n in range(4):
+        assert client.load(0, SLOT + n)
 
 
 def _promoted(client: Client) -> None:
@@ -203,6 +224,7 @@ SCENES = (
     ),
     Scene("claim and lend", _promoted, Client.claim_and_lend, broker_needed=True, reserved=True, lent_again=True),
     Scene("invalidate", lambda c: c.store(1, SLOT), lambda c: c.invalidate(1, SLOT)),
+    Scene("load a row and ahead", _row_spilled, _load_row, broker_needed=True, direct=True),
     Scene("reclaim for a store", _fill, lambda c: c.store(1, SLOT), broker_stopped=True),
 )
 
@@ -430,18 +452,29 @@ class Lives:
 
 def main(what: str, names: list[str]) -> None:
     """Each scene, or those of these names; AssertionError when something is wrong."""
-    scenes = [scene for scene in SCENES if not names or scene.name in names]
-    with tempfile.TemporaryDirectory(prefix="gs-") as directory, Storm(PLAN, Path(directory), 0) as storm:
+    steps = 0
+    for spill_io in ("buffered", "direct"):
+        scenes = [s for s in SCENES if (not names or s.name in names) and s.direct == (spill_io == "direct")]
+        if what == "lives":
+            scenes = [scene for scene in scenes if not (scene.broker_stopped or scene.reserved or scene.direct)]
+        if scenes:
+            steps += _play(what, scenes, spill_io)
+    print(f"{what}: {steps} steps, all well")
+
+
+def _play(what: str, scenes: list[Scene], spill_io: str) -> int:
+    with tempfile.TemporaryDirectory(prefix="gs-") as directory, Storm(PLAN, Path(directory), 0, spill_io) as storm:
         playing: Steps | Lives = Lives(storm) if what == "lives" else Steps(storm)
         try:
             for scene in scenes:
                 if isinstance(playing, Steps):
                     playing.play(scene, what)
-                elif not (scene.broker_stopped or scene.reserved):
+                else:
                     playing.play(scene)
+            assert spill_io == "buffered" or storm.counters()["read_ahead"] >= playing.steps // 10
         finally:
             os.kill(storm.owner.broker_pid, signal.SIGCONT)  # where a failure left it stopped, it could not be ended
-    print(f"{what}: {playing.steps} steps, all well")
+        return playing.steps
 
 
 if __name__ == "__main__":

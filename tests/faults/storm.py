@@ -37,11 +37,12 @@ __all__ = ["HOWS", "TYPES", "TYPE_STEP", "How", "Plan", "Report", "Storm", "prog
 class Storm:
     """An embedded broker, its owner, and what is let loose on them. Use as a context manager."""
 
-    def __init__(self, plan: Plan, directory: Path, seed: int) -> None:
+    def __init__(self, plan: Plan, directory: Path, seed: int, spill_io: str = "buffered") -> None:
         print(f"storm: seed {seed}, {plan}")
         self.plan = plan
         self.seed = seed
         self._directory = directory
+        self._spill_io = spill_io
         self._stack = contextlib.ExitStack()
         self._logs: list[Log] = []
         self.children: list[Child] = []
@@ -60,6 +61,7 @@ class Storm:
                 slots=plan.slots,
                 clients=plan.clients,
                 spill_dir=self._directory,
+                spill_io=self._spill_io,
                 timeout=plan.timeout_s,
             )
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import gcma_shm
+from gcma_shm.clients.swap import Swap
 from gcma_shm.errors import NurseryFull, SpillError
 from tests.faults.disks import Disk, immutable, small_disk
 from tests.faults.spilling import PAGE, SLOTS, TIMEOUT_S, check_values, page_of, place
@@ -92,11 +94,11 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
             for n in range(2 * p.nursery_pages):
                 swap.store(n, page_of(n + 1))
                 values[n] = n + 1
-        assert len(values) == p.nursery_pages
-        p.degraded(p.nursery_pages, errno.ENOSPC, type_=3)
-        assert p.owner.stats()["arena"]["nursery_free"] == 0
+        assert p.is_bounded(len(values))
+        p.degraded(len(values), errno.ENOSPC, type_=3)
+        assert p.owner.stats()["arena"]["nursery_free"] <= (p.nursery_pages - len(values)) * PAGE
         begun, failures = time.monotonic(), p.owner.stats()["counters"]["spill_failures"]
-        for offset in (5, p.nursery_pages):
+        for offset in (5, len(values)):
             with pytest.raises(NurseryFull, match=os.strerror(errno.ENOSPC)):
                 swap.store(offset, page_of(999))
         if mapped:  # each has waited for its bound, and has not hammered the disk meanwhile: 16 tries to a sleep of a millisecond
@@ -109,7 +111,7 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
         assert raised.value.done == 1, "zeros need no page"
         assert swap.load(500) == bytes(PAGE)
         assert swap.load(501) is None
-        assert swap.load(p.nursery_pages) is None
+        assert swap.load(len(values)) is None
         p.seen_by_all(3, values, "behind")
         buffer = p.owner.alloc_contig(PAGE)  # areas have nothing to do with it
         buffer.free()
@@ -223,16 +225,81 @@ def test_a_type_whose_file_refuses_leaves_others_what_it_does_not_fill(tmp_path:
         p.check()
 
 
+def pin_all(bad: Swap, pinned: int) -> int:
+    """Stores from slot 16 + `pinned` on until it is refused; how many are pinned then."""
+    with pytest.raises(NurseryFull, match=os.strerror(errno.EFBIG)):
+        while pinned < SLOTS - 16:
+            bad.store(16 + pinned, page_of(pinned + 1))
+            pinned += 1
+    return pinned
+
+
+@pytest.mark.parametrize("share", [100, 25])
+def test_a_type_whose_file_refuses_stays_within_its_share(share: int, tmp_path: Path, mapped: bool) -> None:
+    """It stores into ever new slots: refused before anything has changed, while another type stores through as if nothing were."""
+    with place(tmp_path, mapped) as p:
+        bad, good = p.client.swap(1, SLOTS, "behind", share=share), p.client.swap(2, SLOTS)
+        with files_refuse_writes(os.getpid(), p.owner.broker_pid, above=16 * PAGE):
+            pinned = pin_all(bad, 0)
+            p.degraded(pinned, errno.EFBIG, type_=1)
+            assert bad.load(16 + pinned) is None
+            values = {}
+            for n in range(6 * p.nursery_pages):
+                values[n % 16] = n + 1
+                good.store(n % 16, page_of(n + 1))
+            check_values(good, values)
+            pinned = pin_all(bad, pinned)
+            assert p.is_bounded(pinned, share), f"{pinned} of {p.nursery_pages}"
+            p.degraded(pinned, errno.EFBIG, type_=1)
+            check_values(bad, {16 + n: n + 1 for n in range(pinned)})
+        p.healthy()
+        bad.store(16 + pinned, page_of(pinned + 1))
+        bad.sync()
+        p.seen_by_all(2, values)
+        p.check()
+
+
+def test_who_waits_for_a_file_keeps_no_other_thread_from_storing(tmp_path: Path) -> None:
+    """More threads than a process may have pages in hand store into a type whose file refuses; one stores into another."""
+    with place(tmp_path, mapped=True) as p, ExitStack() as ends:
+        bad, good, stop = p.client.swap(1, SLOTS, "behind"), p.client.swap(2, SLOTS), threading.Event()
+        ends.enter_context(files_refuse_writes(os.getpid(), p.owner.broker_pid, above=16 * PAGE))
+        pinned = pin_all(bad, 0)
+        refused: list[int] = []
+
+        def wait() -> None:
+            while not stop.is_set():
+                try:
+                    bad.store(
+                        16 + pinned + 50, page_of(1)
+                    )  # a few fit still: the bound is exact but for stores in flight
+                except NurseryFull:
+                    refused.append(1)
+
+        threads = [threading.Thread(target=wait) for _ in range(40)]
+        for thread in threads:
+            thread.start()
+        try:
+            for n in range(2000):
+                good.store(n % 16, page_of(n + 1))
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        assert len(refused) >= len(threads) // 2
+        assert good.load(1999 % 16) == page_of(2000)
+        ends.close()
+        p.healthy()
+        p.check()
+
+
 def test_a_sweep_in_vain_costs_no_more_than_what_calls_it(tmp_path: Path) -> None:
     """The nursery is full of pages that no file takes, and loads from the file want one each: the broker's sweep looks, and writes nothing."""
     with place(tmp_path, mapped=True) as p:
         swap, bad = p.client.swap(3, SLOTS), p.client.swap(4, SLOTS, "behind")
         swap.store_many(range(SLOTS), b"".join(map(page_of, range(1, SLOTS + 1))))
         with files_refuse_writes(os.getpid(), p.owner.broker_pid):
-            with pytest.raises(NurseryFull):
-                for n in range(SLOTS):
-                    bad.store(n, page_of(n + 1))
-            p.degraded(p.nursery_pages, errno.EFBIG, type_=4)
+            p.degraded(pin_all(bad, 0), errno.EFBIG, type_=4)
             ours, theirs = time.thread_time(), cpu_seconds(p.owner.broker_pid)
             page, n, read = bytearray(PAGE), 0, p.owner.stats()["counters"]["hits_spill"]
             while time.thread_time() - ours < 0.5:

@@ -94,6 +94,10 @@ def write_corpus(directory: Path) -> None:
         for head in (b"\x00", b"\xc0", b"\xc1"):
             packed = messages.encode_request(messages.Request(7, name, parameters))[0]
             (directory / f"{name}-{head.hex()}").write_bytes(head + SEPARATOR.join([bytes(packed), *pages]))
+            if messages.OPERATIONS[name].batch:
+                many = parameters | {"offsets": messages.pack_offsets(range(messages.batch_max(PAGE)))}
+                packed = messages.encode_request(messages.Request(7, name, many))[0]
+                (directory / f"{name}-many-{head.hex()}").write_bytes(head + SEPARATOR.join([bytes(packed), *pages]))
 
 
 def main() -> None:

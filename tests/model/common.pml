@@ -15,6 +15,7 @@
 #define SPILLED 2
 #define ZERO    3
 #define CLOSED  4
+#define FILLED  5   /* the payload is a pattern, and no page */
 
 #define WORD(version, state, dirty, page) ((version) << 6 | (state) << 3 | (dirty) << 2 | (page))
 #define VERSION(w)  ((w) >> 6)

@@ -56,6 +56,7 @@ MODELS = (
             "DEATH_FREES_ALL_GRANTS": "",
             "DEATH_KEEPS_CLAIM": "",
             "DEATH_TAKES_ANY_CLAIM": "",
+            "PATTERN_NAMES_A_PAGE": "",
         },
     ),
     Model(
@@ -204,6 +205,18 @@ MODELS = (
             "TELLS_NOTHING": "SCENE_STOP",
             "WAITS_FOR_WRITER": LIVENESS,
             "WORD_BEFORE_PAGE": "SCENE_FULL",
+        },
+    ),
+    Model(
+        "punch",
+        scenes=("SCENE_LOAD", "SCENE_AGAIN", "SCENE_DEATH"),
+        faults={
+            "LOAD_WITHOUT_FILE_AGAIN": "SCENE_LOAD",
+            "MARK_ANY_WORD": "SCENE_AGAIN",
+            "MARK_BEFORE_PUNCH": "SCENE_DEATH",
+            "PUNCH_WITHOUT_AGAIN": "SCENE_LOAD",
+            "PUNCH_WITHOUT_CLAIM": "SCENE_AGAIN",
+            "SWING_FORGETS": "SCENE_DEATH",
         },
     ),
 )

@@ -3,7 +3,7 @@
  * the broker runs its death pass meanwhile.
  *
  * Client 1 stores a value, written through. Client 2 does one of: a store written through, a store left behind, a store of
- * zeros, an invalidation.
+ * zeros or of another pattern, an invalidation.
  *
  * Shows: the slot's latest value is never lost, whoever dies where; a clean word means that the file and the checksum are of
  * its value; a store that was written through and returns is clean or superseded; no claim and no grant outlives the death pass;
@@ -17,7 +17,8 @@
 
 #define PAGES  2
 #define BROKER 3
-#define NOTHING 3   /* the latest "value" of an invalidated slot; 0 is a page of zeros */
+#define NOTHING 3            /* the latest "value" of an invalidated slot; 0 is a page of zeros */
+#define PATTERN(p) (4 + (p)) /* ... and of one that is filled with a pattern */
 
 short word = WORD(0, EMPTY, 0, 0);
 short side;
@@ -32,7 +33,12 @@ bool  buried;           /* the death pass, if there was a death, is over */
 
 byte  latest = NOTHING; /* ghost: what the last change of the slot stored */
 
-#define ORPHAN(page) (LIFE_STATE(life[page]) == PUBLISHED && !NAMES(word, page))
+#ifdef FAULT_PATTERN_NAMES_A_PAGE
+#define LEADS_TO(page) (STATE(word) != EMPTY && PAGE(word) == (page))
+#else
+#define LEADS_TO(page) NAMES(word, page)
+#endif
+#define ORPHAN(page) (LIFE_STATE(life[page]) == PUBLISHED && !LEADS_TO(page))
 
 /* Holds after every step that changes the word, the side word, the file or a life. */
 inline check() {
@@ -40,6 +46,7 @@ inline check() {
     assert(STATE(word) != CACHED || (page_first[PAGE(word)] == latest && page_second[PAGE(word)] == latest));
     assert(STATE(word) != EMPTY || latest == NOTHING);
     assert(STATE(word) != ZERO || latest == 0);
+    assert(STATE(word) != FILLED || latest == PATTERN(PAGE(word)));
     assert(!IS_CLEAN(word) || (file_first == latest && file_second == latest));
     assert(!IS_CLEAN(word) || CRC(side) == CRC_OF(latest, latest))
 }
@@ -77,14 +84,14 @@ inline store(client, stored) {
 #endif
 }
 
-/* A change that needs no page: a page of zeros, or nothing at all. */
-inline change(state, stored) {
+/* A change that needs no page: a pattern, zeros, or nothing at all. */
+inline change(state, payload, stored) {
     won = false;
     do
     :: !won ->
         w = word;
         d_step {
-            CAS(won, word, w, NEXT(w, state, 0, 0));    /* @store.zero */ /* @invalidate.swing */
+            CAS(won, word, w, NEXT(w, state, 0, payload));    /* @store.filled */ /* @invalidate.swing */
             latest = (won -> stored : latest);
             check()
         }
@@ -153,8 +160,9 @@ proctype worker(byte me) {
         if
         :: store(me, me); write_through(me)
         :: me == 2 -> store(me, me)
-        :: me == 2 -> change(ZERO, 0)
-        :: me == 2 -> change(EMPTY, NOTHING)
+        :: me == 2 -> change(ZERO, 0, 0)
+        :: me == 2 -> change(FILLED, 1, PATTERN(1))
+        :: me == 2 -> change(EMPTY, 0, NOTHING)
         fi
     } unless { killed == me };
     gone[me] = true

@@ -66,11 +66,15 @@ def check_page(type_: int, offset: int, page: bytes) -> None:
 class Arena:
     """The broker's plane, the clients' planes, and what the threads of both share."""
 
-    def __init__(self, spill_dir: Path, memory_of: Callable[[int], Memory]) -> None:
+    def __init__(self, spill_dir: Path, memory_of: Callable[[int], Memory], spill_io: str = layout.SPILL_IO[0]) -> None:
         self.spill_dir = spill_dir
         self.done: Counter[str] = Counter()  # what no counter of the core counts; each key by one thread
         geometry, self.areas = layout.plan(
-            720 << 10, areas={"a": 48 * PAGE, "b": 60 * PAGE}, slots=sum(SLOTS.values()), clients_max=CLIENTS_MAX
+            720 << 10,
+            areas={"a": 48 * PAGE, "b": 60 * PAGE},
+            slots=sum(SLOTS.values()),
+            clients_max=CLIENTS_MAX,
+            spill_io=spill_io,
         )
         self.geometry = geometry
         self.left_at = geometry.client_at(layout.NOBODY) + layout.CLIENT_WAKE_AT  # a word that nobody uses

@@ -84,4 +84,5 @@ static void gcma_copy(const char *where, void *to, const void *from, size_t size
 }
 
 #define free(p) (gcma_fault == LEAK && IS_IN("__dealloc__") ? (void)0 : free(p))
-#define now_ns() ((now_ns)() + (gcma_fault == WIDE_SHIFT ? (uint64_t)(1 << (int)((now_ns)() | 32)) : 0))
+static inline uint64_t gcma_wide_shift(uint64_t v) { return (uint64_t)(1 << (int)(v | 32)); }
+#define fetch_add(p, v) ((fetch_add)(p, v) + (gcma_fault == WIDE_SHIFT ? gcma_wide_shift(v) : 0))

@@ -34,7 +34,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
 
 
 def test_threads(core: Sanitized, tmp_path: Path) -> None:
-    done = core.run("tests.sanitize.threads", tmp_path, "--seconds", SECONDS or SHORT_S, "--allocated")
+    done = core.run(
+        "tests.sanitize.threads", tmp_path, "--seconds", SECONDS or SHORT_S, "--allocated", "--spill-io", "direct"
+    )
     assert done.returncode == 0, done.stdout
 
 

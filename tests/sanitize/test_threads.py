@@ -40,7 +40,14 @@ def test_what_the_protocol_orders(core: Sanitized, tmp_path: Path) -> None:
     spill_dir = tmp_path / "spill"
     spill_dir.mkdir()
     done = core.run(
-        "tests.sanitize.threads", spill_dir, "--seconds", SECONDS, "--blind", options=blind_options(tmp_path)
+        "tests.sanitize.threads",
+        spill_dir,
+        "--seconds",
+        SECONDS,
+        "--blind",
+        "--spill-io",
+        "direct",
+        options=blind_options(tmp_path),
     )
     assert done.returncode == 0, done.stdout
 

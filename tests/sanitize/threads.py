@@ -48,7 +48,7 @@ EDGE = 8  # pages at the end of the second area that it loses and wins again
 # What must have been at work, and how often, before a run may end; and how long it may take to get there on a busy machine.
 AT_WORK = (
     "stores", "stores_zero", "hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses", "invalidations", "cleaned", "refaults",
-    "promotions", "evictions", "discards", "orphans_freed", "heals", "retries", "direct_reclaims", "refused_closed", "claims", "buffers", "lives",
+    "promotions", "evictions", "discards", "orphans_freed", "heals", "retries", "direct_reclaims", "refused_closed", "claims", "buffers", "lives", "punched",
 )  # fmt: skip
 AT_LEAST = 50
 AT_WORK_S = 120.0
@@ -181,11 +181,13 @@ def lives(arena: Arena, plane: Plane, random_: random.Random, stop: threading.Ev
 
 
 def reclaim(arena: Arena, plane: Plane, random_: random.Random, stop: threading.Event) -> None:
-    """The broker's reclaim thread; it rests now and then, so that clients reclaim for themselves."""
+    """The broker's reclaim thread, which also gives back places in the files; it rests now and then, so that clients reclaim for themselves."""
     while not stop.is_set():
         head = plane.sweep(0.002)
         if random_.random() < 0.05:
             plane.clean_until(head)
+        if random_.random() < 0.1:
+            plane.punch()
         if random_.random() < 0.02:
             time.sleep(0.02)
 
@@ -255,7 +257,7 @@ def idle(arena: Arena) -> list[str]:
 
 
 def main_thread(options: argparse.Namespace, seed: int) -> list[str]:
-    arena = Arena(options.directory, allocated if options.allocated else mapped)
+    arena = Arena(options.directory, allocated if options.allocated else mapped, options.spill_io)
     wrong = run(arena, seed, options.seconds, options.blind)
     print(json.dumps(counted(arena)))
     if wrong:
@@ -275,6 +277,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--blind", action="store_true")
     parser.add_argument("--allocated", action="store_true")
+    parser.add_argument("--spill-io", default=layout.SPILL_IO[0], choices=layout.SPILL_IO)
     options = parser.parse_args()
     seed = options.seed if options.seed is not None else random.randrange(1 << 30)
     print(f"seed {seed}", flush=True)

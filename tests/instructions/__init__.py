@@ -1,0 +1,1 @@
+"""Counts of the instructions that the extension takes for one operation."""

@@ -1,0 +1,131 @@
+"""Requests whose time was over, and what comes after them: they are under way still, and the broker bounds what is."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import zmq
+
+import gcma_shm
+from gcma_shm import BrokerUnavailable, Client
+from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.messages import BATCHES
+from tests.processes import eventually
+
+PAGE = 4096
+
+
+@contextmanager
+def stopped(owner: EmbeddedClient) -> Iterator[None]:
+    os.kill(owner.broker_pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(owner.broker_pid, signal.SIGCONT)
+
+
+@pytest.fixture
+def other(client: EmbeddedClient) -> Iterator[Client]:
+    with gcma_shm.connect(client.endpoint, mapped=False, timeout=0.3) as other:
+        yield other
+
+
+def given_up(client: Client) -> int:
+    return len(client._channel._given_up)
+
+
+@pytest.mark.parametrize("what", ["store_many", "load_many"])
+def test_an_immediate_retry_of_a_batch_that_timed_out(client: EmbeddedClient, other: Client, what: str) -> None:
+    """Again and again, so that more are under way than may be; each time it is served, or its time is over as well: never refused."""
+    swap = other.swap(0, 2000)
+    page = os.urandom(PAGE)
+    swap.store_many(range(2000), page * 2000)
+    memory = bytearray(page * 2000)
+
+    def batch() -> None:
+        if what == "store_many":
+            swap.store_many(range(2000), memory)
+        else:
+            assert all(swap.load_many(range(2000), memory))
+
+    for round_ in range(3):
+        with stopped(client):
+            for _ in range(3):
+                with pytest.raises(BrokerUnavailable) as raised:
+                    batch()
+                assert raised.value.done == 0
+                assert given_up(other) == BATCHES, "no more are sent than may be under way"
+        batch()
+        assert given_up(other) == 0
+        assert memory == page * 2000, round_
+    assert "ProtocolError" not in client.stats()["broker"]["refusals"]
+
+
+def test_single_requests_that_timed_out_leave_room_for_the_window_alone(client: EmbeddedClient, other: Client) -> None:
+    swap = other.swap(0, 10)
+    window = other._channel.greeting["window"]
+    swap.store(1, b"x" * PAGE)
+    other._channel.timeout = 0.001
+    other._channel._socket.setsockopt(zmq.RCVTIMEO, 1)
+    with stopped(client):
+        for _ in range(window + 5):
+            with pytest.raises(BrokerUnavailable):
+                swap.load(1)
+        assert given_up(other) == window
+    other._channel.timeout = 60.0
+    assert swap.load(1) == b"x" * PAGE
+    assert given_up(other) == 0
+    assert "ProtocolError" not in client.stats()["broker"]["refusals"]
+
+
+def test_a_batch_that_is_broken_off_in_the_middle(
+    client: EmbeddedClient, other: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C, say, with batches under way: the next one is served in full."""
+    swap = other.swap(0, 2000, "behind")
+    pages = os.urandom(PAGE) * 2000
+    swap.store_many(range(2000), pages)
+    kind: Any = type(swap)
+    lay_out, calls = kind._lay_out, []
+
+    def broken_off(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        lay_out(*arguments)
+
+    monkeypatch.setattr(kind, "_lay_out", broken_off)
+    out = bytearray(len(pages))
+    for _ in range(3):
+        calls.clear()
+        with pytest.raises(KeyboardInterrupt):
+            swap.load_many(range(2000), out)
+        assert not other._channel.lock.locked()
+    monkeypatch.undo()
+    assert all(swap.load_many(range(2000), out))
+    assert out == pages
+    assert "ProtocolError" not in client.stats()["broker"]["refusals"]
+
+
+def test_the_next_broker_has_nothing_of_what_was_given_up(client: EmbeddedClient, other: Client) -> None:
+    """A lost connection, as far as the broker can tell: the client is not known there any more."""
+    swap = other.swap(0, 2000)
+    with stopped(client), pytest.raises(BrokerUnavailable):
+        swap.load_many(range(2000), bytearray(2000 * PAGE))
+    assert given_up(other) == BATCHES
+    with other._channel.lock:
+        other._channel._close()  # the replies go with the socket
+    assert eventually(lambda: str(other.number) not in client.stats()["clients"])
+    assert swap.load_many(range(10), bytearray(10 * PAGE)) == [False] * 10
+    assert given_up(other) == 0
+
+
+def test_a_free_leaves_nothing_late(client: EmbeddedClient) -> None:
+    for _ in range(5):
+        client.alloc_contig(PAGE).free()
+        assert client._channel._late == 0
