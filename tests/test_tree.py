@@ -162,9 +162,10 @@ SOCKET_CODE = [path for part in PARTS for path in modules(part) if path.name != 
 @pytest.mark.parametrize("path", SOCKET_CODE, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
     """Neither by name, nor by pyzmq's shortcuts for it. (Handles are pickled by whoever has pickled them, between processes of one
-    user; no module of ours loads a pickle.)
+    user. `parcels` loads what a process pool's own queues bring: the pool's processes pickled it for each other.)
     """
-    assert not {name.partition(".")[0] for name in imports(path)} & RUNS_CODE
+    allowed = {"pickle"} if path.name == "parcels.py" else set()
+    assert not {name.partition(".")[0] for name in imports(path)} & RUNS_CODE - allowed
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             called = node.func
