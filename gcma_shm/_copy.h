@@ -2,10 +2,11 @@
  *
  * Both are memcpy, but where something else measured better with pages of the arena: what lies there is in no cache, as a rule, and what
  * the caller has is. Chosen once, by what the CPU says of itself; nothing is compiled for the machine that compiles. `size` is a page's, a
- * power of two of at least 4 KiB. The figures are in ARCHITECTURE.md ("How a page is copied").
+ * power of two of at least 4 KiB. The figures are in ARCHITECTURE.md ("The path of a hit").
  *
  * What copy_in has written is published by a release or a CAS after it. The stores of AVX and of `rep movsb` need no more than that: none
- * passes a later store (Intel's manual, volume 3, 9.2.4; AMD's, volume 2, 7.1). Non-temporal stores may pass it, so copy_in ends with a
+ * passes a later store (Intel's manual, volume 3, 9.2.4; AMD's, volume 2, 7.1); and copy_out's loads, those of `rep movsb` too, do not pass the
+ * later load of `life` that says whether they count: loads are not reordered with loads. Non-temporal stores may pass it, so copy_in ends with a
  * full fence where it has used them.
  */
 #ifndef GCMA_COPY_H

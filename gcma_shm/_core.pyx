@@ -154,6 +154,8 @@ cdef class Plane:
         if self.memory.len != geometry.size:
             raise ArenaError(f"mapped {self.memory.len} bytes of an arena of {geometry.size}")
         base = <uint8_t *>self.memory.buf
+        if <size_t>base % 64:
+            raise ArenaError("the arena's memory does not begin at a cache line")
         self.geometry = geometry
         self.page_size = geometry.page_size
         a.base = base
@@ -515,7 +517,7 @@ cdef class Plane:
         with nogil:
             retry_refused(self.a)
             count_refused(self.a, by_type)
-        return {type_: by_type[type_] for type_ in range(256) if by_type[type_]}, self.a.refused_errno
+        return {type_: by_type[type_] for type_ in range(256) if by_type[type_]}, load32(&self.a.refused_errno)
 
     def punch(self):
         """One turn of the search for places in spill files that no value needs any more, whose disk space is given back. True: it has come

@@ -62,6 +62,7 @@ cdef void sweep_nursery(Arena *a) noexcept nogil:
     cdef int n, i
     count_promised(a)
     count_tickets(a)
+    recount_held(a)
     while room_below(a, HIGH_WATER) and swept < a.nursery:
         head = load_relaxed(a.head)
         if hand + a.nursery < head:  # clients were faster and went on by direct reclaim
