@@ -79,7 +79,8 @@ __attribute__((target("avx2"))) static void copy_ahead(char *to, const char *fro
     copy_lines(to + i, from + i, COPY_AHEAD);
 }
 
-/* `to` is a page of the arena, so it is aligned. */
+/* `to` begins at a multiple of 32, as pages of a mapped arena do. (That no such store comes before the life word that says GRANTED is
+ * the CAS's doing, a locked instruction.) */
 __attribute__((target("avx2"))) static void copy_stream(char *to, const char *from, size_t size)
 {
     for (size_t i = 0; i < size; i += 64) {
@@ -104,7 +105,7 @@ static inline void copy_in(void *to, const void *from, size_t size)
 {
     if (size <= COPY_AVX_MAX && copy_has_avx)
         copy_lines(to, from, size);
-    else if (size >= COPY_STREAM_MIN && copy_has_avx)
+    else if (size >= COPY_STREAM_MIN && copy_has_avx && (uintptr_t)to % 32 == 0)
         copy_stream(to, from, size);
     else
         memcpy(to, from, size);

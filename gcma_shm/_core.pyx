@@ -154,8 +154,6 @@ cdef class Plane:
         if self.memory.len != geometry.size:
             raise ArenaError(f"mapped {self.memory.len} bytes of an arena of {geometry.size}")
         base = <uint8_t *>self.memory.buf
-        if <size_t>base % 64:
-            raise ArenaError("the arena's memory does not begin at a cache line")
         self.geometry = geometry
         self.page_size = geometry.page_size
         a.base = base

@@ -44,10 +44,10 @@ cdef inline bint is_above_part(Arena *a, const Handle *t) noexcept nogil:
     return pages >= <int64_t>t.nursery_part and not others_have(a, t, pages)
 
 
-cdef inline void note_own(Handle *t, uint64_t page) noexcept nogil:
-    """The handle has filled `page`. A hint: its threads may write over each other's."""
-    if t.shares:
-        store32(&t.own[fetch_add(&t.own_next, 1) % t.own_size], <uint32_t>page)
+cdef void note_own(Arena *a, Handle *t, uint64_t page) noexcept nogil:
+    """The handle, on a type with a share, has published `page`. To be remembered as a hint: its threads may write over each other's."""
+    fetch_add(&a.types[t.type].held, 1)
+    store32(&t.own[fetch_add(&t.own_next, 1) % t.own_size], <uint32_t>page)
 
 
 cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t life, uint64_t key, bint dirty) noexcept nogil:

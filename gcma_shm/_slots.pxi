@@ -84,8 +84,8 @@ cdef int store_page(
             return FULL if status == BUSY and patience == NULL else status
         keep_place(a, page, before)
         publish(a, page)
-        count_held(a, t.type, 1)
-        note_own(t, page)
+        if t.shares:
+            note_own(a, t, page)
     tick(&counts[C_STORES])
     if before & DIRTY:
         tick(&counts[C_OVERWRITES_SAVED])
@@ -151,8 +151,8 @@ cdef void refault(Arena *a, Handle *t, uint64_t key, Slot *slot, uint64_t word, 
         &slot.word, word, next_word(word, CACHED, page)
     ):
         publish(a, page)
-        count_held(a, t.type, 1)
-        note_own(t, page)
+        if t.shares:
+            note_own(a, t, page)
         count(a, C_REFAULTS)
     else:
         abandon(a, page)
