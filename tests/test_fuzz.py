@@ -91,12 +91,12 @@ class Live:
 
     def declare(self) -> None:
         swap = self.client.swap(200, 8, "behind")
-        swap.store(0, b"m" * PAGE)
+        swap.store(0, b"m-gcma--" * (PAGE // 8))
 
     def is_well(self) -> None:
         """Others are served, what they stored is there, unless a stranger has ended the type, as any process of this user may."""
         assert self.broker.process.poll() is None
-        assert self.client.swap(200, 8, "behind").load(0) in (b"m" * PAGE, None)
+        assert self.client.swap(200, 8, "behind").load(0) in (b"m-gcma--" * (PAGE // 8), None)
         self.declare()
 
 

@@ -69,7 +69,8 @@ def test_an_immediate_retry_of_a_batch_that_timed_out(client: EmbeddedClient, ot
 def test_single_requests_that_timed_out_leave_room_for_the_window_alone(client: EmbeddedClient, other: Client) -> None:
     swap = other.swap(0, 10)
     window = other._channel.greeting["window"]
-    swap.store(1, b"x" * PAGE)
+    page = os.urandom(PAGE)
+    swap.store(1, page)
     other._channel.timeout = 0.001
     other._channel._socket.setsockopt(zmq.RCVTIMEO, 1)
     with stopped(client):
@@ -78,7 +79,7 @@ def test_single_requests_that_timed_out_leave_room_for_the_window_alone(client: 
                 swap.load(1)
         assert given_up(other) == window
     other._channel.timeout = 60.0
-    assert swap.load(1) == b"x" * PAGE
+    assert swap.load(1) == page
     assert given_up(other) == 0
     assert "ProtocolError" not in client.stats()["broker"]["refusals"]
 

@@ -59,6 +59,11 @@ class Stranger:
         self._context.term()
 
 
+def page_of(byte: bytes, size: int) -> bytes:
+    """No four bytes over and over, or it would take no page."""
+    return (byte + b"-gcma--") * (size // 8)
+
+
 @pytest.fixture
 def stranger(client: EmbeddedClient) -> Iterator[Stranger]:
     peer = Stranger(client.endpoint)
@@ -81,7 +86,7 @@ def test_the_example_of_the_specification(client: EmbeddedClient) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     names: dict[str, Any] = {"context": context}
     exec(compile(code, "docs/protocol.md", "exec"), names)
-    assert client.swap(3, slots=1000).load(7) == b"x" * client.page_size
+    assert client.swap(3, slots=1000).load(7) == b"gcma-shm" * (client.page_size // 8)
     names["socket"].close()
     context.term()
 
@@ -108,11 +113,11 @@ def test_store_and_load_are_seen_by_mapped_clients(client: EmbeddedClient, stran
     _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 10, "write": "behind"})
     slot = {"type": 1, "life": declared["life"], "offset": 4}
     assert stranger.request("load", slot) == ("ok", {"hit": False}, [])
-    assert stranger.request("store", slot, b"a" * size) == ("ok", {}, [])
+    assert stranger.request("store", slot, page_of(b"a", size)) == ("ok", {}, [])
     swap = client.swap(1, slots=10, write="behind")
-    assert swap.load(4) == b"a" * size
-    swap.store(4, b"b" * size)
-    assert stranger.request("load", slot) == ("ok", {"hit": True}, [b"b" * size])
+    assert swap.load(4) == page_of(b"a", size)
+    swap.store(4, page_of(b"b", size))
+    assert stranger.request("load", slot) == ("ok", {"hit": True}, [page_of(b"b", size)])
     assert stranger.request("count", {"type": 1, "life": declared["life"]})[1] == {"count": 1}
     assert stranger.request("invalidate_page", slot)[0] == "ok"
     assert swap.load(4) is None
@@ -127,7 +132,7 @@ def test_batches_are_seen_by_mapped_clients(client: EmbeddedClient, stranger: St
     size, batch = greeting["page_size"], greeting["batch"]
     _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 100, "write": "through"})
     life = {"type": 1, "life": declared["life"]}
-    pages = [bytes([n]) * size for n in range(1, 5)]
+    pages = [page_of(bytes([n]), size) for n in range(1, 5)]
     offsets = packed(7, 3, 7, 99)
     assert stranger.request("store_many", life | {"offsets": offsets}, b"".join(pages)) == ("ok", {}, [])
     swap = client.swap(1, slots=100, write="through")
@@ -157,13 +162,14 @@ def test_batches_of_loads_whose_replies_nobody_has_read(stranger: Stranger) -> N
     stranger.hello()
     _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 10, "write": "behind"})
     some = {"type": 1, "life": declared["life"], "offsets": packed(1, 2)}
-    assert stranger.request("store_many", some, b"x" * 8192)[0] == "ok"
+    pages = page_of(b"x", 4096) + page_of(b"y", 4096)
+    assert stranger.request("store_many", some, pages)[0] == "ok"
     receipts = [stranger.request("load_many", some)[1]["receipt"] for _ in range(messages.BATCHES)]
     for receipt in ({}, {"receipt": receipts[0] ^ 1}):
         status, results, _ = stranger.request("load_many", some | receipt)
         assert status == "ProtocolError"
         assert "receipt" in results["message"]
-    assert stranger.request("load_many", some | {"receipt": receipts[-1]})[2] == [b"x" * 8192]
+    assert stranger.request("load_many", some | {"receipt": receipts[-1]})[2] == [pages]
 
 
 def test_hello_is_needed_first_and_again_after_bye(stranger: Stranger) -> None:
