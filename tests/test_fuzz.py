@@ -46,6 +46,11 @@ def _bytes_wanted(name: str, parameters: dict[str, Any]) -> int:
     return PAGE * max(len(offsets) // messages.OFFSET_BYTES, 1)
 
 
+def _repeated(filling: bytes, size: int) -> bytes:
+    return (filling * (size // len(filling) + 1))[:size]
+
+
+FILLINGS = (b"fuzz-pages", bytes(range(251)), b"\7", bytes(1))  # pages of no pattern, of one, and of zeros
 OPEN_TO_ALL = 201  # a type of ten slots, for pages of strangers
 
 
@@ -58,6 +63,9 @@ def nearly(draw: st.DrawFn) -> list[bytes]:
     parameters: dict[str, Any] = dict(SOUND[name])
     if "offset" in parameters or "offsets" in parameters:
         parameters["type"] = OPEN_TO_ALL
+    if OPERATIONS[name].pages and draw(st.booleans()):  # as it should be: pages are stored
+        sound = msgpack.packb([1, draw(st.integers(0, 99)), name, parameters]) or b""
+        return [sound, _repeated(draw(st.sampled_from(FILLINGS)), _bytes_wanted(name, parameters))]
     for key in draw(st.lists(st.sampled_from([*parameters, "colour"]), max_size=3)):
         if key == "offsets" and draw(st.booleans()):
             parameters[key] = messages.pack_offsets(draw(st.lists(st.integers(0, 9), min_size=1, max_size=8)))
@@ -77,10 +85,8 @@ def nearly(draw: st.DrawFn) -> list[bytes]:
     sizes = st.sampled_from([0, 1, whole, whole, whole, whole, whole - 1, whole + 1])
     pages = draw(st.lists(sizes, min_size=OPERATIONS[name].pages, max_size=OPERATIONS[name].pages))
     pages += draw(st.sampled_from([[], [], [], [PAGE], [0, 0, 0]]))
-    filling = draw(
-        st.sampled_from([b"\0", b"\7", b"fuzz-pages", bytes(range(251))])
-    )  # of zeros, a pattern, and neither
-    return [bytes(packed), *((filling * (size // len(filling) + 1))[:size] for size in pages)]
+    filling = draw(st.sampled_from(FILLINGS))
+    return [bytes(packed), *(_repeated(filling, size) for size in pages)]
 
 
 frames = nearly() | st.lists(st.binary(max_size=40), min_size=1, max_size=4)
@@ -141,8 +147,8 @@ def replies(raw: Raw, number: int) -> list[list[Any]]:
     while True:
         body = raw.receive()
         assert body, "the connection has ended"
-        if len(body) == PAGE:
-            continue  # the page of a load
+        if len(body) % PAGE == 0:
+            continue  # the pages of a load
         found.append(msgpack.unpackb(body))
         if found[-1][1] == number:
             return found
