@@ -17,7 +17,8 @@ from gcma_shm.entries import Guest
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)  # states of a page's life
 LIFE_SHIFT, OWNER_SHIFT = 62, 46
 STATES = ("free", "granted", "published", "a buffer's")
-SLOT_STATES = ("empty", "cached", "spilled", "zero", "closed", "filled", "filled")  # the last one: and LAID; any above is damage
+# The last one: the same, and LAID. Any above is damage.
+SLOT_STATES = ("empty", "cached", "spilled", "zero", "closed", "filled", "filled")
 CHUNK = 1 << 18  # slots in one pass without the GIL, so that Ctrl-C is heard
 QUIET_TRIES = 20  # at a gauge and what it counts, in one look
 Suspect = tuple[str, int, int, int, int]  # why, slot or page, word, life, key

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +171,46 @@ def test_batches_of_loads_whose_replies_nobody_has_read(stranger: Stranger) -> N
         assert status == "ProtocolError"
         assert "receipt" in results["message"]
     assert stranger.request("load_many", some | {"receipt": receipts[-1]})[2] == [pages]
+
+
+@pytest.mark.parametrize("write", ["through", "behind"])
+def test_the_order_of_one_sessions_requests(write: str, stranger: Stranger) -> None:
+    """Sent without waiting: what is in memory is served at once, unless a worker has requests of this session, and then by the worker, as
+    batches and what is written through are. Each load finds what was stored last before it.
+    """
+    greeting = stranger.hello()
+    size, slots, many = greeting["page_size"], 200, 12
+    assert many <= greeting["window"]
+    _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": slots, "write": write})
+    life = {"type": 1, "life": declared["life"]}
+    dice = random.Random(seed := random.randrange(1 << 30))
+    values: dict[int, bytes] = {}
+    for first in range(1000, 4000, many):
+        expected: dict[int, bytes | None] = {}  # by request; of one that is no load None as well
+        batches = messages.BATCHES
+        for number in range(first, first + many):
+            offset = dice.randrange(4) if dice.random() < 0.5 else dice.randrange(slots)
+            what = dice.choice(["store", "store", "load", "load", "load", "invalidate_page", "store_many"])
+            expected[number], page = None, number.to_bytes(8, "little") * (size // 8)
+            if what == "store":
+                values[offset] = page
+                stranger.send(msgpack.packb([1, number, what, life | {"offset": offset}]), page)
+            elif what == "store_many" and batches:
+                batches -= 1
+                values[offset] = page
+                stranger.send(msgpack.packb([1, number, what, life | {"offsets": packed(offset, offset)}]), 2 * page)
+            elif what == "invalidate_page":
+                values.pop(offset, None)
+                stranger.send(msgpack.packb([1, number, what, life | {"offset": offset}]))
+            else:
+                expected[number] = values.get(offset)
+                stranger.send(msgpack.packb([1, number, "load", life | {"offset": offset}]))
+        for number in range(first, first + many):
+            header, *found = stranger.receive()
+            _, answered, status, results = msgpack.unpackb(header)
+            page_expected = expected[number]
+            assert (answered, status) == (number, "ok"), f"seed {seed}: {results}"
+            assert found == ([] if page_expected is None else [page_expected]), f"seed {seed}, request {number}"
 
 
 def test_hello_is_needed_first_and_again_after_bye(stranger: Stranger) -> None:
