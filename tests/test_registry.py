@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import os
+from pathlib import Path
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from gcma_shm import layout
+from gcma_shm.broker.direct import refuse_directory
 from gcma_shm.broker.registry import TypeRegistry
-from gcma_shm.errors import Closed, NoSuchType, SpillError
+from gcma_shm.errors import ArenaError, Closed, NoSuchType, SpillError
 from tests.conftest import Bare
 from tests.invariants import check_at_rest
 
@@ -86,6 +93,37 @@ def test_a_file_that_cannot_be_made_changes_nothing(registry: TypeRegistry, bare
     assert registry.describe() == {}
     (bare.spill_dir / "003.1").rmdir()
     registry.declare(3, 600, "through")
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EINVAL])
+def test_a_question_for_direct_that_fails_changes_nothing(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    geometry = dataclasses.replace(bare.plane.geometry, spill_io=layout.SPILL_IO.index("direct"))
+    registry = TypeRegistry(bare.plane, bare.spill_dir)
+    monkeypatch.setattr(registry, "_geometry", geometry)
+
+    def failing(_file: Path, _page_size: int) -> str | None:
+        if number == errno.EINVAL:
+            return "not on this disk"
+        raise OSError(number, os.strerror(number))
+
+    for _ in range(2):
+        with monkeypatch.context() as asked:
+            asked.setattr("gcma_shm.broker.registry.why_not", failing)
+            with pytest.raises(SpillError, match="--spill-io direct") as raised:
+                registry.declare(3, 600, "through")
+        assert raised.value.errno == number, "that of the question, not that of a file in the way"
+        assert registry.describe() == {}
+        assert not list(bare.spill_dir.iterdir())
+        with monkeypatch.context() as asked:
+            asked.setattr("gcma_shm.broker.direct.why_not", failing)
+            with pytest.raises(ArenaError, match="--spill-io direct") as refused:
+                refuse_directory(bare.spill_dir, 4096)
+        assert refused.value.errno == number
+        assert not list(bare.spill_dir.iterdir())
+    monkeypatch.setattr("gcma_shm.broker.registry.why_not", lambda _file, _page_size: None)
+    assert registry.declare(3, 600, "through").life == 1
 
 
 def test_a_file_that_has_gone_is_no_obstacle_to_the_end(registry: TypeRegistry, bare: Bare) -> None:
