@@ -166,7 +166,8 @@ class Server:
                 return False
         return True
 
-    def _send(self, peer: bytes, reply: Reply) -> None:
+    def _send(self, peer: bytes, reply: Reply) -> bool:
+        """Whether ZeroMQ took it."""
         frames = messages.encode_reply(reply)
         try:
             self._socket.send(peer, _MORE)
@@ -178,6 +179,8 @@ class Server:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             log.debug("a reply is lost: its peer %s", "reads too slowly" if error.errno == zmq.EAGAIN else "is gone")
+            return False
+        return True
 
     def _other(self, fd: int, service: Service, owner_pidfd: int) -> None:
         if fd == self._stop.fd:
@@ -193,7 +196,8 @@ class Server:
             peer, reply = self._answers.popleft()
             if service is not None:
                 service.answered(peer, reply)
-            self._send(peer.address, reply)
+            if not self._send(peer.address, reply) and service is not None:
+                service.lost(peer)
 
 
 def _fd(socket: zmq.Socket[bytes]) -> int:
