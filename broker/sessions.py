@@ -97,6 +97,10 @@ class Sessions:
         """Whether anybody has said hello there."""
         return peer in self._by_peer
 
+    def __len__(self) -> int:
+        """How many clients have said hello, and may send pages."""
+        return len(self._by_peer)
+
     def find(self, peer: bytes, sender: Sender = NOBODY) -> Client | None:
         """Whose messages these are; None: a peer that has not said hello. A peer chooses its address itself, so one that came
         after the session's is told from it by who it is.

@@ -6,13 +6,18 @@ import os
 import select
 import signal
 from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gcma_shm import layout
+from gcma_shm.broker.growth import growth_max
 from gcma_shm.broker.registry import TypeRegistry
+from gcma_shm.broker.server import Server
 from gcma_shm.broker.service import Peer, Service
 from gcma_shm.broker.sessions import Client, Sessions
+from gcma_shm.broker.stop import StopSignals
 from gcma_shm.errors import ProtocolError, QuotaExceeded
 from gcma_shm.messages import BATCHES, Reply, Request, encode_request, pack_offsets
 from gcma_shm.presence import Presence
@@ -177,6 +182,35 @@ def test_a_reply_that_reaches_nobody_keeps_no_receipt(bare: Bare, how: str) -> N
         service.sessions._check()
     finally:
         service.stop(5.0)
+
+
+def test_what_the_broker_may_grow_by_goes_with_the_sessions_there_are(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with those that there might be, or one peer's message without end might grow to what is meant for all of them."""
+    grown, ended = 0, list[int]()
+    monkeypatch.setattr("gcma_shm.broker.server.private_bytes", lambda: grown)
+    connections: Any = SimpleNamespace(turn=lambda: None, to_blame=lambda looks: [looks])
+    door: Any = SimpleNamespace(socket=None, end=ended.extend)
+    with StopSignals() as stop:
+        server = Server(door, stop, 4096)
+        kept.hello(b"a")
+        grown = growth_max(4096, 1)
+        for _ in range(2):
+            server._look(connections, len(kept.sessions))
+        assert not ended
+        grown += 1
+        server._look(connections, len(kept.sessions))
+        assert ended == [1]
+        other = kept.hello(b"b")
+        server._look(connections, len(kept.sessions))
+        kept.end(other)
+        server._look(connections, len(kept.sessions))
+        assert ended == [1], "what was its may not be freed yet"
+        server._look(connections, len(kept.sessions))
+        assert ended == [1, 1]
+        server.close()
+    kept.sessions.close()
 
 
 def test_the_record_is_used_again_only_after_the_burial(kept: Kept) -> None:
