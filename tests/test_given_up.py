@@ -190,3 +190,41 @@ def test_a_free_leaves_nothing_late(client: EmbeddedClient) -> None:
     for _ in range(5):
         client.alloc_contig(PAGE).free()
         assert client._channel._late == 0
+
+
+def test_a_batch_of_large_pages_goes_page_by_page() -> None:
+    """Where a batch could hold one page only; an error tells how many were served before it."""
+    size = 1 << 20
+    with (
+        gcma_shm.embedded("32M", page_size=size) as owner,
+        gcma_shm.connect(owner.endpoint, mapped=False) as other,
+    ):
+        swap = other.swap(0, 10)
+        pages = os.urandom(3 * size)
+        swap.store_many([1, 2, 4], pages)
+        out = bytearray(4 * size)
+        assert swap.load_many([1, 3, 4, 2], out) == [True, False, True, True]
+        assert out == pages[:size] + bytes(size) + pages[2 * size :] + pages[size : 2 * size]
+        requests = owner.stats()["broker"]["requests"]
+        assert (requests["store"], requests["load"]) == (3, 4)
+        assert not {"store_many", "load_many"} & set(requests)
+        kind: Any = type(swap)
+        sent: list[Any] = []
+        request = kind._request
+
+        def failing(self: Any, *arguments: Any) -> Any:
+            if len(sent) == 2:
+                raise BrokerUnavailable
+            sent.append(arguments)
+            return request(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "_request", failing)
+            for batch in (
+                lambda: swap.store_many(range(4), bytes(4 * size)),
+                lambda: swap.load_many(range(4), bytearray(4 * size)),
+            ):
+                sent.clear()
+                with pytest.raises(BrokerUnavailable) as raised:
+                    batch()
+                assert raised.value.done == 2
