@@ -112,6 +112,7 @@ cdef enum:
     VICTIMS_MAX = 4         # pages that a promotion tries to replace
     RESERVE = 16            # of the nursery one page in so many is kept from a type that has all others
     COUNT_LAG = 32          # one ticket in so many of the nursery is not counted yet
+    OWN_PASS = 4096         # nursery pages among which a sweep looks for those of types that have their part
     OWN_LOOK = 64           # nursery pages among which a type looks for one of its own
     OWN_REFUSALS = 4        # of them that its file may refuse
     PROVEN = 2              # loads in the nursery that prove a page: more than one, as in the paper
@@ -311,6 +312,7 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t punch_offset
     uint64_t unpunchable[256]   # by type: the life whose file cannot give back a part of itself
     uint64_t own_at[256]    # nursery page at which each type's search for one of its own goes on
+    uint64_t held_at        # nursery page at which the search for pages of types that have their part goes on
     uint64_t recounted      # the sweep's hand when `held` of all types was last counted anew
     crc32c_t crc
 

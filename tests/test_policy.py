@@ -423,6 +423,22 @@ def test_a_type_that_has_its_part_lets_the_others_pages_stay_in_the_nursery(scen
     s.check()
 
 
+@pytest.mark.parametrize("policy", layout.POLICIES)
+def test_a_type_with_a_share_uses_its_share_of_the_areas(scene: Callable[..., Scene], policy: str) -> None:
+    """Also when it is alone, and so draws no more tickets than its part of the nursery has pages."""
+    s = scene(policy)
+    alone = s.swap(0, 0, 2000, 25)
+    part = (NURSERY - NURSERY // 16) * 25 // 100
+    for n in range(400):
+        alone.store(n, page_of(n))
+        if n % 8 == 7:
+            s.plane.sweep(0)
+    where = [s.where(n) for n in range(400)]
+    assert where.count("area") == AREA // 4
+    assert where.count("nursery") <= part + 1
+    s.check()
+
+
 def test_a_page_in_other_hands_keeps_nobody_from_storing(scene: Callable[..., Scene]) -> None:
     """All that a type may have is one page, and a process that is stopped writes it to the file: a free page is taken, at once."""
     s = scene("s3fifo")
