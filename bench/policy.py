@@ -157,13 +157,13 @@ def section(lengths: dict[str, str], results: dict[str, Any], plotted: bool) -> 
     columns = [""] + [f"{trace}, {share} %" for trace in results for share in SHARES]
     named = {policy: policy for policy in layout.POLICIES} | {"live": f"{layout.POLICIES[0]}, through a broker process"}
     rows = [
-        [words, *(_cell(of_trace[name].get(str(share))) for of_trace in results.values() for share in SHARES)]
+        [words, *(_cell(_hits(of_trace[name], share)) for of_trace in results.values() for share in SHARES)]
         for name, words in named.items()
         if all(name in of_trace for of_trace in results.values())
     ]
     for name in dict.fromkeys(name for of_trace in results.values() for name in of_trace["reference"]):
-        figures = [of_trace["reference"].get(name, ["-"] * len(SHARES)) for of_trace in results.values()]
-        rows.append([f"libcachesim, {name}", *(figure for of_trace in figures for figure in of_trace)])
+        figures = [of_trace["reference"].get(name, [None] * len(SHARES)) for of_trace in results.values()]
+        rows.append([f"libcachesim, {name}", *(_cell(figure) for of_trace in figures for figure in of_trace)])
     note = (
         "Loads served from memory, percent, by the size of the cache as a share of the pages that the trace asks for. "
         + "; ".join(f"{trace}: {words}" for trace, words in lengths.items())
@@ -173,8 +173,12 @@ def section(lengths: dict[str, str], results: dict[str, Any], plotted: bool) -> 
     return Section("Loads served from memory", columns, rows, note, list(_verdicts(results)), plots)
 
 
-def _cell(found: dict[str, float] | None) -> str:
-    return f"{found['hits']:.1f}" if found else "-"
+def _hits(found: dict[str, dict[str, float]], share: int) -> float | None:
+    return found[str(share)]["hits"] if str(share) in found else None
+
+
+def _cell(percent: float | None) -> str:
+    return "-" if percent is None else f"{percent:.1f}"
 
 
 def _verdicts(results: dict[str, Any]) -> Iterator[Verdict]:

@@ -206,7 +206,7 @@ def test_a_policy_is_judged_at_each_size() -> None:
     rows = {row[0]: row[1:] for row in section.rows}
     assert rows["s3fifo"] == ["11.0", "12.3", "18.0", "27.0", "45.0"]
     assert rows["s3fifo, through a broker process"] == ["-", "12.0", "-", "-", "-"]
-    assert rows["libcachesim, Belady"] == [13.5, 23.0, 32.4, 45.3, 61.5]
+    assert rows["libcachesim, Belady"] == ["13.5", "23.0", "32.4", "45.3", "61.5"]
     words = {one.what: one.word for one in section.verdicts}
     assert words["points behind S3-FIFO, vm, 5 %"] == "missed", "13.4, and a point is allowed"
     assert words["points behind S3-FIFO, vm, 10 %"] == "met"
