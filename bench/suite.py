@@ -18,9 +18,9 @@ from _common import OUT
 HERE = Path(__file__).parent
 # Script and its arguments. A longer run of one of them is published by hand: `publish.py --take NAME`.
 SET: dict[str, list[str]] = {
-    "pages": ["--rounds", "9"],
-    "peers": ["--rounds", "5", "--block-s", "0.05"],
-    "requests": ["--rounds", "9"],
+    "pages": ["--rounds", "25"],
+    "peers": ["--rounds", "7", "--block-s", "0.05"],
+    "requests": [],
     "scaling": ["--rounds", "7"],
     "policy": ["--live", "--plots"],
     "lent": ["--spill-io", "direct", "--rounds", "1", "--period", "0.5", "4", "--duty", "0.1", "0.5", "0.9", "--plots"],
