@@ -23,7 +23,7 @@ SET: dict[str, list[str]] = {
     "requests": [],
     "scaling": ["--rounds", "7"],
     "policy": ["--live", "--plots"],
-    "lent": ["--spill-io", "direct", "--rounds", "1", "--period", "0.5", "4", "--duty", "0.1", "0.5", "0.9", "--plots"],
+    "lent": ["--spill-io", "direct", "--rounds", "1", "--period", "1", "--duty", "0.1", "0.5", "0.9", "--plots"],
     "spill_io": [],
     "same_filled": ["--rounds", "10"],
     "alloc": ["--size", "64M", "--rounds", "40", "--plots"],
