@@ -58,6 +58,7 @@ cdef void promote_held(Arena *a) noexcept nogil:
     """
     cdef uint64_t page, life, key, word, type_, look
     cdef bint any_ = False, room = True, proven
+    cdef Clean one
     for type_ in range(256):
         any_ = any_ or has_share(a, type_)
     if not any_:
@@ -71,8 +72,15 @@ cdef void promote_held(Arena *a) noexcept nogil:
         if 2 * <int64_t>load_relaxed(&a.types[type_].held) < <int64_t>nursery_part(a, type_):  # the hand comes soon enough
             continue
         proven = is_proven(a, page)
-        if not (proven or room) or not look_up(a, page, &life, &key, &word) or not names(word, page) or word & DIRTY:
+        if not (proven or room) or not look_up(a, page, &life, &key, &word) or not names(word, page) or was_refused(a, page, life):
             continue
+        if word & DIRTY:
+            one.key = key
+            clean_batch(a, &one, 1, a.sweeper_pins, NULL)
+            if one.status < 0:
+                note_refused(a, &one)
+            if not look_up(a, page, &life, &key, &word) or not names(word, page) or word & DIRTY:
+                continue
         if promote(a, page, key, word, proven):
             free_orphan(a, page, life)
         elif not proven:
