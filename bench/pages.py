@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _common import OUT, Crew, compile_floor, crew, describe_machine, machine, scratch, write_json
+from _common import OUT, Crew, Section, compile_floor, crew, describe_machine, machine, scratch, tell, write_json
 from pages_floor import compile_own
 from pages_job import PUT_BATCH, Setup
 from pages_lmdb import open_lmdb
 from pages_ours import BEHIND, THROUGH
-from pages_tell import PHASES, Figures, Phase, tell, verdicts
+from pages_tell import PHASES, Figures, Phase, expected, plain, section
 from pages_worker import Block, make_worker
 
 import gcma_shm
@@ -50,7 +50,7 @@ class Measurement:
         self._nursery_pages: int = client.stats()["arena"]["nursery"] // setup.page_size
 
     def run(self, phase: Phase) -> tuple[dict[str, Any], dict[str, Figures]]:
-        """All rounds of one phase; prints its table."""
+        """All rounds of one phase."""
         Crew(self._team.connections[:1]).ask("fill", BEHIND if "behind" in phase.name else THROUGH)
         batches = self._batches(phase)
         figures = {name: Figures() for name in phase.contenders}
@@ -64,13 +64,7 @@ class Measurement:
         for name in phase.contenders:
             for times in self._team.ask("singles", name, singles):
                 figures[name].singles += times
-        told = tell(phase, self._setup.page_size, self._processes, figures)
         places = {name: after[name] - before[name] for name in PLACES}
-        if phase.name.startswith("load"):
-            loads = sum(places.values())
-            shares = [f"{place.removeprefix('hits_')} {n / loads:.1%}" for place, n in places.items() if n]
-            print(f"loads by place: {', '.join(shares)} of {loads}")
-        sys.stdout.flush()
         return {
             "page_size": self._setup.page_size,
             "processes": self._processes,
@@ -78,7 +72,7 @@ class Measurement:
             "pages_per_block": batches * self._setup.batch * self._processes,
             "nursery_pages": self._nursery_pages,
             "places": places,
-            "contenders": told,
+            "contenders": plain(phase, figures),
         }, figures
 
     def _batches(self, phase: Phase) -> int:
@@ -123,14 +117,24 @@ def _lay(setup: Setup) -> None:
                 txn.put(struct.pack(">Q", n), page)
 
 
+def by_place(result: dict[str, Any]) -> str:
+    """Where the loads of a phase found their pages."""
+    places, loads = result["places"], sum(result["places"].values())
+    if not loads or not result["phase"].startswith("load"):
+        return ""
+    shares = [f"{place.removeprefix('hits_')} {n / loads:.1%}" for place, n in places.items() if n]
+    return f"Our loads by place, {result['processes']} at once: {', '.join(shares)}. "
+
+
 Found = dict[tuple[str, int, int], dict[str, Figures]]
 
 
 def measure(
     options: argparse.Namespace, page_size: int, parent: Path, libraries: tuple[Path, Path], found: Found
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[Section]]:
     """Everything for one page size: a broker, a file, a database, a mapping of their own."""
-    results = []
+    results: list[dict[str, Any]] = []
+    phases = [phase for phase in PHASES if not options.phase or any(word in phase.name for word in options.phase)]
     pages = options.working_set // page_size
     batch = max(min(PUT_BATCH, (2 << 20) // page_size), 1)
     with ExitStack() as stack:
@@ -148,11 +152,16 @@ def measure(
         for processes in options.processes:
             with crew(processes, make_worker, setup) as team:
                 measurement = Measurement(options, client, client.broker_pid, team, setup)
-                for phase in PHASES:
-                    if not options.phase or any(word in phase.name for word in options.phase):
-                        result, found[phase.name, page_size, processes] = measurement.run(phase)
-                        results.append(result)
-    return results
+                for phase in phases:
+                    result, found[phase.name, page_size, processes] = measurement.run(phase)
+                    results.append(result)
+    sections = []
+    for phase in phases:
+        by_processes = {processes: found[phase.name, page_size, processes] for processes in options.processes}
+        note = "".join(by_place(result) for result in results if result["phase"] == phase.name)
+        sections.append(section(phase, page_size, by_processes, note.strip()))
+        tell(sections[-1])
+    return results, sections
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -174,12 +183,16 @@ def main(argv: list[str] | None = None) -> int:
     about = machine()
     print(describe_machine(about))
     results, found = [], Found()
+    tables: list[Section] = []
     with scratch() as directory:
         libraries = compile_floor(directory), compile_own(directory)
         for page_size in options.page_size:
-            results += measure(options, page_size, directory, libraries, found)
-    record = {"phases": results, "expected": verdicts(found)}
-    write_json(options.out, "What does one page cost?", about, vars(options), record)
+            of_size, sections = measure(options, page_size, directory, libraries, found)
+            results += of_size
+            tables += sections
+    judged = expected(found)
+    tell(judged)
+    write_json(options.out, "What does one page cost?", about, vars(options), results, [judged, *tables])
     return 0
 
 

@@ -14,11 +14,11 @@ import mmap
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from _common import OUT, describe_machine, machine, scratch, table, write_json
+from _common import OUT, Plot, Section, Verdict, describe_machine, machine, scratch, tell, write_json
 from traces import Trace, traces
 
 import gcma_shm
@@ -31,6 +31,7 @@ SHARES = (1, 5, 10, 20, 40)  # percent of the trace's pages
 CLIENTS = 2
 LOW = 8  # the reclaim thread is woken when less than an eighth of the nursery is left
 LIVE_SHARES = (5, 20)
+BEHIND_MAX = 1.0  # points that ours may be behind the oracle's S3-FIFO; it is to be ahead of LRU
 IN_MEMORY = ("hits_nursery", "hits_area", "hits_zero")
 
 # libcachesim 0.3.5 over the same traces, each request of one size, caches of the same numbers of pages; `--oracle` takes them anew, but for
@@ -151,17 +152,45 @@ def pages_of(trace: Trace, share: int) -> int:
     return (int(trace.max()) + 1) * share // 100
 
 
-def tell(name: str, trace: Trace, results: dict[str, Any], reference: dict[str, Any]) -> str:
-    """The table of one trace."""
+def section(lengths: dict[str, str], results: dict[str, Any], plotted: bool) -> Section:
+    """Ours, by policy, above the reference figures: a column a trace and size of the cache."""
+    columns = [""] + [f"{trace}, {share} %" for trace in results for share in SHARES]
+    named = {policy: policy for policy in layout.POLICIES} | {"live": f"{layout.POLICIES[0]}, through a broker process"}
     rows = [
-        [policy, *(results[policy][str(share)]["hits"] for share in SHARES)]
-        for policy in layout.POLICIES
-        if policy in results
+        [words, *(_cell(_hits(of_trace[name], share)) for of_trace in results.values() for share in SHARES)]
+        for name, words in named.items()
+        if all(name in of_trace for of_trace in results.values())
     ]
-    rows += [[f"libcachesim {known}", *map(float, figures)] for known, figures in reference.items()]
-    title = f"\n{name}: {len(trace)} loads of {int(trace.max()) + 1} pages; loads served from memory, percent"
-    cells = [[row[0], *(f"{value:.1f}" for value in row[1:])] for row in rows]
-    return table(["cache, percent of the pages", *map(str, SHARES)], cells, title)
+    for name in dict.fromkeys(name for of_trace in results.values() for name in of_trace["reference"]):
+        figures = [of_trace["reference"].get(name, [None] * len(SHARES)) for of_trace in results.values()]
+        rows.append([f"libcachesim, {name}", *(_cell(figure) for of_trace in figures for figure in of_trace)])
+    note = (
+        "Loads served from memory, percent, by the size of the cache as a share of the pages that the trace asks for. "
+        + "; ".join(f"{trace}: {words}" for trace, words in lengths.items())
+        + "."
+    )
+    plots = [Plot("policy.svg", "Loads served from memory by size of the cache")] if plotted else []
+    return Section("Loads served from memory", columns, rows, note, list(_verdicts(results)), plots)
+
+
+def _hits(found: dict[str, dict[str, float]], share: int) -> float | None:
+    return found[str(share)]["hits"] if str(share) in found else None
+
+
+def _cell(percent: float | None) -> str:
+    return "-" if percent is None else f"{percent:.1f}"
+
+
+def _verdicts(results: dict[str, Any]) -> Iterator[Verdict]:
+    ours = layout.POLICIES[0]
+    for trace, of_trace in results.items():
+        for n, share in enumerate(SHARES if ours in of_trace else ()):
+            hits = of_trace[ours][str(share)]["hits"]
+            oracle, lru = (of_trace["reference"][name][n] for name in ("S3-FIFO", "LRU"))
+            why = f"{hits:.2f} against {oracle:.2f}"
+            yield Verdict(f"points behind S3-FIFO, {trace}, {share} %", BEHIND_MAX, oracle - hits, why=why)
+            why = f"{hits:.2f} against {lru:.2f}"
+            yield Verdict(f"points ahead of LRU, {trace}, {share} %", 0, hits - lru, at_least=True, why=why)
 
 
 def main() -> None:
@@ -174,29 +203,33 @@ def main() -> None:
         "--oracle", action="store_true", help="runs libcachesim, which must be installed, for the reference"
     )
     parser.add_argument("--out", type=Path, default=OUT / "policy.json", help="where the figures go")
+    parser.add_argument("--plots", action="store_true", help="write docs/policy.svg; needs matplotlib")
     options = parser.parse_args()
     found = machine()
     print(describe_machine(found))
     results: dict[str, Any] = {}
+    lengths: dict[str, str] = {}
     with scratch() as directory:
         for name, trace in traces().items():
             if options.trace and name not in options.trace:
                 continue
+            lengths[name] = f"{len(trace):,} loads of {int(trace.max()) + 1:,} pages"
             of_trace: dict[str, Any] = {}
             results[name] = of_trace
             for policy in options.policy or layout.POLICIES:
                 of_trace[policy] = {str(s): replay(trace, pages_of(trace, s), policy, directory) for s in SHARES}
             of_trace["reference"] = oracle(trace) if options.oracle else REFERENCE[name]
-            print(tell(name, trace, of_trace, of_trace["reference"]), flush=True)
             if options.live:
-                of_trace["live"] = live = {}
-                for share in LIVE_SHARES:
-                    live[str(share)] = replay_live(trace, pages_of(trace, share), layout.POLICIES[0], directory)
-                    still = of_trace[layout.POLICIES[0]][str(share)]["hits"]
-                    print(
-                        f"through a broker process, {share} percent: {live[str(share)]['hits']:.1f}, in this process {still:.1f}"
-                    )
-    write_json(options.out, __doc__.splitlines()[0], found, vars(options), results)
+                of_trace["live"] = {
+                    str(s): replay_live(trace, pages_of(trace, s), layout.POLICIES[0], directory) for s in LIVE_SHARES
+                }
+    told = section(lengths, results, options.plots)
+    tell(told)
+    write_json(options.out, (__doc__ or "").splitlines()[0], found, vars(options), results, [told])
+    if options.plots:
+        import plots
+
+        plots.hits(options.out, plots.DOCS)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,21 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from _common import OUT, Crew, Ratio, Summary, crew, describe_machine, machine, scratch, table, write_json
+from _common import (
+    OUT,
+    Crew,
+    Ratio,
+    Section,
+    Summary,
+    Verdict,
+    crew,
+    describe_machine,
+    machine,
+    scratch,
+    tell,
+    write_json,
+)
+from report import cell
 from requests_echo import Bare, Wanted, make_echo
 
 import gcma_shm
@@ -32,6 +46,13 @@ PAGE, LARGE = 4096, 65536
 BATCH = messages.batch_max(LARGE)
 SLOTS = 64  # large pages that take turns: 4 MiB
 BUFFER = 1 << 16
+
+BATCHES = {
+    "load_many": "load_many",
+    "store_many behind": "store_many",
+    "store_many through": "store_many",
+}  # and the frames' name
+PIPELINED = ("load, pipelined", "store behind, pipelined")  # page by page
 
 Figures = dict[str, Any]
 
@@ -244,53 +265,65 @@ def _flat(rows: Sequence[Sequence[int]]) -> Any:
 # --- what is told
 
 
-def tell_latency(where: str, found: Figures) -> str:
+def latency_section(where: str, found: Figures, judged: bool) -> Section:
+    """Round trips."""
     rows = [
-        [name, f"{one['ours'].median / 1e3:.1f}", f"{one['ours'].p99 / 1e3:.0f}", f"{one['echo'].median / 1e3:.1f}",
-         f"{one['echo'].p99 / 1e3:.0f}", str(one["ratio"])]
+        [name, one["ours"].median / 1e3, one["ours"].p99 / 1e3, one["echo"].median / 1e3, one["echo"].p99 / 1e3, str(one["ratio"])]
         for name, one in found.items()
     ]  # fmt: skip
-    head = ["one outstanding", "us", "p99", "echo us", "p99", "ours / echo"]
-    return table(head, rows, f"{where}: round trips")
-
-
-def tell_rates(where: str, found: Figures) -> str:
-    rows = [[name, f"{one['ours']:.0f}", f"{one['echo']:.0f}", str(one["ratio"])] for name, one in found.items()]
-    return table([f"{IN_FLIGHT} in flight", "per s", "echo", "time, ours / echo"], rows, f"{where}: requests a second")
-
-
-def tell_bandwidth(where: str, found: Figures) -> str:
-    clock = {name: statistics.median(each) for name, each in found["clock"].items()}
-    seconds = {name: statistics.median(each) for name, each in found["processors"].items()}
-    rows: list[list[object]] = [
-        [name, f"{1 / clock[name]:.2f}", f"{1 / min(found['clock'][name]):.2f}", f"{each * 1e3:.0f}", f"{1 / each:.2f}"]
-        for name, each in seconds.items()
+    columns = ["", "µs", "p99", "echo, µs", "p99", "ours / echo"]
+    verdicts = [
+        Verdict(f"{name} / echo, {where}", RATIO_MAX, one["ratio"].median, why=spread(one["ratio"]))
+        for name, one in found.items()
+        if judged
     ]
-    head = ["pages of 64 KiB", "GB/s", "best round", "processor ms a GB", "GB per processor s"]
-    told = [table(head, rows, f"{where}: bandwidth")]
-    shares: list[list[object]] = []
-    for name, plain, plane in (
-        ("load_many", "load_many", "load_many: mapped"),
-        ("store_many behind", "store_many", "store_many behind: mapped"),
-        ("store_many through", "store_many", "store_many through: mapped"),
-    ):
+    return Section(f"One outstanding, {where}", columns, rows, verdicts=verdicts)
+
+
+def rate_section(where: str, found: Figures) -> Section:
+    """Requests a second."""
+    rows = [[name, one["ours"], one["echo"], str(one["ratio"])] for name, one in found.items()]
+    return Section(f"{IN_FLIGHT} in flight, {where}", ["", "requests/s", "echo", "time, ours / echo"], rows)
+
+
+def bandwidth_section(where: str, found: Figures, judged: bool) -> Section:
+    """Pages of 64 KiB by each way."""
+    rates = {how: {name: 1 / statistics.median(each) for name, each in of.items()} for how, of in found.items()}
+    rows = [
+        [name, rate, 1 / min(found["clock"][name]), rates["processors"][name], 1e3 / rates["processors"][name]]
+        for name, rate in rates["clock"].items()
+    ]
+    words = {"clock": "GB/s", "processors": "GB a processor second"}
+    verdicts = [
+        Verdict(f"{name}, {words[how]}, {where}", BANDWIDTH_MIN, rates[how][name], at_least=True)
+        for name in (*BATCHES, *PIPELINED)
+        for how in words
+        if judged
+    ]
+    columns = ["", "GB/s", "best round", "GB a processor second", "processor ms a GB"]
+    note = (
+        "“ZeroMQ alone”: the same frames, by a bare client to a bare echo; “and the copies”: which copies them as well."
+    )
+    return Section(f"Pages of 64 KiB, {where}", columns, rows, note, verdicts)
+
+
+def shares_section(where: str, found: Figures) -> Section:
+    """Where the processor time of a batch goes."""
+    seconds = {name: statistics.median(each) for name, each in found["processors"].items()}
+    rows: list[list[object]] = []
+    for name, plain in BATCHES.items():
         all_of_it, alone = seconds[name], seconds[f"{plain}: ZeroMQ alone"]
         copies = seconds[f"{plain}: and the copies"] - alone
-        beyond = max(seconds[plane] - seconds["copy"], 0.0)
+        beyond = max(seconds[f"{name}: mapped"] - seconds["copy"], 0.0)
         rest = all_of_it - alone - copies - beyond
-        shares.append(
-            [name, f"{all_of_it * 1e3:.0f}", *(f"{part / all_of_it:.0%}" for part in (alone, copies, beyond, rest))]
-        )
-    head = [
-        "where the processor time goes",
-        "ms a GB",
-        "ZeroMQ, sockets",
-        "copies",
-        "data plane but its copy",
-        "the rest",
-    ]
-    told.append(table(head, shares))
-    return "\n\n".join(told)
+        rows.append([name, all_of_it * 1e3, *(f"{part / all_of_it:.0%}" for part in (alone, copies, beyond, rest))])
+    columns = ["", "ms a GB", "ZeroMQ and sockets", "copies", "data plane beyond its copy", "the rest"]
+    return Section(f"Where the processor time of a batch goes, {where}", columns, rows)
+
+
+def spread(ratio: Ratio) -> str:
+    """The middle 80 % of the rounds."""
+    return f"{cell(ratio.low)} to {cell(ratio.high)}"
 
 
 def main() -> None:
@@ -307,36 +340,25 @@ def main() -> None:
     parts = options.part or ["latency", "rate", "bandwidth"]
     everywhere = os.sched_getaffinity(0)
     figures: dict[str, Figures] = {}
+    sections: list[Section] = []
     for where, cores in (("one core", {min(everywhere)}), (f"{len(everywhere)} cores", everywhere)):
         os.sched_setaffinity(0, cores)
+        judged = len(cores) == 1  # what was expected is of one core
         figures[where] = here = {}
         with scratch() as directory:
             if "latency" in parts:
                 here["latency"] = one_at_a_time(options.rounds, options.count, directory)
-                print(f"\n{tell_latency(where, here['latency'])}")
+                sections.append(latency_section(where, here["latency"], judged))
             if "rate" in parts:
                 here["rate"] = many_at_once(options.rounds, 5 * options.count, directory)
-                print(f"\n{tell_rates(where, here['rate'])}")
+                sections.append(rate_section(where, here["rate"]))
             if "bandwidth" in parts:
-                here["bandwidth"] = bandwidth(options.rounds, options.laps, directory)
-                print(f"\n{tell_bandwidth(where, here['bandwidth'])}")
+                here["bandwidth"] = found_here = bandwidth(options.rounds, options.laps, directory)
+                sections += [bandwidth_section(where, found_here, judged), shares_section(where, found_here)]
     os.sched_setaffinity(0, everywhere)
-    judge(figures)
-    write_json(options.out, "requests", found, vars(options), figures)
-
-
-def judge(figures: dict[str, Figures]) -> None:
-    """What was expected beforehand, on one core."""
-    here = figures["one core"]
-    for name, one in here.get("latency", {}).items():
-        print(
-            f"{name}: at most {RATIO_MAX:g} x the echo: {'met' if one['ratio'].median <= RATIO_MAX else 'missed'}, {one['ratio']}"
-        )
-    for what, bandwidths in here.get("bandwidth", {}).items():
-        for name in ("load_many", "store_many behind", "store_many through"):
-            reached = 1 / statistics.median(bandwidths[name])
-            verdict = "met" if reached >= BANDWIDTH_MIN else "missed"
-            print(f"{name}, by {what}: at least {BANDWIDTH_MIN:g} GB/s: {verdict}, {reached:.2f}")
+    for section in sections:
+        tell(section)
+    write_json(options.out, (__doc__ or "").splitlines()[0], found, vars(options), figures, sections)
 
 
 if __name__ == "__main__":

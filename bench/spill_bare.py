@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from _common import Ratio, Samples, Summary, compile_c, table
+from _common import Ratio, Samples, Section, Summary, compile_c
 
 from gcma_shm.sizes import format_size
 
@@ -165,7 +165,7 @@ def places(random: np.random.Generator, pages: int, count: int, run: int) -> npt
     return found
 
 
-def measure_bare(page_size: int, rounds: int, directory: Path, bare: Bare) -> dict[str, Any]:
+def measure_bare(page_size: int, rounds: int, directory: Path, bare: Bare) -> tuple[dict[str, Any], list[Section]]:
     """Runs of neighbours, what laying a file in them does to later single writes, and io_uring, on bare files."""
     pages = max((64 << 20) // page_size, 1024)
     memory = mmap.mmap(-1, 64 * page_size)
@@ -195,9 +195,11 @@ def measure_bare(page_size: int, rounds: int, directory: Path, bare: Bare) -> di
                         [call(places(random, pages, 256 // laid, laid), laid, 0) for _ in range(rounds)]
                     )
     rows = [[job, *(_micro(found, f"{name}: {job}") for name in BARE)] for job in _jobs()]
-    print("\n" + table([f"bare files, {format_size(page_size)}, us a page", *BARE], rows), flush=True)
-    ring = measure_ring(page_size, pages, rounds, directory, bare, at)
-    return {"runs": {name: Summary.of(values) for name, values in found.items()}, "io_uring": ring}
+    runs = Section(
+        f"Bare files, {format_size(page_size)}", ["", *BARE], rows, "µs a page, medians; in C, without an arena."
+    )
+    ring, scattered = measure_ring(page_size, pages, rounds, directory, bare, at)
+    return {"runs": {name: Summary.of(values) for name, values in found.items()}, "io_uring": ring}, [runs, scattered]
 
 
 def _jobs() -> list[str]:
@@ -209,15 +211,18 @@ def _jobs() -> list[str]:
     ]
 
 
-def _micro(found: dict[str, Samples], key: str) -> str:
-    return f"{np.median(found[key]) / 1000:.1f}" if key in found else "-"
+def _micro(found: dict[str, Samples], key: str) -> object:
+    return float(np.median(found[key])) / 1000 if key in found else "-"
 
 
-def measure_ring(page_size: int, pages: int, rounds: int, directory: Path, bare: Bare, at: int) -> dict[str, Any]:
+def measure_ring(
+    page_size: int, pages: int, rounds: int, directory: Path, bare: Bare, at: int
+) -> tuple[dict[str, Any], Section]:
     """Scattered pages: one call each, against 32 at a time through io_uring."""
     random = np.random.default_rng(6)
     rows: list[list[object]] = []
     results: dict[str, Any] = {}
+    title = f"Scattered pages through io_uring, {format_size(page_size)}"
     for name, direct in (("buffered", False), ("direct", True)):
         with bare_file(directory / "ring", direct) as fd:
             whole = np.arange(0, pages, 64, dtype=np.int64)
@@ -236,20 +241,12 @@ def measure_ring(page_size: int, pages: int, rounds: int, directory: Path, bare:
                     begun = time.perf_counter_ns()
                     failed = bare.by_ring(fd, at, which.ctypes.data, 128, page_size, 32, writes)
                     if failed:
-                        print(f"io_uring: {os.strerror(-failed)}")
-                        return results
+                        return results, Section(title, [], [], f"io_uring: {os.strerror(-failed)}.")
                     ring.append((time.perf_counter_ns() - begun) / 128)
                 ratio = Ratio.of(ring, one)
                 rows.append(
-                    [f"{name}: {what}", f"{np.median(one) / 1000:.1f}", f"{np.median(ring) / 1000:.1f}", str(ratio)]
+                    [f"{name}: {what}", float(np.median(one)) / 1000, float(np.median(ring)) / 1000, str(ratio)]
                 )
                 results[f"{name}: {what}"] = {"one": np.median(one), "ring": np.median(ring), "ratio": ratio}
-    print(
-        "\n"
-        + table(
-            [f"scattered pages of {format_size(page_size)}, us each", "one by one", "io_uring, 32 at once", "ratio"],
-            rows,
-        ),
-        flush=True,
-    )
-    return results
+    columns = ["", "one by one", "io_uring, 32 at once", "ratio"]
+    return results, Section(title, columns, rows, "µs a page, medians; ratios with their middle 80 %.")

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from _common import OUT, Ratio, Summary, describe_machine, machine, scratch, table, write_json
+from _common import OUT, Ratio, Section, Summary, Verdict, describe_machine, machine, scratch, tell, write_json
+from report import cell
 from spill_bare import Bare, measure_bare
 
 import gcma_shm
@@ -139,7 +140,7 @@ def timed(job: Callable[[], object], operations: int) -> float:
     return (time.perf_counter_ns() - begun) / operations
 
 
-def measure_ways(page_size: int, size: int, rounds: int, directory: Path, bare: Bare) -> dict[str, Any]:
+def measure_ways(page_size: int, size: int, rounds: int, directory: Path, bare: Bare) -> tuple[dict[str, Any], Section]:
     """The three ways side by side."""
     batch = 64
     with ExitStack() as stack:
@@ -157,62 +158,52 @@ def measure_ways(page_size: int, size: int, rounds: int, directory: Path, bare: 
         time.sleep(2.5)  # twice what the broker's dropping takes to come round
         cache = {way.name: sum(bare.cached_bytes(way.file(type_)) for type_ in (0, 1)) for way in ways}
         whole = sum(way.file(type_).stat().st_size for way in ways for type_ in (0, 1)) // len(ways)
-    rows = []
-    for job in JOBS:
-        row: list[object] = [job]
-        for name in WAYS:
-            row += [f"{np.median(times[job][name]) / 1000:.1f}"]
-        row += [str(Ratio.of(times[job][name], times[job]["buffered"])) for name in WAYS[1:]]
-        rows.append(row)
-    rows.append(
-        [
-            "a load in order / in reverse",
-            *(str(Ratio.of(times[JOBS[3]][n], times[JOBS[5]][n])) for n in WAYS),
-            "",
-            "",
-        ]
+    loads = {job: rounds * (IN_ORDER if job == JOBS[3] else 1) * batch for job in (JOBS[2], JOBS[3])}
+    notes = [f"{name} {ahead[name]:,}" for name in WAYS]
+    shares = {job: ", ".join(f"{name} {from_file[job][name] / of:.0%}" for name in WAYS) for job, of in loads.items()}
+    note = (
+        f"µs a page. Loads that the file served: {'; '.join(f'{job}: {words}' for job, words in shares.items())}. "
+        f"Pages read ahead: {', '.join(notes)}."
     )
-    rows.append(
-        [
-            "a random load from the file / from memory",
-            *(str(Ratio.of(times[JOBS[2]][n], times[JOBS[4]][n])) for n in WAYS),
-            "",
-            "",
-        ]
-    )
-    rows.append(
-        [
-            "loads served from the file: random, in order",
-            *(
-                f"{share(from_file, JOBS[2], n, rounds * batch)}, {share(from_file, JOBS[3], n, rounds * IN_ORDER * batch)}"
-                for n in WAYS
-            ),
-            "",
-            "",
-        ]
-    )
-    rows.append(["of the files in the page cache", *(f"{cache[name] / whole:.0%}" for name in WAYS), "", ""])
-    head = [f"{format_size(page_size)}, us a page", *WAYS, "uncached / buffered", "direct / buffered"]
-    print("\n" + table(head, rows), flush=True)
-    for name in WAYS[1:]:
-        ratio = Ratio.of(times[JOBS[2]][name], times[JOBS[4]][name])
-        print(
-            f"{name}: a hit in memory wins by {ratio}, at least {WINS:g} expected: {'met' if ratio.median >= WINS else 'missed'}"
-        )
+    told = ways_section(page_size, times, {name: cache[name] / whole for name in WAYS}, note)
     summaries = {
         job: {name: Summary.of(np.asarray(values)) for name, values in of.items()} for job, of in times.items()
     }
-    return {"times": summaries, "page_cache": cache, "files": whole, "from_file": from_file, "read_ahead": ahead}
+    found = {"times": summaries, "page_cache": cache, "files": whole, "from_file": from_file, "read_ahead": ahead}
+    return found, told
 
 
-def share(from_file: dict[str, dict[str, int]], job: str, name: str, of: int) -> str:
-    """How many of the loads read the file."""
-    return f"{from_file[job][name] / of:.0%}"
+def ways_section(
+    page_size: int, times: dict[str, dict[str, list[float]]], cached: dict[str, float], note: str
+) -> Section:
+    """The three ways side by side; a hit in memory is to win clearly in those that leave nothing in the page cache."""
+    rows: list[list[object]] = [
+        [
+            job,
+            *(float(np.median(times[job][name])) / 1000 for name in WAYS),
+            *(str(Ratio.of(times[job][name], times[job]["buffered"])) for name in WAYS[1:]),
+        ]
+        for job in JOBS
+    ]
+    for words, one, other in (
+        ("a load in order / in reverse", JOBS[3], JOBS[5]),
+        ("a random load from the file / from memory", JOBS[2], JOBS[4]),
+    ):
+        rows.append([words, *(str(Ratio.of(times[one][name], times[other][name])) for name in WAYS), "", ""])
+    rows.append(["of the files in the page cache", *(f"{cached[name]:.0%}" for name in WAYS), "", ""])
+    verdicts = []
+    for name in WAYS[1:]:
+        ratio = Ratio.of(times[JOBS[2]][name], times[JOBS[4]][name])
+        words = f"load from the file / from memory, {name}, {format_size(page_size)}"
+        verdicts.append(Verdict(words, WINS, ratio.median, True, f"{cell(ratio.low)} to {cell(ratio.high)}"))
+    columns = ["", *WAYS, *(f"{name} / buffered" for name in WAYS[1:])]
+    return Section(f"The ways side by side, {format_size(page_size)}", columns, rows, note, verdicts)
 
 
-def measure_saved(page_size: int, size: int, stores: int, directory: Path) -> dict[str, Any]:
+def measure_saved(page_size: int, size: int, stores: int, directory: Path) -> tuple[dict[str, Any], Section]:
     """Stores written behind to slots of Zipf's distribution: how many of them were never written, as a newer one came first."""
-    rows, results = [], {}
+    rows: list[list[object]] = []
+    results = {}
     slots = TIMES * size // page_size
     for exponent in (0.0, 0.8, 1.0, 1.2):
         weights = np.arange(1, slots + 1, dtype=float) ** -exponent
@@ -238,7 +229,7 @@ def measure_saved(page_size: int, size: int, stores: int, directory: Path) -> di
                 cleaned,
                 saved,
                 f"{saved / stores:.0%}",
-                f"{elapsed / stores * 1e6:.1f}",
+                elapsed / stores * 1e6,
             ]
         )
         results[str(exponent)] = {
@@ -248,14 +239,17 @@ def measure_saved(page_size: int, size: int, stores: int, directory: Path) -> di
             "saved": saved,
             "seconds": elapsed,
         }
-    print(
-        "\n"
-        + table(
-            ["Zipf's exponent", "slots", "stores", "cleaned", "overwrites_saved", "of the stores", "us a store"], rows
-        ),
-        flush=True,
-    )
-    return results
+    columns = [
+        "Zipf's exponent",
+        "slots stored to",
+        "stores",
+        "cleaned",
+        "overwrites_saved",
+        "of the stores",
+        "µs a store",
+    ]
+    note = f"Stores written behind to {slots:,} slots, four times the arena; counted until all is in the file."
+    return results, Section("Writes that overwriting saves", columns, rows, note)
 
 
 def main() -> None:
@@ -271,6 +265,7 @@ def main() -> None:
     found, size = machine(), parse_size(options.size)
     print(describe_machine(found))
     results: dict[str, Any] = {}
+    sections: list[Section] = []
     with scratch() as directory:
         bare = Bare(directory)
         for text in options.page_size:
@@ -278,12 +273,18 @@ def main() -> None:
             place.mkdir()
             results[text] = {}
             if "ways" in options.parts:
-                results[text]["ways"] = measure_ways(page_size, size, options.rounds, place, bare)
+                results[text]["ways"], told = measure_ways(page_size, size, options.rounds, place, bare)
+                sections.append(told)
             if "bare" in options.parts:
-                results[text]["bare"] = measure_bare(page_size, max(options.rounds // 3, 3), place, bare)
+                results[text]["bare"], both = measure_bare(page_size, max(options.rounds // 3, 3), place, bare)
+                sections += both
         if "saved" in options.parts:
-            results["saved"] = measure_saved(parse_size(options.page_size[0]), size, options.stores, directory)
-    write_json(options.out, (__doc__ or "").splitlines()[0], found, vars(options), results)
+            page_size = parse_size(options.page_size[0])
+            results["saved"], told = measure_saved(page_size, size, options.stores, directory)
+            sections.append(told)
+    for section in sections:
+        tell(section)
+    write_json(options.out, (__doc__ or "").splitlines()[0], found, vars(options), results, sections)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,16 @@ from _common import OUT
 HERE = Path(__file__).parent
 # Script and its arguments. A longer run of one of them is published by hand: `publish.py --take NAME`.
 SET: dict[str, list[str]] = {
-    "pages": [],
-    "peers": ["--rounds", "7"],
-    "alloc": ["--rounds", "10"],
-    "fragmentation": ["--operations", "200000", "--plots"],
+    "pages": ["--rounds", "25"],
+    "peers": ["--rounds", "7", "--block-s", "0.05"],
+    "requests": [],
+    "scaling": ["--rounds", "7"],
+    "policy": ["--live", "--plots"],
+    "lent": ["--spill-io", "direct", "--rounds", "1", "--period", "1", "--duty", "0.1", "0.5", "0.9", "--plots"],
+    "spill_io": [],
+    "same_filled": ["--rounds", "10"],
+    "alloc": ["--size", "64M", "--rounds", "40", "--plots"],
+    "fragmentation": ["--operations", "100000", "--plots"],
     "checksum": [],
     "takeover": ["--rounds", "5"],
     "adversity": [],

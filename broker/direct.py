@@ -26,6 +26,11 @@ def refuse_directory(directory: Path, page_size: int) -> None:
     os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600))
     try:
         why = why_not(probe, page_size)
+    except OSError as error:  # out of descriptors, say
+        raise ArenaError(
+            error.errno or errno.EIO,
+            f"whether files of {directory} take --spill-io direct cannot be asked: {error.strerror}",
+        ) from error
     finally:
         probe.unlink()
     if why is not None:
@@ -33,7 +38,7 @@ def refuse_directory(directory: Path, page_size: int) -> None:
 
 
 def why_not(file: Path, page_size: int) -> str | None:
-    """What is in the way for this empty file, and what to do; None: nothing."""
+    """What is in the way for this empty file, and what to do; None: nothing. Raises OSError where it cannot be asked."""
     kind = _file_system(file)
     if kind in _IN_MEMORY:
         return f"{file.parent} is on {kind}, which is memory; {_OTHERWISE}"

@@ -20,11 +20,13 @@ _STATM = os.open(
 )  # once: there may be no descriptor left when it matters
 
 
-def growth_max(page_size: int, clients_max: int) -> int:
-    """What a broker may grow by, in bytes, before somebody abuses it."""
+def growth_max(page_size: int, sessions: int) -> int:
+    """What a broker with so many sessions may have grown by, in bytes, before somebody abuses it. Not by the sessions that there might
+    be: what one peer sends without end would be let grow to what all of them are for.
+    """
     singles = WINDOWS_A_CLIENT * window_of(page_size) * page_size
     batches = 2 * messages.BATCHES * messages.batch_max(page_size) * page_size
-    return GROWTH_BYTES + clients_max * (singles + batches)
+    return GROWTH_BYTES + sessions * (singles + batches)
 
 
 def private_bytes() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -33,8 +34,13 @@ WORDS = {
     "free": "free",
     "kept": "kept from the cache",
 }
-LIFE_SHIFT = 62  # above it a page's state
+KINDS = ("free", "cache", "kept")  # of a page that no guest has
+FREE, CACHE, KEPT = range(len(KINDS))
+STATE_SHIFT = 6  # above it, in the highest byte of a page's life word, its state
 PUBLISHED, BUFFER = 2, 3
+_KIND_OF = bytes({PUBLISHED: CACHE, BUFFER: KEPT}.get(byte >> STATE_SHIFT, FREE) for byte in range(256))
+RUNS = re.compile(b"%c+|%c+|%c+" % (FREE, CACHE, KEPT))
+CHUNK_PAGES = 1 << 16  # looked at together: a byte each
 CELLS_MIN = 10  # of a line, however narrow the terminal
 
 
@@ -123,27 +129,33 @@ def _runs(memory: memoryview, geometry: Geometry, area: Area, guests: Sequence[G
             continue
         yield from _between(memory, geometry, end, guest.first)
         kind = "buffer" if guest.kind == layout.BUFFER else "claimed" if guest.claimant else "reserved"
-        cached = (
-            sum(state == PUBLISHED for state in _states(memory, geometry, guest.first, guest.end))
-            if kind == "reserved"
-            else 0
-        )
+        cached = _cached(memory, geometry, guest.first, guest.end) if kind == "reserved" else 0
         yield Run(kind, guest.first, guest.pages, cached, guest.name.decode(errors="replace") or None)
         end = guest.end
     yield from _between(memory, geometry, end, area.first + area.pages)
 
 
 def _between(memory: memoryview, geometry: Geometry, first: int, end: int) -> Iterator[Run]:
-    for state, pages in groupby(_states(memory, geometry, first, end), _kind):
-        count = sum(1 for _ in pages)
-        yield Run(state, first, count)
-        first += count
+    """Neighbours across the end of a chunk are one run."""
+    kind, begun = "", first
+    for at in range(first, end, CHUNK_PAGES):
+        for run in RUNS.finditer(_kinds(memory, geometry, at, min(at + CHUNK_PAGES, end))):
+            if KINDS[run[0][0]] != kind:
+                if kind:
+                    yield Run(kind, begun, at + run.start() - begun)
+                kind, begun = KINDS[run[0][0]], at + run.start()
+    if kind:
+        yield Run(kind, begun, end - begun)
 
 
-def _kind(state: int) -> str:
-    return "cache" if state == PUBLISHED else "kept" if state == BUFFER else "free"
+def _cached(memory: memoryview, geometry: Geometry, first: int, end: int) -> int:
+    """How many pages hold cache."""
+    return sum(
+        _kinds(memory, geometry, at, min(at + CHUNK_PAGES, end)).count(CACHE) for at in range(first, end, CHUNK_PAGES)
+    )
 
 
-def _states(memory: memoryview, geometry: Geometry, first: int, end: int) -> list[int]:
-    with memory[geometry.life_at + 8 * first : geometry.life_at + 8 * end].cast("Q") as lives:
-        return [life >> LIFE_SHIFT for life in lives]
+def _kinds(memory: memoryview, geometry: Geometry, first: int, end: int) -> bytes:
+    """A byte a page, an index into KINDS: made of the highest byte of its word alone, in which the state is."""
+    at = geometry.life_at
+    return memory[at + 8 * first + 7 : at + 8 * end : 8].tobytes().translate(_KIND_OF)

@@ -19,7 +19,6 @@ from gcma_shm._core import Plane, scheduler_slice
 from gcma_shm.areas import LENT, SHARE_WHOLE, Area, AreaSpec
 from gcma_shm.broker.direct import refuse_directory
 from gcma_shm.broker.door import Door, Doorway
-from gcma_shm.broker.growth import growth_max
 from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.recovery import forget_announcements
 from gcma_shm.broker.registry import TypeRegistry
@@ -105,7 +104,7 @@ def run(settings: Settings, ready: Callable[[str], None] = lambda _: None) -> No
             page_size, clients_max = arena.geometry.page_size, arena.geometry.clients_max
             door = Door(settings.endpoint, settings.doorway, page_size, clients_max)
             undo.callback(door.close)
-            server = Server(door, stop, growth_max(page_size, clients_max))
+            server = Server(door, stop, page_size)
             undo.callback(server.close)
             rights = door.admission.rights if door.admission is not None else no_rights
             service = assemble(plane, arena, spill_dir, server.answer, server.watch, settings.quota, rights)

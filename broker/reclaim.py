@@ -22,6 +22,7 @@ NAP_S = 0.1  # how long the sweep sleeps at most; also bounds a wake-up that was
 WRITE_BEHIND_S = 1.0  # a dirty page is left alone for so long: what is overwritten meanwhile costs no write
 DROP_S = 1.0  # from one time that the page cache is emptied of spill files to the next
 PUNCH_S = 1.0  # from the end of a pass over the slots for places to give back to the next; a slot that is stored to again by then keeps its
+FAILED_S = 1.0  # after a turn that failed
 RETRY_S = 0.1  # to the first round of retries that follows one in vain, and twice as long to each further one ...
 RETRY_MAX_S = 1.0  # ... but no longer than this
 
@@ -34,33 +35,47 @@ class ReclaimThread:
         self._health = health
         self._retry_pause_s = RETRY_S
         self._retry_at = 0.0
-        self._stopping = False
+        self._head_then = (
+            0  # the nursery's head at `_then`: what was granted before has been left alone for long enough
+        )
+        self._then = self._dropped = self._punch_at = time.monotonic()
+        self._uncached = layout.SPILL_IO[plane.geometry.spill_io] == "uncached"
+        self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="reclaim", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread; takes one nap at the most."""
-        self._stopping = True
+        """Ends the thread after its turn: a nap, and what it is just doing. Of the disk that may be all of a type's dirty pages, or
+        all spill files that are to leave the page cache, since neither has a budget a turn.
+        """
+        self._stopping.set()
         self._thread.join()
 
     def _run(self) -> None:
         scheduler_slice(0)  # not the control loop's
-        head_then = 0
-        then = dropped = punch_at = time.monotonic()
-        uncached = layout.SPILL_IO[self._plane.geometry.spill_io] == "uncached"
-        while not self._stopping:
-            head = self._plane.sweep(NAP_S)
-            now = time.monotonic()
-            if now - then >= WRITE_BEHIND_S:
-                self._plane.clean_until(head_then)
-                head_then, then = head, now
-            if now >= punch_at:
-                punch_at = now + (PUNCH_S if self._plane.punch() else NAP_S)
-            if uncached and now - dropped >= DROP_S:
-                self._plane.drop_cached()
-                dropped = now
-            if self._plane.refused and now >= self._retry_at:
-                self._retry()
+        while not self._stopping.is_set():
+            try:
+                self._turn()
+            except Exception:  # without this thread stores would wait for a free page in vain
+                log.exception("a turn of the reclaim thread failed; trying again")
+                self._stopping.wait(FAILED_S)
+
+    def _turn(self) -> None:
+        """Each part's time is set before it: one that fails is not tried at once again, in place of those that come after it."""
+        head = self._plane.sweep(NAP_S)
+        now = time.monotonic()
+        if now - self._then >= WRITE_BEHIND_S:
+            until, self._head_then, self._then = self._head_then, head, now
+            self._plane.clean_until(until)
+        if now >= self._punch_at:
+            self._punch_at = now + PUNCH_S
+            if not self._plane.punch():
+                self._punch_at = now + NAP_S
+        if self._uncached and now - self._dropped >= DROP_S:
+            self._dropped = now
+            self._plane.drop_cached()
+        if self._plane.refused and now >= self._retry_at:
+            self._retry()
 
     def _retry(self) -> None:
         """A round, and when the next one may be: later each time that something is left."""

@@ -175,10 +175,23 @@ class TypeRegistry:
                 error.errno or errno.EIO, f"the spill file {path} cannot be made: {error.strerror}"
             ) from error
         if layout.SPILL_IO[self._geometry.spill_io] == "direct":
-            why = why_not(path, self._geometry.page_size)  # the directory may have been made anew, elsewhere
-            if why is not None:
-                path.unlink()
-                raise SpillError(errno.EINVAL, f"type {type_} cannot begin: --spill-io direct: {why}")
+            try:
+                self._ask_for_direct(type_, path)  # the directory may have been made anew, elsewhere
+            except BaseException:  # or the next declaration finds a file in its place
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                raise
+
+    def _ask_for_direct(self, type_: int, path: Path) -> None:
+        try:
+            why = why_not(path, self._geometry.page_size)
+        except OSError as error:  # out of descriptors, say
+            raise SpillError(
+                error.errno or errno.EIO,
+                f"type {type_} cannot begin: whether {path} takes --spill-io direct cannot be asked: {error.strerror}",
+            ) from error
+        if why is not None:
+            raise SpillError(errno.EINVAL, f"type {type_} cannot begin: --spill-io direct: {why}")
 
 
 def _remove_stray(path: Path) -> None:

@@ -19,7 +19,7 @@ import zmq
 from gcma_shm import messages
 from gcma_shm.broker.connections import Connections
 from gcma_shm.broker.door import CHANGES_MAX, Door
-from gcma_shm.broker.growth import give_back, private_bytes
+from gcma_shm.broker.growth import give_back, growth_max, private_bytes
 from gcma_shm.broker.service import Peer, Service
 from gcma_shm.broker.stop import StopSignals
 from gcma_shm.messages import Reply
@@ -40,13 +40,15 @@ STOP_S = 5.0  # for one worker to end; four of them and their owner's patience a
 
 
 class Server:
-    """Serves one door until `run` returns. `growth_max`: bytes that the process may grow by meanwhile."""
+    """Serves one door until `run` returns."""
 
-    def __init__(self, door: Door, stop: StopSignals, growth_max: int) -> None:
+    def __init__(self, door: Door, stop: StopSignals, page_size: int) -> None:
         self._stop = stop
         self._door = door
         self._socket = door.socket
-        self._growth_max = growth_max
+        self._page_size = page_size
+        self._sessions = 0  # at the last look
+        self._growth_max = growth_max(page_size, 0)  # bytes that the process may have grown by
         self._size_at_start = private_bytes()
         self._looked = 0.0
         self._looks = 0  # in a row, that found the process too large
@@ -94,7 +96,7 @@ class Server:
             now = time.monotonic()
             if now - self._looked >= LOOK_S:
                 self._looked = now
-                self._look(connections)
+                self._look(connections, len(service.sessions))
             if now - ticked >= TICK_S:
                 service.tick()
                 ticked = now
@@ -131,11 +133,14 @@ class Server:
         self._end(connections.too_many())
         return count == CHANGES_MAX
 
-    def _look(self, connections: Connections) -> None:
+    def _look(self, connections: Connections, sessions: int) -> None:
         """When the process is too large, some connections are ended: a message that has not ended belongs to nobody yet. Clients come
         again by themselves.
         """
         connections.turn()
+        # Those that have left since the last look as well: what was theirs may not be freed yet.
+        self._growth_max = growth_max(self._page_size, max(sessions, self._sessions))
+        self._sessions = sessions
         if not self._is_small():
             give_back()
         if self._is_small():
@@ -166,7 +171,8 @@ class Server:
                 return False
         return True
 
-    def _send(self, peer: bytes, reply: Reply) -> None:
+    def _send(self, peer: bytes, reply: Reply) -> bool:
+        """Whether ZeroMQ took it."""
         frames = messages.encode_reply(reply)
         try:
             self._socket.send(peer, _MORE)
@@ -178,6 +184,8 @@ class Server:
             if error.errno not in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 raise
             log.debug("a reply is lost: its peer %s", "reads too slowly" if error.errno == zmq.EAGAIN else "is gone")
+            return False
+        return True
 
     def _other(self, fd: int, service: Service, owner_pidfd: int) -> None:
         if fd == self._stop.fd:
@@ -193,7 +201,8 @@ class Server:
             peer, reply = self._answers.popleft()
             if service is not None:
                 service.answered(peer, reply)
-            self._send(peer.address, reply)
+            if not self._send(peer.address, reply) and service is not None:
+                service.lost(peer)
 
 
 def _fd(socket: zmq.Socket[bytes]) -> int:

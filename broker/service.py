@@ -485,9 +485,16 @@ class Service:
 
     def answered(self, peer: Peer, reply: Reply) -> None:
         """For each reply that a worker gave: one request less under way."""
-        peer.client.window.leave(peer.entry, has_pages=bool(reply.pages))
+        # To an address that the session has left: nobody reads it there.
+        has_reader = peer.address == peer.client.peer
+        peer.client.window.leave(peer.entry, has_pages=bool(reply.pages) and has_reader)
         if reply.status != "ok":
             self._refusals[reply.status] += 1
+
+    @staticmethod
+    def lost(peer: Peer) -> None:
+        """After `answered`, for a reply that reaches nobody."""
+        peer.client.window.lost(peer.entry)
 
     # --- on any thread
 

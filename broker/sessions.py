@@ -97,6 +97,10 @@ class Sessions:
         """Whether anybody has said hello there."""
         return peer in self._by_peer
 
+    def __len__(self) -> int:
+        """How many clients have said hello, and may send pages."""
+        return len(self._by_peer)
+
     def find(self, peer: bytes, sender: Sender = NOBODY) -> Client | None:
         """Whose messages these are; None: a peer that has not said hello. A peer chooses its address itself, so one that came
         after the session's is told from it by who it is.
@@ -139,6 +143,8 @@ class Sessions:
         if client is None:
             client = self._take_remote() if sender.remote else self._enter(pid, start, pidns, sender.pid)
         self._by_peer.pop(client.peer or b"", None)
+        if client.peer is not None:
+            client.window.moved()
         client.peer, client.mapped, client.sender = peer, mapped, sender
         self._by_peer[peer] = client
         return client
@@ -312,6 +318,8 @@ class Sessions:
             "a client that is not looked at"
         )
         assert {client.number for client in self._by_peer.values()} <= set(self.clients), "a session without a client"
+        for client in self.clients.values():
+            client.window._check()
         for number in self.clients:
             assert self._records.read(number).state in (State.ALIVE, State.FORKED, State.STARTING), (
                 "a client whose record is not in use"

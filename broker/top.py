@@ -1,7 +1,6 @@
 """The command `gcma top`: what an arena's clients do, a second, from the counters in the arena itself.
 
-No request is sent. Each look opens the arena anew, so a broker's restart is no matter; counters that went backwards are another
-arena's, and begin a new count.
+No request is sent. Each look opens the arena anew, so a broker's restart is no matter; another arena begins a new count.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ class Sample:
     """Of one moment: counters by client (with the record's generation, which tells a new client), and of the arena."""
 
     at: float
+    arena_id: bytes  # a broker that was stopped and started again begins another arena, of the same epoch
     epoch: int
     counters: Mapping[tuple[int, int], Mapping[str, int]]
     pids: Mapping[int, int]
@@ -101,13 +101,16 @@ def _sampled(inspected: Inspected, geometry: Geometry, _areas: list[Area], _stan
         allocations = sum(state >> layout.KIND_BITS for state in words[:: layout.ALLOCATION_BYTES // 8].tolist())
     pids = {number: client.pid for number, client in clients.items()}
     pids[layout.BROKER] = word(memory, layout.BROKER_PID_AT)
-    return {"sample": Sample(time.monotonic(), word(memory, layout.EPOCH_AT), counters, pids, allocations)}
+    _, _, arena_id = layout.read_header(memory, len(memory))
+    return {"sample": Sample(time.monotonic(), arena_id, word(memory, layout.EPOCH_AT), counters, pids, allocations)}
 
 
 def rates_between(before: Sample, after: Sample) -> Figures | None:
     """A second, of the arena and of each client; None: they are not of one arena."""
     seconds = after.at - before.at
     whole = {name: _total(after, name) - _total(before, name) for name in TOLD}
+    if after.arena_id != before.arena_id:
+        return None
     if seconds <= 0 or after.epoch < before.epoch or after.allocations < before.allocations:
         return None
     clients = []

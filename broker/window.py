@@ -3,7 +3,8 @@
 Single requests and batches of stores are under way until their reply is handed to ZeroMQ. A batch of loads is small to ask for
 and large to answer, and ZeroMQ counts messages, not bytes: who asks and never reads would have a hundred of them kept for him.
 So it is under way until its reply was read. The reply carries a receipt, a number that nobody can guess, and the next request
-brings the last one back; since replies come in order, it stands for those before it as well.
+brings the last one back; since replies come in order, it stands for those before it as well. A reply that is lost on the way can
+be read by nobody, and needs no receipt: one that ZeroMQ does not take, or that went to an address that the session has left.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Window:
 
     requests: int = 0  # single ones
     stores: int = 0  # batches whose reply was not given
-    unread: dict[int, None] = field(default_factory=dict)  # receipts of batches of loads, the oldest first
+    # Receipts of batches of loads, the oldest first; and whether the reply has been given.
+    unread: dict[int, bool] = field(default_factory=dict)
     paged: int = 0  # of all these, the ones that a page worker has not answered
 
     def enter(self, request: Request, requests_max: int, *, paged: bool) -> Entry:
@@ -48,7 +50,7 @@ class Window:
                 len(self.unread), BATCHES, "batches of loads", "send the receipt of the last reply that you have read"
             )
             receipt = secrets.randbits(RECEIPT_BITS) or 1
-            self.unread[receipt] = None
+            self.unread[receipt] = False
             return Entry(request.operation, paged, receipt)
         if request.operation == "store_many":
             self._bound(self.stores, BATCHES, "batches of stores", "wait for replies first")
@@ -67,6 +69,17 @@ class Window:
             self.requests -= 1
         elif not has_pages:
             self.unread.pop(entry.receipt, None)
+        elif entry.receipt in self.unread:
+            self.unread[entry.receipt] = True
+
+    def lost(self, entry: Entry) -> None:
+        """Its reply, given already, reaches nobody."""
+        self.unread.pop(entry.receipt, None)
+
+    def moved(self) -> None:
+        """The session has another address: what was given went to the old one. What a worker has still leaves later, and is lost then."""
+        for receipt in [receipt for receipt, is_given in self.unread.items() if is_given]:
+            del self.unread[receipt]
 
     def _read(self, receipt: int) -> None:
         """One that is not known is an earlier session's, or was brought before."""

@@ -7,7 +7,8 @@ new broker takes back what we know nothing of; a page that was stored or invalid
 stored another one since.
 
 What was given up, because its time was over, is under way still, and the broker bounds what is: a request for which it leaves
-no room waits for the late replies first.
+no room waits for the late replies first. A HelloNeeded tells that nothing sent before it is under way any more, and so does a
+hello that begins another session.
 
 Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket of
 its own.
@@ -83,6 +84,7 @@ class Channel:
         self._number = 0
         self._late = 0  # requests whose replies may still come
         self._given_up: dict[int, str] = {}  # of these, the ones that the broker bounds: number to kind
+        self._unknown = 0  # the last number that was answered by HelloNeeded: nothing up to it is under way
         self._receipt = 0  # of the last batch of loads whose reply was read
         self._greeted = False
         self._is_open = False
@@ -214,8 +216,10 @@ class Channel:
         return deadline
 
     def _give_up(self, sent: Iterable[Request]) -> None:
-        """Nobody waits for these any more; their replies may still come."""
+        """Nobody waits for these any more; their replies may still come, but to what was lost with a session."""
         for request in sent:
+            if request.number <= self._unknown:
+                continue
             self._late += 1
             if kind := _kind_of(request.operation):
                 self._given_up[request.number] = kind
@@ -373,6 +377,11 @@ class Channel:
             reply = self._receive_hello(request, deadline)
         if reply.status != "ok":
             raise messages.reply_error(reply)
+        if _session_of(reply.results) != _session_of(
+            self.greeting
+        ):  # nothing of what was sent before is under way there
+            self._given_up.clear()
+            self._late = self._receipt = 0
         self.greeting = reply.results
         self._greeted = True
 
@@ -383,8 +392,12 @@ class Channel:
     def _send_again(self, request: Request, deadline: float) -> None:
         """Under a number of its own: what still comes for the old one, or for questions asked after that, says nothing of this."""
         self._number += 1
-        request.number = self._number
-        self._send(request, deadline)
+        before, request.number = request.number, self._number
+        try:
+            self._send(request, deadline)
+        except BrokerUnavailable:
+            request.number = before  # nothing was sent, so nothing under the new one is under way
+            raise
 
     def _send(self, request: Request, deadline: float) -> None:
         if request.operation == "load_many":
@@ -428,6 +441,8 @@ class Channel:
                 self._check_time(request, deadline)
                 continue
             if reply.number == request.number:
+                if reply.status == HELLO_NEEDED:
+                    self._forget_until(reply.number)
                 self._receipt = reply.results.get("receipt", self._receipt)
                 return reply
             self._take_late(reply)
@@ -468,11 +483,15 @@ class Channel:
         self._given_up.pop(reply.number, None)
         if reply.status == HELLO_NEEDED:
             self._greeted = False
-            # A broker that did not know us then has nothing of ours from before.
-            self._given_up = {number: kind for number, kind in self._given_up.items() if number > reply.number}
+            self._forget_until(reply.number)
         self._receipt = reply.results.get("receipt", self._receipt)
         if reply.status == "ok" and "buffer" in reply.results:
             self.holds.give_up(int(reply.results["buffer"]), int(reply.results.get("claim", 0)), None)
+
+    def _forget_until(self, number: int) -> None:
+        """A broker that did not know us then has nothing of ours from before, and answers nothing of it."""
+        self._unknown = max(self._unknown, number)
+        self._given_up = {other: kind for other, kind in self._given_up.items() if other > number}
 
     def _lost(self, request: Request) -> BrokerUnavailable:
         return BrokerUnavailable(
@@ -490,6 +509,11 @@ class Channel:
 def _kind_of(operation: str) -> str:
     """Of those that are bounded together; empty: of none."""
     return operation if operation in BATCHES else "single" if operation in SINGLES else ""
+
+
+def _session_of(greeting: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells it from every other one."""
+    return tuple(greeting.get(name) for name in ("client", "generation", "epoch"))
 
 
 def _say_goodbye(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:

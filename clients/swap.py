@@ -6,6 +6,7 @@ in a message. The difference shows in speed alone; one contract suite tests both
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol, SupportsIndex, cast
@@ -99,7 +100,7 @@ class MappedSwap(Slots):
 
 class MessageSwap:
     """A swap type of a client that does not map the arena: every page travels in a message, those of a batch in long frames,
-    several under way at once.
+    several under way at once. Where a batch could hold one page only, it is faster page by page.
     """
 
     def __init__(self, owner: Owner, type_: int, life: int, slots: int, write_through: bool) -> None:
@@ -169,6 +170,12 @@ class MessageSwap:
         wanted = self._offsets(offsets)
         source = self._pages(pages, len(wanted))
         size, life = self.page_size, self._life()
+        if self._channel.greeting["batch"] == 1:
+            with _counting() as done:
+                for i, offset in enumerate(wanted):
+                    self.store(offset, source[i * size : (i + 1) * size])
+                    done.append(1)
+            return
         batches = (
             ("store_many", life | {"offsets": packed}, (source[first * size : (first + count) * size],))
             for first, count, packed in self._split(wanted)
@@ -181,6 +188,15 @@ class MessageSwap:
         wanted = self._offsets(offsets)
         target = self._pages(out, len(wanted), writable=True)
         life = self._life()
+        if self._channel.greeting["batch"] == 1:
+            size = self.page_size
+            with _counting() as served:
+                for i, offset in enumerate(wanted):
+                    reply = self._request("load", self._slot(offset))
+                    if reply.results["hit"]:
+                        target[i * size : (i + 1) * size] = reply.pages[0]
+                    served.append(bool(reply.results["hit"]))
+            return served
         batches = (("load_many", life | {"offsets": packed}, ()) for _, _, packed in self._split(wanted))
         hits: list[bool] = []
         for reply in self._replies(batches, len(wanted)):
@@ -267,3 +283,14 @@ class MessageSwap:
 
     def __repr__(self) -> str:
         return f"<swap type {self.type}: {self.slots} slots of {self.page_size} bytes, by messages>"
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[list[Any]]:
+    """A list with one item for each page that was served: the error that ends a batch page by page tells how many."""
+    done: list[Any] = []
+    try:
+        yield done
+    except Exception as error:
+        error.done = len(done)  # type: ignore[attr-defined] # plain errors take the attribute as well
+        raise

@@ -1,8 +1,8 @@
 # The arena as the core sees it: words, tables, counters.
 #
 # docs/data-plane.md is the protocol's text; `@step` marks the line that takes the step of that name. Every function
-# here and in the other .pxi files can run without the GIL and never touches a Python object. `Slots` calls two of them
-# with it, for small pages: `load_memory`, and `store_page` without patience, which wait for nobody.
+# here and in the other .pxi files can run without the GIL and never touches a Python object. `Slots` calls some of them
+# with it, which wait for nobody and touch no file: `load_memory`, `store_page` without patience, `holds_page`.
 #
 # Who may write what: nursery pages, the client that was granted them, until published. Area pages as cache, the broker
 # alone. Area pages as buffer, the buffer's holders alone. Slot words, anyone, by CAS. A slot's place in the file, who
@@ -93,6 +93,8 @@ cdef enum:
 
 cdef enum:
     TRIES_MAX = 1 << 20     # of a load or swing that keeps losing; each loss is somebody else's progress
+    SWINGS_HELD = 64        # of a swing under the GIL, or on the broker's control thread
+    OWN_RING = 4096         # pages that a handle on a type with a share remembers as its own
     BATCH_MAX = 64          # pages that one call cleans or sweeps at once
     RUN_BUFFERED = 4        # neighbours in one buffered write: longer runs lay the file in folios that make overwrites dearer
     SWEEPER_SHARE = 8       # the broker's reclaim thread may claim so much of the nursery at once, BATCH_MAX pages at the most
@@ -109,6 +111,8 @@ cdef enum:
     LAP_MAX = 4096          # pages that one promotion looks at in the order of a queue; of more visited ones in a row the next goes
     VICTIMS_MAX = 4         # pages that a promotion tries to replace
     RESERVE = 16            # of the nursery one page in so many is kept from a type that has all others
+    COUNT_LAG = 32          # one ticket in so many of the nursery is not counted yet
+    OWN_PASS = 4096         # nursery pages among which a sweep looks for those of types that have their part
     OWN_LOOK = 64           # nursery pages among which a type looks for one of its own
     OWN_REFUSALS = 4        # of them that its file may refuse
     PROVEN = 2              # loads in the nursery that prove a page: more than one, as in the paper
@@ -181,7 +185,8 @@ cdef struct TypeEntry:  # in the arena, two cache lines
     # Second line: gauges.
     uint64_t clock      # evictions of the type so far, if it has a share of its own
     uint64_t nursery    # its pages in the nursery, as the sweep counted them last
-    uint64_t gauges[6]
+    uint64_t held       # if it has a share: its pages in the nursery, counted by whoever publishes and frees them
+    uint64_t gauges[5]
 
 cdef struct AreaEntry:  # in the arena
     uint8_t name[48]
@@ -290,7 +295,7 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t retry_at       # nursery page at which the next round of retries begins
     uint64_t in_vain        # tickets that the hand has passed since the sweep last freed a page
     uint64_t vain_laps      # how often that has been a whole nursery
-    int refused_errno       # of the last refusal
+    uint32_t refused_errno  # of the last refusal
     int32_t pins_max
     int32_t pins            # nursery pages that this process keeps from being reclaimed: granted, or claimed to be cleaned
     uint32_t spill_lock
@@ -307,6 +312,8 @@ cdef struct Arena:  # of this process: addresses of the tables, and what it hold
     uint64_t punch_offset
     uint64_t unpunchable[256]   # by type: the life whose file cannot give back a part of itself
     uint64_t own_at[256]    # nursery page at which each type's search for one of its own goes on
+    uint64_t held_at        # nursery page at which the search for pages of types that have their part goes on
+    uint64_t recounted      # the sweep's hand when `held` of all types was last counted anew
     crc32c_t crc
 
 cdef struct Handle:  # one life of one type
@@ -315,6 +322,10 @@ cdef struct Handle:  # one life of one type
     uint64_t base
     uint64_t slots
     uint64_t nursery_part   # pages of the nursery that the type may have
+    bint shares             # it has a share: 99 percent or less
+    uint32_t *own           # then: the nursery pages that were last filled through this handle, a ring of `own_size`
+    uint64_t own_size
+    uint64_t own_next
     int fd              # its spill file
     uint64_t expected   # the offset behind the last that was loaded from the file, or read ahead
     uint64_t streak     # how many loads from the file were of the expected offset

@@ -17,7 +17,8 @@ from gcma_shm.entries import Guest
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)  # states of a page's life
 LIFE_SHIFT, OWNER_SHIFT = 62, 46
 STATES = ("free", "granted", "published", "a buffer's")
-SLOT_STATES = ("empty", "cached", "spilled", "zero", "closed", "filled")
+# The last one: the same, and LAID. Any above is damage.
+SLOT_STATES = ("empty", "cached", "spilled", "zero", "closed", "filled", "filled")
 CHUNK = 1 << 18  # slots in one pass without the GIL, so that Ctrl-C is heard
 QUIET_TRIES = 20  # at a gauge and what it counts, in one look
 Suspect = tuple[str, int, int, int, int]  # why, slot or page, word, life, key
@@ -55,7 +56,7 @@ def _check_slots(view: View, base: int, count: int, type_: int, where: str, orig
     for first in range(base, base + max(count, 0), CHUNK):
         size = min(CHUNK, base + count - first)
         states, dirty, clean_end, writing, found, suspects = view.survey.slots(first, size, type_)
-        for name, number in zip(SLOT_STATES, states, strict=False):
+        for name, number in zip(SLOT_STATES, states[: len(SLOT_STATES)], strict=True):
             view.add(f"slots_{name}", number)
         view.add("slots_dirty", dirty)
         view.add("slots", size)

@@ -16,10 +16,24 @@ cdef enum:
     CLAIMED = 100       # between claim and release, inside clean_batch only
 
 
+cdef bint take_writer(Arena *a, Slot *slot, uint64_t *mine) noexcept nogil:
+    """Claims the slot's place in the file, if nobody has it: our side word in `mine`."""
+    cdef uint64_t side = load_acquire(&slot.side), tag
+    # A dead writer's claim is taken over, broker or not: its writes were synchronous, so none is under way. The claim was read
+    # before its holder was found dead, and its tag tells it from one that a successor of that number makes meanwhile.
+    if side >> 32 and not has_ended(a, side >> 52):
+        return False
+    # The tag tells two claims of one client apart: a thread that slept through the end of the type's life, in which
+    # the side words were reset, cannot give back a claim that another thread of its process holds in the next one.
+    tag = fetch_add(&a.me.tag, 1) & 0xfffff
+    mine[0] = (((a.number << 20) | tag) << 32) | (side & CRC)
+    return cas(&slot.side, side, mine[0])                                # @clean.claim @punch.claim
+
+
 cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
     cdef uint64_t type_ = c.key >> KEY_SHIFT
     cdef Slot *slot = &a.slots[c.key & SLOT]
-    cdef uint64_t side, tag, mine, slots
+    cdef uint64_t slots
     if not (load_acquire(&slot.word) & DIRTY):
         c.status = OK
         return
@@ -27,20 +41,9 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
     # claim, it could be that of a new life, whose beginning has taken this claim off: we would write its file holding
     # nothing.
     c.life = load_acquire(&a.types[type_].life)                          # @clean.life
-    side = load_acquire(&slot.side)
-    # A dead writer's claim is taken over, broker or not: its writes were synchronous, so none is under way. The claim was read
-    # before its holder was found dead, and its tag tells it from one that a successor of that number makes meanwhile.
-    if side >> 32 and not has_ended(a, side >> 52):
+    if not take_writer(a, slot, &c.side):
         c.status = BUSY
         return
-    # The tag tells two claims of one client apart: a thread that slept through the end of the type's life, in which
-    # the side words were reset, cannot give back a claim that another thread of its process holds in the next one.
-    tag = fetch_add(&a.me.tag, 1) & 0xfffff
-    mine = (((a.number << 20) | tag) << 32) | (side & CRC)
-    if not cas(&slot.side, side, mine):                                  # @clean.claim
-        c.status = BUSY
-        return
-    c.side = mine
     c.word = load_acquire(&slot.word)                                    # @clean.read
     # Between the two looks at the life: the ranges of living types do not overlap, so a slot in this range is this
     # life's. A key of an earlier life may lead to a slot that another type has by now, whose page is none of ours.
@@ -54,7 +57,7 @@ cdef void clean_claim(Arena *a, Clean *c) noexcept nogil:
     elif (c.word & PAYLOAD) >= a.nursery:
         c.status = DAMAGED
     if c.status != CLAIMED:
-        cas(&slot.side, mine, mine & CRC)                                # @clean.release
+        cas(&slot.side, c.side, c.side & CRC)                            # @clean.release
 
 
 cdef void clean_finish(Arena *a, Clean *c, uint32_t crc, int written) noexcept nogil:

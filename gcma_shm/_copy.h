@@ -2,10 +2,11 @@
  *
  * Both are memcpy, but where something else measured better with pages of the arena: what lies there is in no cache, as a rule, and what
  * the caller has is. Chosen once, by what the CPU says of itself; nothing is compiled for the machine that compiles. `size` is a page's, a
- * power of two of at least 4 KiB. The figures are in ARCHITECTURE.md ("How a page is copied").
+ * power of two of at least 4 KiB. The figures are in ARCHITECTURE.md ("The path of a hit").
  *
  * What copy_in has written is published by a release or a CAS after it. The stores of AVX and of `rep movsb` need no more than that: none
- * passes a later store (Intel's manual, volume 3, 9.2.4; AMD's, volume 2, 7.1). Non-temporal stores may pass it, so copy_in ends with a
+ * passes a later store (Intel's manual, volume 3, 9.2.4; AMD's, volume 2, 7.1); and copy_out's loads, those of `rep movsb` too, do not pass the
+ * later load of `life` that says whether they count: loads are not reordered with loads. Non-temporal stores may pass it, so copy_in ends with a
  * full fence where it has used them.
  */
 #ifndef GCMA_COPY_H
@@ -78,7 +79,8 @@ __attribute__((target("avx2"))) static void copy_ahead(char *to, const char *fro
     copy_lines(to + i, from + i, COPY_AHEAD);
 }
 
-/* `to` is a page of the arena, so it is aligned. */
+/* `to` begins at a multiple of 32, as pages of a mapped arena do. (That no such store comes before the life word that says GRANTED is
+ * the CAS's doing, a locked instruction.) */
 __attribute__((target("avx2"))) static void copy_stream(char *to, const char *from, size_t size)
 {
     for (size_t i = 0; i < size; i += 64) {
@@ -103,7 +105,7 @@ static inline void copy_in(void *to, const void *from, size_t size)
 {
     if (size <= COPY_AVX_MAX && copy_has_avx)
         copy_lines(to, from, size);
-    else if (size >= COPY_STREAM_MIN && copy_has_avx)
+    else if (size >= COPY_STREAM_MIN && copy_has_avx && (uintptr_t)to % 32 == 0)
         copy_stream(to, from, size);
     else
         memcpy(to, from, size);

@@ -524,7 +524,7 @@ cdef class Plane:
         with nogil:
             retry_refused(self.a)
             count_refused(self.a, by_type)
-        return {type_: by_type[type_] for type_ in range(256) if by_type[type_]}, self.a.refused_errno
+        return {type_: by_type[type_] for type_ in range(256) if by_type[type_]}, load32(&self.a.refused_errno)
 
     def punch(self):
         """One turn of the search for places in spill files that no value needs any more, whose disk space is given back. True: it has come

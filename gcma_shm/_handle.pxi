@@ -24,7 +24,7 @@ cdef int refuse(Plane plane, Handle *t, int status, offset, stored, int refusal=
     if status == BUSY:
         count(plane.a, C_REFUSED_SLOT_BUSY)
         if not stored:
-            raise SlotBusy(f"slot {offset} of type {t.type} changed too fast to be loaded, {TRIES_MAX} times in a row")
+            raise SlotBusy(f"slot {offset} of type {t.type} changed too fast to be loaded, or changed, {TRIES_MAX} times in a row")
         raise SlotBusy(
             f"slot {offset} of type {t.type} is stored and visible, but another process has been writing it to the spill file for longer "
             "than the bound"
@@ -74,6 +74,7 @@ cdef class Slots:
         self.write_through = not load_acquire(&plane.a.types[type_].flags) & 1
         self.share = load_acquire(&plane.a.types[type_].share)
         self.t.nursery_part = nursery_part(plane.a, type_)
+        self.t.shares = 0 < self.share < 100
         if not living(plane.a, &self.t):
             refuse(plane, &self.t, ENDED, None, False)
         if self.t.slots > plane.a.slots_count or self.t.base > plane.a.slots_count - self.t.slots:
@@ -89,10 +90,16 @@ cdef class Slots:
                 + ("; another file has its name" if self.t.fd == -ESTALE else ""),
             )
         self.opened = True
+        if self.t.shares:
+            self.t.own_size = min(self.t.nursery_part, <uint64_t>OWN_RING)
+            self.t.own = <uint32_t *>calloc(self.t.own_size, sizeof(uint32_t))
+            if self.t.own == NULL:
+                raise MemoryError
         if plane.a.number == BROKER:
             plane.keep_open(type_, life)
 
     def __dealloc__(self):
+        free(self.t.own)
         if self.opened:
             close(self.t.fd)
 
@@ -170,7 +177,8 @@ cdef class Slots:
         cdef Arena *a = self.plane.a
         cdef Py_buffer out
         cdef int status
-        if self.held and PyByteArray_CheckExact(buffer):  # under the GIL nobody resizes it, so it need not be exported
+        # (The plane may have been closed since the look at the offset: taking a buffer's memory may run its owner's code.)
+        if self.held and not self.plane.closed and PyByteArray_CheckExact(buffer):  # under the GIL nobody resizes it, so it need not be exported
             self.check_size(PyByteArray_GET_SIZE(buffer), 1)
             fetch_ahead(a, slot_of(a, &self.t, n), PREFETCH_LOAD)
             status = load_memory(a, &self.t, n, &word, <uint8_t *>PyByteArray_AS_STRING(buffer), a.me.counters)
@@ -190,7 +198,7 @@ cdef class Slots:
         cdef uint64_t word
         cdef int status = BUSY
         fetch_ahead(a, slot_of(a, &self.t, n), PREFETCH_LOAD)
-        if self.held:
+        if self.held and not self.plane.closed:
             status = load_memory(a, &self.t, n, &word, out, a.me.counters)
         if status == BUSY or status == IN_FILE:
             memset(&tally, 0, sizeof(Tally))
@@ -229,7 +237,7 @@ cdef class Slots:
         cdef uint64_t word = 0
         cdef int status = FULL
         cdef bint stored = False
-        if self.held:
+        if self.held and not self.plane.closed:
             status = store_page(a, &self.t, n, data, NULL, &word, a.me.counters)
             if status == OK and not (self.write_through and word & DIRTY):
                 return 0
@@ -394,6 +402,7 @@ cdef class Slots:
         try:
             for first in range(0, n, batch_max):
                 size = <int>min(batch_max, n - first)
+                patience.refusal = 0
                 memset(&tally, 0, sizeof(Tally))
                 self.plane.enter()
                 with nogil:

@@ -23,9 +23,12 @@ cdef bint free_orphan(Arena *a, uint64_t page, uint64_t life) noexcept nogil:
     """Frees a page that no word names. Once PUBLISHED, a word that left a page never comes back to it under this
     sequence.
     """
+    cdef uint64_t key = load_relaxed(&a.key[page])
     if not cas(&a.life[page], life, next_life(life, FREE, life_owner(life))):  # @orphan.free
         return False
     count(a, C_ORPHANS)
+    if page < a.nursery:
+        count_held(a, key >> KEY_SHIFT, -1)
     return True
 
 
@@ -35,7 +38,7 @@ cdef bint evict(Arena *a, uint64_t page, uint64_t life, uint64_t key, uint64_t w
     """
     if not cas(&a.slots[key & SLOT].word, word, next_word(word, SPILLED, shadow_evicted(a, key, page))):  # @evict.word
         return False
-    count(a, C_EVICTIONS)
+    count_evicted(a, key, page)
     return cas(&a.life[page], life, next_life(life, FREE, life_owner(life)))  # @evict.free
 
 
@@ -57,22 +60,22 @@ cdef inline bint was_refused(Arena *a, uint64_t page, uint64_t life) noexcept no
     return a.refused != NULL and load_relaxed(&a.refused[page]) == life & SEQUENCE
 
 
-cdef int reclaim(Arena *a, uint64_t page) noexcept nogil:
-    """Makes a PUBLISHED nursery page FREE, cleaning it if need be: OK; -errno: its file refused it. The caller has a pin. Waits for
-    nobody: BUSY when another has its hands on it.
+cdef int reclaim(Arena *a, uint64_t page, uint64_t seen) noexcept nogil:
+    """Makes a nursery page that was PUBLISHED under the life `seen` FREE, cleaning it if need be: OK; -errno: its file refused it. The
+    caller has a pin. Waits for nobody: BUSY when another has its hands on it.
     """
     cdef uint64_t life, key, word
     cdef Clean one
-    if not look_up(a, page, &life, &key, &word):
+    if not look_up(a, page, &life, &key, &word) or life != seen:
         return BUSY
     if names(word, page) and word & DIRTY:
         if was_refused(a, page, life):  # the retries are the reclaim thread's, at its pace
-            return -a.refused_errno
+            return -<int>load32(&a.refused_errno)
         one.key = key
         clean_batch(a, &one, 1, 1, NULL)
         if one.status < 0:
             return one.status
-        if one.status != OK or not look_up(a, page, &life, &key, &word):
+        if one.status != OK or not look_up(a, page, &life, &key, &word) or life != seen:
             return BUSY
     if not names(word, page):
         return OK if free_orphan(a, page, life) else BUSY
@@ -104,7 +107,7 @@ cdef int64_t grant_at_hand(Arena *a, const Handle *t) noexcept nogil:
     may wait. Waits for nobody and touches no file, so it may be called under the GIL.
     """
     cdef uint64_t ticket, page = load_relaxed(a.head) % a.nursery, life = load_relaxed(&a.life[page])
-    if life_state(life) != FREE or is_above_part(a, t, load_relaxed(a.head)) or not pin(a, 1):
+    if life_state(life) != FREE or is_above_part(a, t) or not pin(a, 1):
         return -1
     ticket = fetch_add(a.head, 1)
     if ticket % a.nursery != page:  # somebody drew it first; another ticket is lost by this, as one is that meets a page in use
@@ -127,7 +130,7 @@ cdef int64_t grant(Arena *a, const Handle *t, Patience *patience) noexcept nogil
     cdef int64_t room
     cdef uint64_t tries = 0, refusals = 0, laps = load_relaxed(&a.vain_laps)
     cdef unsigned step = 0
-    cdef int status, refused
+    cdef int status
     cdef int64_t own
     cdef bint insist = patience != NULL
     while not pin(a, 1):  # for other threads of this process, whose stores come to an end by themselves
@@ -135,6 +138,15 @@ cdef int64_t grant(Arena *a, const Handle *t, Patience *patience) noexcept nogil
             return -1
         back_off(step)
         step += 1
+    # Before a ticket is drawn: a type that has its part takes one of its own pages' place, and everybody else's stay as long as before.
+    if (insist or t.shares) and is_above_part(a, t):
+        own = grant_own(a, t, patience)
+        if own >= 0:
+            return own
+        if own == GIVE_UP:
+            unpin(a, 1)
+        if own != TAKE_FREE:
+            return -1
     step = 64
     while True:
         ticket = fetch_add(a.head, 1)
@@ -142,27 +154,9 @@ cdef int64_t grant(Arena *a, const Handle *t, Patience *patience) noexcept nogil
         room = <int64_t>(load_relaxed(a.hand) + a.nursery - ticket)
         if room < <int64_t>(a.nursery // LOW_WATER):
             wake_sweeper(a)
-        if (insist or has_share(a, t.type)) and is_above_part(a, t, ticket):
-            refused = 0
-            own = own_page(a, t, insist, &refused)
-            if own >= 0:
-                return own
-            if not insist:
-                break
-            if (refused or has_share(a, t.type)) and has_all_dirty(a, t):
-                tries += 1
-                if refused:
-                    patience.refusal = refused
-                    if a.refused != NULL or is_over(patience):  # the broker waits for no file
-                        break
-                    if not pause_unpinned(a, patience, &step):
-                        return -1
-                elif tries % LOOK_EVERY == 0 and is_over(patience):  # else they are further on, where the next look begins
-                    break
-                continue
         life = load_relaxed(&a.life[page])
         if room <= 0 and life_state(life) == PUBLISHED and may_reclaim(a, page, insist, tries):
-            status = reclaim(a, page)
+            status = reclaim(a, page, life)
             if status == OK:
                 count(a, C_DIRECT_RECLAIMS)
                 life = load_relaxed(&a.life[page])
@@ -187,7 +181,7 @@ cdef int64_t grant(Arena *a, const Handle *t, Patience *patience) noexcept nogil
             # has refused half of the nursery (no more than the other half may be in clients' hands), once the sweep has gone all
             # around since we came (a lap under way may have missed what was freed before) and found nothing.
             if insist and 2 * load_relaxed(&a.refused_count) >= a.nursery and load_relaxed(&a.vain_laps) - laps > 1:
-                patience.refusal = a.refused_errno  # also where the sweep was so far ahead that none of our tickets led to such a page
+                patience.refusal = <int>load32(&a.refused_errno)  # also where the sweep was so far ahead that none of our tickets led to such a page
                 break
             back_off(step)
             step += 1

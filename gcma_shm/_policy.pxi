@@ -40,7 +40,23 @@ cdef inline uint64_t shadow_evicted(Arena *a, uint64_t key, uint64_t page) noexc
     """
     if page >= a.nursery:
         return (load_relaxed(clock_of(a, key)) - (1ull << 31)) & PAYLOAD
-    return fetch_add(clock_of(a, key), 1) & PAYLOAD
+    return load_relaxed(clock_of(a, key)) & PAYLOAD
+
+
+cdef inline void count_held(Arena *a, uint64_t type_, int by) noexcept nogil:
+    """One page of the type more, or less, is in the nursery. Counted of types with a share only; the sweep counts anew each lap, for what
+    a death, or a page whose count somebody else was quicker to change, leaves wrong.
+    """
+    if type_ < 256 and has_share(a, type_):
+        fetch_add(&a.types[type_].held, <uint64_t>by)
+
+
+cdef inline void count_evicted(Arena *a, uint64_t key, uint64_t page) noexcept nogil:
+    """After an eviction."""
+    count(a, C_EVICTIONS)
+    if page < a.nursery:
+        fetch_add(clock_of(a, key), 1)
+        count_held(a, key >> KEY_SHIFT, -1)
 
 
 cdef inline bint recently_evicted(Arena *a, uint64_t key, uint64_t word) noexcept nogil:

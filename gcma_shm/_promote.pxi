@@ -201,8 +201,8 @@ cdef int64_t area_of(Arena *a, uint64_t page) noexcept nogil:
 
 
 cdef uint64_t giver(Arena *a, uint64_t index, uint64_t own) noexcept nogil:
-    """Which queue gives a page up for one of the queue `own`: a type that is above its share; else, by how many pages each has, as the
-    hand by place meets them.
+    """Which queue gives a page up for one of the queue `own`: a type that is above its share; else, by how many pages each has: that of
+    the page at a place which moves on like the hand's.
     """
     cdef uint64_t page, number, range_ = load_relaxed(&a.ranges[index])
     if not may_grow(a, own):

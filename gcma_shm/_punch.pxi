@@ -34,12 +34,7 @@ cdef inline void release_place(Slot *slot, Place *place) noexcept nogil:
 
 cdef bint claim_place(Arena *a, Slot *slot, Place *place) noexcept nogil:
     """Whether the place is ours, and no value needs it; else nothing has changed."""
-    cdef uint64_t side = load_acquire(&slot.side), tag
-    if side >> 32 and not has_ended(a, side >> 52):  # a dead writer's claim is taken over, as in clean_claim
-        return False
-    tag = fetch_add(&a.me.tag, 1) & 0xfffff
-    place.side = (((a.number << 20) | tag) << 32) | (side & CRC)
-    if not cas(&slot.side, side, place.side):                             # @punch.claim
+    if not take_writer(a, slot, &place.side):
         return False
     place.word = load_acquire(&slot.word)                                 # @punch.again
     if is_hollow(place.word):

@@ -11,7 +11,8 @@
  *                                lost, the file's content does not matter
  *
  * Only the reading is racy. Where a copy writes to is told to the sanitizer as a write like any other, so two writers of one page
- * that nothing orders are reported: `store_page`, `refault`, `fill` and `Span.zero` use the plain copy_in, memcpy and memset for their targets.
+ * that nothing orders are reported: `store_page`, `refault` and `Span.zero` use the plain copy_in and memset for their
+ * targets, and `fill` tells what it writes to. (`ahead.read` lets the kernel write into a page that is ours.)
  * Every word that several threads touch is atomic, and none of those is excepted.
  *
  * In the product, and under the other sanitizers, the names mean copy_out, pwrite or pwritev, and nothing.

@@ -53,6 +53,7 @@ cdef void place_ahead(Arena *a, Ahead *one, bint whole) noexcept nogil:
         and cas(&one.slot.word, one.word, next_word(one.word, CACHED, one.page))     # @ahead.swing
     ):
         publish(a, one.page)
+        count_held(a, load_relaxed(&a.key[one.page]) >> KEY_SHIFT, 1)
         count(a, C_READ_AHEAD)
     else:
         abandon(a, one.page)

@@ -27,7 +27,7 @@ cdef void note_refused(Arena *a, Clean *c) noexcept nogil:
     # The word once more: as long as it names the page, dirty, nobody frees it, and this is the sequence that was refused.
     if load_acquire(&a.slots[c.key & SLOT].word) != c.word:
         return
-    a.refused_errno = -c.status
+    store32(&a.refused_errno, <uint32_t>-c.status)
     if load_relaxed(&a.refused[page]) != life & SEQUENCE:
         store_relaxed(&a.refused[page], life & SEQUENCE)
         store_relaxed(&a.refused_count, a.refused_count + 1)

@@ -1,10 +1,20 @@
 # A type's part of the nursery, so that neither one that stores fast, nor one whose file takes no pages, fills it for all.
 #
-# The sweep counts how many nursery pages each type has, ticket by ticket; who stores adds the tickets that were drawn since, but for
-# those that he sees others have. So he knows no less than there are, stores in flight apart. A type that could have more than its part
-# takes, for a store, one of its own pages instead of a free one: cleaned if need be, evicted, and granted on the spot. A type without a
-# share may have all of the nursery, but for the last one page in RESERVE it cleans one of its own first. Where the file refuses that,
-# and as many pages as it may have are dirty, the store fails before it has changed anything.
+# A type with a share: whoever publishes or frees one of its pages counts it (`held`), and the sweep counts anew each lap. Once it has its
+# part, a store takes the place of one of the type's own pages, cleaned if need be, evicted, and granted on the spot, and draws no ticket: so the
+# others' pages have as much time in the nursery as without it. A handle remembers which pages it has filled; where none of these is to be had
+# (a new process, or all are in other hands) it looks among OWN_LOOK pages of the ring, and then takes a free one. So the type can exceed its part by
+# the stores in flight, and by a page for each process that begins.
+#
+# A type without a share may have all of the nursery, but for the last one page in RESERVE it cleans one of its own first. The sweep counts how
+# many it has, ticket by ticket; who stores adds the tickets that were drawn since, but for those that he sees others have.
+#
+# Where the file refuses, and as many pages as the type may have are dirty, the store fails before it has changed anything.
+
+cdef enum:              # what a type that has its part may do, beside taking a page
+    TAKE_FREE = -1
+    GIVE_UP = -2
+    UNPINNED = -3       # the same, and the pin is given back already
 
 
 cdef inline uint64_t nursery_part(Arena *a, uint64_t type_) noexcept nogil:
@@ -12,37 +22,47 @@ cdef inline uint64_t nursery_part(Arena *a, uint64_t type_) noexcept nogil:
     return share_of(a, type_, a.nursery - a.nursery // RESERVE)
 
 
-cdef bint is_above_part(Arena *a, const Handle *t, uint64_t ticket) noexcept nogil:
-    """Whether the type has its part of the nursery, or may have it, with a page for `ticket`."""
-    cdef uint64_t at = load_relaxed(a.counted), page
-    cdef int64_t pages = <int64_t>load_relaxed(&a.types[t.type].nursery) + <int64_t>(ticket - at)
+cdef bint others_have(Arena *a, const Handle *t, int64_t pages) noexcept nogil:
+    """Whether of so many pages that may be a type's others have enough, as far as we look among the tickets that are not counted yet."""
+    cdef uint64_t at = load_relaxed(a.counted), head = load_relaxed(a.head), page
     cdef int look
-    if pages < <int64_t>t.nursery_part:
-        return False
-    # Others' tickets do not count, so far as we look.
     for look in range(OWN_LOOK):
-        if at + look >= ticket:
+        if at + look >= head:
             break
         page = (at + look) % a.nursery
         if load_relaxed(&a.key[page]) >> KEY_SHIFT != t.type and life_state(load_acquire(&a.life[page])) != GRANTED:
             pages -= 1
-    return pages >= <int64_t>t.nursery_part
+    return pages < <int64_t>t.nursery_part
 
 
-cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t key, bint dirty) noexcept nogil:
-    """Reclaims one of the type's own pages for ourselves, who have a pin: OK. Of a type without a share a dirty one is only cleaned:
+cdef inline bint is_above_part(Arena *a, const Handle *t) noexcept nogil:
+    """Whether the type has its part of the nursery, or, without a share, may have it."""
+    cdef int64_t pages
+    if t.shares:
+        return <int64_t>load_relaxed(&a.types[t.type].held) >= <int64_t>t.nursery_part
+    pages = <int64_t>(load_relaxed(&a.types[t.type].nursery) + load_relaxed(a.head) - load_relaxed(a.counted))
+    return pages >= <int64_t>t.nursery_part and not others_have(a, t, pages)
+
+
+cdef void note_own(Arena *a, Handle *t, uint64_t page) noexcept nogil:
+    """The handle, on a type with a share, has published `page`. To be remembered as a hint: its threads may write over each other's."""
+    fetch_add(&a.types[t.type].held, 1)
+    store32(&t.own[fetch_add(&t.own_next, 1) % t.own_size], <uint32_t>page)
+
+
+cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t life, uint64_t key, bint dirty) noexcept nogil:
+    """Reclaims one of the type's own pages, PUBLISHED under `life`, for ourselves, who have a pin: OK. Of a type without a share a dirty one is only cleaned:
     FULL, a free page may be taken. BUSY, or -errno: its file refused it.
     """
     cdef Clean one
-    cdef uint64_t life
     cdef int status
-    if dirty and not has_share(a, t.type):
-        if was_refused(a, page, load_acquire(&a.life[page])):
-            return -a.refused_errno
+    if dirty and not t.shares:
+        if was_refused(a, page, life):
+            return -<int>load32(&a.refused_errno)
         one.key = key
         clean_batch(a, &one, 1, 1, t)
         return FULL if one.status == OK else one.status
-    status = reclaim(a, page)
+    status = reclaim(a, page, life)
     if status != OK:
         return status
     count(a, C_DIRECT_RECLAIMS)
@@ -54,37 +74,65 @@ cdef int try_own(Arena *a, const Handle *t, uint64_t page, uint64_t key, bint di
 
 
 cdef int64_t own_page(Arena *a, const Handle *t, bint may_write, int *refusal) noexcept nogil:
-    """One of the type's own pages, granted to us, who have a pin; the unproven ones first. -1: none was found among the next OWN_LOOK
-    pages, and if `refusal` is 0, a free one may be taken. (A type without a share gives a clean page up only when its file refuses others.)
+    """One of the type's own pages, granted to us, who have a pin: of those that the handle remembers, then among the next OWN_LOOK pages of the
+    ring; the unproven ones first. -1: none was found, and if `refusal` is 0, a free one may be taken. (A type without a share gives a clean
+    page up only when its file refuses others.)
     """
-    cdef uint64_t at = load_relaxed(&a.own_at[t.type]) % a.nursery, page, life, key, word, spare_key = 0
+    cdef uint64_t at = load_relaxed(&a.own_at[t.type]) % a.nursery, page, life, key, word, spare_life = 0, spare_key = 0
+    cdef uint64_t next_ = load_relaxed(&t.own_next), known = min(t.own_size, <uint64_t>OWN_LOOK) if t.shares else 0, look, lookups = known + min(<uint64_t>OWN_LOOK, a.nursery)
     cdef int64_t spare = -1
-    cdef int status = BUSY, look, refused = 0
-    cdef bint dirty, shares = has_share(a, t.type)
-    for look in range(<int>min(<uint64_t>OWN_LOOK, a.nursery)):
-        page = (at + look) % a.nursery
+    cdef int status = BUSY, refused = 0
+    cdef bint dirty
+    for look in range(lookups):
+        page = load32(&t.own[(next_ + look) % t.own_size]) % a.nursery if look < known else (at + look - known) % a.nursery
         if not look_up(a, page, &life, &key, &word) or key >> KEY_SHIFT != t.type:
             continue
         dirty = names(word, page) and word & DIRTY
-        if names(word, page) and not dirty and (not shares or is_proven(a, page)):
+        if names(word, page) and not dirty and (not t.shares or is_proven(a, page)):
             if spare < 0:
-                spare, spare_key = <int64_t>page, key
+                spare, spare_life, spare_key = <int64_t>page, life, key
             continue
         if (dirty and not may_write) or refused == OWN_REFUSALS:
             continue
-        status = try_own(a, t, page, key, dirty)
+        status = try_own(a, t, page, life, key, dirty)
         if status == OK or status == FULL:
-            store_relaxed(&a.own_at[t.type], page + 1)
+            if look >= known:
+                store_relaxed(&a.own_at[t.type], page + 1)
             refusal[0] = 0
             return <int64_t>page if status == OK else -1
         if status < 0:
             refusal[0] = -status
             refused += not was_refused(a, page, life)  # has cost a write
-    store_relaxed(&a.own_at[t.type], at + look + 1)
-    if spare >= 0 and (shares or refusal[0]) and try_own(a, t, <uint64_t>spare, spare_key, False) == OK:
+    store_relaxed(&a.own_at[t.type], at + OWN_LOOK)
+    if spare >= 0 and (t.shares or refusal[0]) and try_own(a, t, <uint64_t>spare, spare_life, spare_key, False) == OK:
         refusal[0] = 0
         return spare
     return -1
+
+
+cdef int64_t grant_own(Arena *a, const Handle *t, Patience *patience) noexcept nogil:
+    """For a type that has its part, and us, who have a pin: one of its own pages, or what else may be done. Without `patience`: none at
+    hand. While the file refuses what must go, waits without the pin.
+    """
+    cdef unsigned step = 64
+    cdef int64_t own
+    cdef int refused
+    while True:
+        refused = 0
+        own = own_page(a, t, patience != NULL, &refused)
+        if own >= 0:
+            return own
+        if patience == NULL:
+            return GIVE_UP
+        if not refused or not has_all_dirty(a, t):
+            return TAKE_FREE
+        patience.refusal = refused
+        if a.refused != NULL or is_over(patience):  # the broker waits for no file
+            return GIVE_UP
+        if not pause_unpinned(a, patience, &step):
+            return UNPINNED
+        if not is_above_part(a, t):
+            return TAKE_FREE
 
 
 cdef bint has_all_dirty(Arena *a, const Handle *t) noexcept nogil:
@@ -137,7 +185,24 @@ cdef void count_tickets(Arena *a) noexcept nogil:
     if ticket > head or head - ticket > a.nursery:
         ticket = head - min(head, a.nursery)
     # The last few may be in hand still, or their pages not granted yet: till later the tickets stand for them.
-    while ticket + max(a.nursery // (2 * RESERVE), 2) < head:
+    while ticket + max(a.nursery // COUNT_LAG, 2) < head:
         count_page(a, ticket % a.nursery)
         ticket += 1
     store_relaxed(a.counted, ticket)
+
+
+cdef void recount_held(Arena *a) noexcept nogil:
+    """Counts the nursery's pages of the types with a share anew, once a lap of the hand."""
+    cdef uint64_t held[256]
+    cdef uint64_t hand = load_relaxed(a.hand), page, type_
+    if a.recounted and hand - a.recounted < a.nursery:
+        return
+    a.recounted = max(hand, <uint64_t>1)
+    memset(held, 0, sizeof(held))
+    for page in range(a.nursery):
+        type_ = load_relaxed(&a.key[page]) >> KEY_SHIFT
+        if type_ < 256 and life_state(load_acquire(&a.life[page])) == PUBLISHED:
+            held[type_] += 1
+    for type_ in range(256):
+        if has_share(a, type_):
+            store_relaxed(&a.types[type_].held, held[type_])

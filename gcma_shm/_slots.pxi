@@ -16,11 +16,14 @@ cdef inline bint living(Arena *a, Handle *t) noexcept nogil:
     return load_acquire(&a.types[t.type].life) == t.life                  # @load.type
 
 
-cdef int swing(Arena *a, Handle *t, Slot *slot, uint64_t state, uint64_t rest, uint64_t *before, uint64_t *after) noexcept nogil:
-    """Points the slot to a new value, whatever it held: OK, or ENDED. A lost CAS is somebody else's progress. `rest`: of a CACHED
+cdef int swing(
+    Arena *a, Handle *t, Slot *slot, uint64_t state, uint64_t rest, uint64_t *before, uint64_t *after, int tries
+) noexcept nogil:
+    """Points the slot to a new value, whatever it held: OK, ENDED, or BUSY after so many tries. A lost CAS is somebody else's progress. `rest`: of a CACHED
     word, or the pattern of a FILLED one.
     """
-    while True:
+    cdef int lost
+    for lost in range(tries):
         before[0] = load_acquire(&slot.word)
         if not living(a, t) or state_of(before[0]) == CLOSED:
             return ENDED
@@ -28,6 +31,7 @@ cdef int swing(Arena *a, Handle *t, Slot *slot, uint64_t state, uint64_t rest, u
         if cas(&slot.word, before[0], after[0]):
             return OK
         count(a, C_RETRIES)
+    return BUSY
 
 
 cdef bint is_filled(const uint8_t *page, size_t size, uint32_t *pattern) noexcept nogil:
@@ -53,15 +57,18 @@ cdef int store_page(
     Arena *a, Handle *t, uint64_t offset, const uint8_t *data, Patience *patience, uint64_t *stored, uint64_t *counts
 ) noexcept nogil:
     """Makes `data` the slot's value, visible to all: OK, and in `stored` the word that names it; FULL or ENDED:
-    nothing changed. Without `patience` it waits for nothing and touches no file: FULL when no page is at hand.
+    nothing changed; BUSY: nor then, others have changed the slot all the time. Without `patience` it waits for nothing and touches no
+    file: FULL when no page is at hand, or others change the slot.
     """
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t before
     cdef int64_t page
     cdef uint32_t pattern
+    cdef int tries = SWINGS_HELD if patience == NULL else TRIES_MAX, status
     if is_filled(data, a.page_size, &pattern):
-        if swing(a, t, slot, FILLED if pattern else ZERO, pattern, &before, stored) != OK:  # @store.filled
-            return ENDED
+        status = swing(a, t, slot, FILLED if pattern else ZERO, pattern, &before, stored, tries)  # @store.filled
+        if status != OK:
+            return FULL if status == BUSY and patience == NULL else status
         tick(&counts[C_STORES_FILLED if pattern else C_STORES_ZERO])
     else:
         page = grant_at_hand(a, t) if patience == NULL else grant(a, t, patience)
@@ -71,11 +78,14 @@ cdef int store_page(
         store_byte(&a.visited[page], 0)
         copy_in(page_bytes(a, page), data, a.page_size)
         # The CAS releases key and bytes to whoever acquires the word.
-        if swing(a, t, slot, CACHED, DIRTY | <uint64_t>page, &before, stored) != OK:  # @store.swing
+        status = swing(a, t, slot, CACHED, DIRTY | <uint64_t>page, &before, stored, tries)  # @store.swing
+        if status != OK:
             abandon(a, page)
-            return ENDED
+            return FULL if status == BUSY and patience == NULL else status
         keep_place(a, page, before)
         publish(a, page)
+        if t.shares:
+            note_own(a, t, page)
     tick(&counts[C_STORES])
     if before & DIRTY:
         tick(&counts[C_OVERWRITES_SAVED])
@@ -141,6 +151,8 @@ cdef void refault(Arena *a, Handle *t, uint64_t key, Slot *slot, uint64_t word, 
         &slot.word, word, next_word(word, CACHED, page)
     ):
         publish(a, page)
+        if t.shares:
+            note_own(a, t, page)
         count(a, C_REFAULTS)
     else:
         abandon(a, page)
@@ -222,10 +234,12 @@ cdef int invalidate(Arena *a, Handle *t, uint64_t offset) noexcept nogil:
     """
     cdef Slot *slot = slot_of(a, t, offset)
     cdef uint64_t before, after
+    cdef int status
     if state_of(load_acquire(&slot.word)) == EMPTY and living(a, t):
         return OK
-    if swing(a, t, slot, EMPTY, 0, &before, &after) != OK:                # @invalidate.swing
-        return ENDED
+    status = swing(a, t, slot, EMPTY, 0, &before, &after, TRIES_MAX)      # @invalidate.swing
+    if status != OK:
+        return status
     count(a, C_INVALIDATIONS)
     return OK
 

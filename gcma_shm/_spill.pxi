@@ -60,11 +60,13 @@ cdef int note_file(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
 
 
 cdef void learn_file(Arena *a, uint64_t type_, int fd) noexcept nogil:
-    """What a newly opened file can do is found out anew: it may be on another file system than the one before."""
+    """What a newly opened file can do is found out anew: it may be on another file system than the one before. Of alignments the largest
+    that was met does for all files.
+    """
     cdef uint32_t memory, offset
     store_byte(&a.plain[type_], 0)
     if a.spill_io == DIRECT and direct_alignment_of(fd, &memory, &offset) and memory:
-        store32(&a.direct_memory, memory)
+        store32(&a.direct_memory, max(memory, load32(&a.direct_memory)))
 
 
 cdef int open_life(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:

@@ -52,6 +52,41 @@ cdef void clean_tickets(Arena *a, uint64_t ticket, int n, Retries *retries) noex
                 retries.refused[batch[i].key >> KEY_SHIFT] += 1
 
 
+cdef void promote_held(Arena *a) noexcept nogil:
+    """Promotes pages of types that have their part of the nursery: such a type draws no tickets, so the hand need not come to its pages, and its
+    share of the areas would stay empty. The next OWN_PASS pages of the ring; what is not proven only as long as there is room.
+    """
+    cdef uint64_t page, life, key, word, type_, look
+    cdef bint any_ = False, room = True, proven
+    cdef Clean one
+    for type_ in range(256):
+        any_ = any_ or has_share(a, type_)
+    if not any_:
+        return
+    for look in range(min(<uint64_t>OWN_PASS, a.nursery)):
+        page = a.held_at % a.nursery
+        a.held_at += 1
+        type_ = load_relaxed(&a.key[page]) >> KEY_SHIFT
+        if type_ >= 256 or not has_share(a, type_):
+            continue
+        if 2 * <int64_t>load_relaxed(&a.types[type_].held) < <int64_t>nursery_part(a, type_):  # the hand comes soon enough
+            continue
+        proven = is_proven(a, page)
+        if not (proven or room) or not look_up(a, page, &life, &key, &word) or not names(word, page) or was_refused(a, page, life):
+            continue
+        if word & DIRTY:
+            one.key = key
+            clean_batch(a, &one, 1, a.sweeper_pins, NULL)
+            if one.status < 0:
+                note_refused(a, &one)
+            if not look_up(a, page, &life, &key, &word) or not names(word, page) or word & DIRTY:
+                continue
+        if promote(a, page, key, word, proven):
+            free_orphan(a, page, life)
+        elif not proven:
+            room = False
+
+
 cdef void sweep_nursery(Arena *a) noexcept nogil:
     """Moves the hand on until enough of the nursery is free, one lap at the most.
 
@@ -62,6 +97,7 @@ cdef void sweep_nursery(Arena *a) noexcept nogil:
     cdef int n, i
     count_promised(a)
     count_tickets(a)
+    recount_held(a)
     while room_below(a, HIGH_WATER) and swept < a.nursery:
         head = load_relaxed(a.head)
         if hand + a.nursery < head:  # clients were faster and went on by direct reclaim
@@ -77,6 +113,7 @@ cdef void sweep_nursery(Arena *a) noexcept nogil:
         swept += n
         store_release(a.hand, hand)
         count_tickets(a)
+    promote_held(a)
 
 
 cdef void sweeper_sleep(Arena *a, uint64_t timeout_ns) noexcept nogil:

@@ -1,7 +1,7 @@
 """Where everything lies in an arena.
 
 Pure: computes a `Geometry` from what was asked for, writes it as a header, and reads it back once magic, version, size
-and checksum fit. The layout (version 4), from the arena's first byte:
+and checksum fit. The layout (version 5), from the arena's first byte:
 
     header         4 KiB: identity, geometry and ways of working with a checksum, words that change, hot ones on lines of their own, and
                    where the spill files are
@@ -29,7 +29,7 @@ from gcma_shm.errors import ArenaError
 from gcma_shm.sizes import format_size
 
 MAGIC = b"GCMA-SHM"
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 
 PAGE_SIZE_MIN = 4 << 10
 PAGE_SIZE_MAX = 2 << 20
@@ -288,8 +288,8 @@ def plan(
     pages = at["pages"]
     if pages >= 1 << 32:
         raise ValueError(f"{pages} pages: an arena has fewer than 2^32; choose larger pages")
-    # Half of the nursery must do for what all clients, and the reclaim thread, have in hand, so that no one starves the
-    # others by stopping (promise 5).
+    # Half of the nursery must do for what all clients have in hand, so that no one starves the others by stopping (promise 5). The
+    # reclaim thread may have an eighth besides.
     nursery_min = max(NURSERY_PAGES_MIN, 2 * (wanted_clients + 1))
     if not specs:
         specs = {"default": AreaSpec(max(pages - max(pages // NURSERY_SHARE, nursery_min), 1) * page_size)}

@@ -26,7 +26,7 @@ from tests.processes import WAIT_S, Broker, broker, descriptors, eventually
 from tests.zmtp import GREETING, LONG, MORE, Raw, frame, ready
 
 CLIENTS = 8
-PAGE = b"p" * 4096
+PAGE = b"p-gcma--" * 512  # no four bytes over and over, or it would take no page
 ENOUGH = 20  # operations of others that go through meanwhile
 
 

@@ -80,7 +80,7 @@ def test_stores_into_pages_at_hand_until_there_are_none(slots: Slots, bare: Bare
 
 def test_a_store_that_is_written_through_is_never_at_hand(bare: Bare) -> None:
     through = declare(bare, flags=0)
-    assert not through.store_at_hand(1, b"x" * PAGE)
+    assert not through.store_at_hand(1, os.urandom(PAGE))
     assert not through.store_at_hand(1, bytes(PAGE))
     assert through.load(1) is None
 
@@ -97,7 +97,7 @@ def test_misuse_and_an_end_are_told_as_by_load_and_store(slots: Slots, bare: Bar
         slots.store_at_hand(1, b"x")
     bare.plane.end_type(3, 0, 300)
     assert slots.load_at_hand(1) is False, "load tells why"
-    assert slots.store_at_hand(1, b"x" * PAGE) is False
+    assert slots.store_at_hand(1, os.urandom(PAGE)) is False
     with pytest.raises(Closed):
         slots.load_batch([1])
     slots.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -133,6 +134,23 @@ def test_the_document_is_what_its_records_give() -> None:
     assert publish.main(["--check"]) == 0, "docs/benchmarks.md is generated: run bench/publish.py"
 
 
+def anchors(document: Path) -> set[str]:
+    """Where links into it may lead, as GitHub names its headings."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_into_the_documents_lead_somewhere() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [
+        (page, page.parent / file if file else page, anchor)
+        for page in pages
+        for file, anchor in re.findall(r"\]\(([\w./-]*)#([\w-]+)\)", page.read_text())
+    ]
+    assert any(target.name == "benchmarks.md" for _, target, _ in links)
+    assert not [(str(page), anchor) for page, target, anchor in links if anchor not in anchors(target)]
+
+
 def test_every_plot_of_the_document_is_there() -> None:
     records = [json.loads(path.read_text()) for path in (ROOT / "docs/benchmarks").glob("*.json")]
     plots = [plot["file"] for record in records for part in record["sections"] for plot in part["plots"]]
@@ -158,6 +176,51 @@ def test_bars_are_drawn_from_the_record_alone(tmp_path: Path, docs: Path) -> Non
 )  # fmt: skip
 def test_a_limit_is_at_most_or_at_least(figure: float | None, at_least: bool, word: str) -> None:
     assert Verdict("it", 2.0, figure, at_least).word == word
+
+
+# --- what scripts say of their figures
+
+
+def test_pages_are_judged_by_the_median_and_by_the_whole() -> None:
+    import pages_tell
+
+    phase = next(phase for phase in pages_tell.PHASES if phase.sustained)
+    figures = {name: pages_tell.Figures([2000.0] * 3, filed=[2000.0] * 3, cpu=[1.0], batches=[2000.0]) for name in phase.contenders}  # fmt: skip
+    figures["store behind"] = pages_tell.Figures([500.0] * 3, filed=[1000.0] * 3, cpu=[1.0], batches=[500.0])
+    table = pages_tell.section(phase, 4096, {1: figures}, "")
+    row = next(row for row in table.rows if row[0] == "store behind")
+    assert row[:4] == ["store behind", 1, 1.0, 0.5], "sustained is told by the whole, until the file has it all"
+    words = {one.what: (one.figure, one.word) for one in pages_tell.expected({(phase.name, 4096, 1): figures}).verdicts}
+    assert words["LMDB put / store behind, sustained, 4 KiB"] == (4.0, "met")
+    assert words["LMDB put / store behind, sustained, 4 KiB, until the file has it all"] == (2.0, "missed")
+    assert words["store behind / C memcpy to a random page, sustained, 4 KiB"] == (0.25, "met")
+    assert not [what for what in words if "load" in what or "64 KiB" in what], "of what was measured only"
+
+
+def test_a_policy_is_judged_at_each_size() -> None:
+    import policy
+
+    ours = {str(share): {"hits": hits} for share, hits in zip(policy.SHARES, (11, 12.3, 18, 27, 45), strict=True)}
+    results = {"vm": {"s3fifo": ours, "live": {"5": {"hits": 12.0}}, "reference": policy.REFERENCE["vm"]}}
+    section = policy.section({"vm": "9 loads"}, results, plotted=True)
+    rows = {row[0]: row[1:] for row in section.rows}
+    assert rows["s3fifo"] == ["11.0", "12.3", "18.0", "27.0", "45.0"]
+    assert rows["s3fifo, through a broker process"] == ["-", "12.0", "-", "-", "-"]
+    assert rows["libcachesim, Belady"] == ["13.5", "23.0", "32.4", "45.3", "61.5"]
+    words = {one.what: one.word for one in section.verdicts}
+    assert words["points behind S3-FIFO, vm, 5 %"] == "missed", "13.4, and a point is allowed"
+    assert words["points behind S3-FIFO, vm, 10 %"] == "met"
+    assert words["points ahead of LRU, vm, 5 %"] == "met"
+    assert [plot.file for plot in section.plots] == ["policy.svg"]
+
+
+def test_scaling_is_judged_by_the_clock_and_by_processor_time() -> None:
+    import scaling
+
+    one, two = scaling.Contender(1), scaling.Contender(2)
+    figures = {one: scaling.Figures([1e6], [1e6]), two: scaling.Figures([1.7e6], [0.95e6])}
+    section = scaling.section("same slots", figures, {two: (one, 1.8)})
+    assert [(one.limit, one.word) for one in section.verdicts] == [(1.8, "missed"), (0.9, "met")]
 
 
 # --- the set

@@ -171,7 +171,7 @@ def drop_cache(areas: Areas, name: str, offset: int, pages: int) -> None:
 
 @pytest.mark.parametrize("without", [0, 105])
 def test_of_equal_ranges_the_one_with_less_cache(bare: Bare, without: int) -> None:
-    """Area `b` is pages 296 to 495; how much cache there is, is known by blocks of 64."""
+    """How much cache there is, is known by blocks of 64 pages; the one in which `b` begins has the end of `a`, too."""
     cached(bare)
     areas = areas_of(bare)
     take(areas, "b", 95, 10)  # leaves 95 and 95
@@ -185,7 +185,7 @@ def test_of_the_ends_of_a_range_the_one_with_less_cache(bare: Bare) -> None:
     cached(bare)
     areas = areas_of(bare)
     take(areas, "b", 150, 50)
-    bare.plane.take(0, 196, 100)  # in the block of the first pages of `b`, too
+    bare.plane.take(0, bare.arena.areas[0].first, 100)  # in the block of the first pages of `b`, too
     drop_cache(areas, "b", 60, 90)
     assert offset_of(areas, "b", 20) == ("b", 130), "the upper end: there is no cache"
     assert offset_of(areas, "b", 20, 16) == ("b", 128), "aligned there, too"
@@ -202,9 +202,9 @@ def test_a_range_that_is_larger_by_little_fits_equally_well(bare: Bare, larger_b
     take(areas, "b", 66, 34)
     take(areas, "b", 116 + larger_by, 84 - larger_by)
     drop_cache(areas, "b", 100, 16 + larger_by)
-    # The blocks that hold the range at 100, absolutely 384 to 447, still hold the cache below and above it: as guests' it is gone.
+    # The block that holds the range at 100, absolutely 384 to 447, still holds the cache below and above it: as guests' it is gone.
     for offset, pages in ((66, 34), (116 + larger_by, 84 - larger_by)):
-        bare.plane.take(1, 296 + offset, pages, 1)
+        bare.plane.take(1, bare.arena.areas[1].first + offset, pages, 1)
     place = areas.find(Wanted(areas.of("b"), 10))
     assert place is not None
     assert place.offset in range(chosen, chosen + 16 + larger_by)

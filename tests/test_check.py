@@ -27,6 +27,7 @@ from gcma_shm.broker.cli import main
 from gcma_shm.check import LOOKS, Inspected, Report, check, look_once, repeated
 from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.entries import ClientEntry, read_guests
+from gcma_shm.records import State
 from gcma_shm.standing import Standing
 from tests.processes import Broker, Said, broker, eventually, forked
 
@@ -72,13 +73,27 @@ def _some_are_free(endpoint: str) -> bool:
 
 
 @contextlib.contextmanager
+def _numbers_are_free(endpoint: str) -> Iterator[None]:
+    """Waits until the broker has buried who saw that it serves: what is planted below is in the name of one client or the other."""
+
+    def buried() -> bool:
+        copy = Copy((SHM_DIR / arena_name(endpoint)[1:]).read_bytes())
+        return all(copy.read(copy.g.client_at(number)) & 0xFF == State.FREE for number in (2, 3))
+
+    assert eventually(buried)
+    yield
+
+
+@contextlib.contextmanager
 def in_use(endpoint: str) -> Iterator[tuple[Broker, gcma_shm.Client]]:
-    """An arena with something of everything, at rest."""
+    """An arena with something of everything, at rest. Its clients are numbers 2 and 3."""
     with (
         broker(endpoint, *AREAS) as first,
+        _numbers_are_free(endpoint),
         gcma_shm.connect(endpoint, timeout=BOUND_S) as client,
-        gcma_shm.connect(endpoint, timeout=BOUND_S),
+        gcma_shm.connect(endpoint, timeout=BOUND_S) as other,
     ):
+        assert (client.number, other.number) == (2, 3)
         through, behind = client.swap(0, 3000), client.swap(1, 1000, "behind")
         client.resize_area("a", 7 * MIB // 2)
         kept = [client.alloc_contig(5 * PAGE, area="a", name=f"buffer {n}") for n in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import struct
 import tempfile
@@ -63,8 +64,9 @@ def test_the_naive_one_knows_the_vectors_of_rfc_3720() -> None:
 def checksums(page_size: int, tmp_path: Path) -> tuple[Plane, Plane]:
     """The CPU's way (where it has one) and the table's."""
     geometry, areas = layout.plan(24 * page_size + (1 << 20), page_size, slots=100, clients_max=2)
-    memory = bytearray(geometry.size)
-    layout.write_header(memoryview(memory), geometry, areas, bytes(16))
+    memory = mmap.mmap(-1, geometry.size)
+    with memoryview(memory) as view:
+        layout.write_header(view, geometry, areas, bytes(16))
     return tuple(Plane(memory, geometry, 1, os.fsencode(tmp_path), crc_hardware=hardware) for hardware in (True, False))  # type: ignore[return-value]
 
 

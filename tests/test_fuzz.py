@@ -38,15 +38,38 @@ BOUNDS = [0, 1, 2, 7, 255, 256, 4095, 4096, 2**31, 2**40, 2**62, 2**63 - 1]
 values = st.sampled_from([*BOUNDS, True, "default", "n", "through", "behind", bytes(16), [1, 2]]) | anything
 
 
+def _bytes_wanted(name: str, parameters: dict[str, Any]) -> int:
+    """How long the page frame has to be, as far as the offsets can be counted."""
+    offsets = parameters.get("offsets") if OPERATIONS[name].batch else bytes(messages.OFFSET_BYTES)
+    if not isinstance(offsets, bytes):
+        return PAGE
+    return PAGE * max(len(offsets) // messages.OFFSET_BYTES, 1)
+
+
+def _repeated(filling: bytes, size: int) -> bytes:
+    return (filling * (size // len(filling) + 1))[:size]
+
+
+FILLINGS = (b"fuzz-pages", bytes(range(251)), b"\7", bytes(1))  # pages of no pattern, of one, and of zeros
+OPEN_TO_ALL = 201  # a type of ten slots, for pages of strangers
+
+
 @st.composite
 def nearly(draw: st.DrawFn) -> list[bytes]:
     """A request as it should be, but for something: a parameter that is missing, changed or unknown, other pages, bytes cut off, flipped
     or added, a header of another shape.
     """
-    name = draw(st.sampled_from(sorted(OPERATIONS)))
+    name = draw(st.sampled_from(sorted(OPERATIONS)) | st.sampled_from(["store", "load", "store_many", "load_many"]))
     parameters: dict[str, Any] = dict(SOUND[name])
+    if "offset" in parameters or "offsets" in parameters:
+        parameters["type"] = OPEN_TO_ALL
+    if OPERATIONS[name].pages and draw(st.booleans()):  # as it should be: pages are stored
+        sound = msgpack.packb([1, draw(st.integers(0, 99)), name, parameters]) or b""
+        return [sound, _repeated(draw(st.sampled_from(FILLINGS)), _bytes_wanted(name, parameters))]
     for key in draw(st.lists(st.sampled_from([*parameters, "colour"]), max_size=3)):
-        if draw(st.booleans()):
+        if key == "offsets" and draw(st.booleans()):
+            parameters[key] = messages.pack_offsets(draw(st.lists(st.integers(0, 9), min_size=1, max_size=8)))
+        elif draw(st.booleans()):
             parameters[key] = draw(values)
         else:
             parameters.pop(key, None)
@@ -54,14 +77,16 @@ def nearly(draw: st.DrawFn) -> list[bytes]:
     if draw(st.integers(0, 9)) == 0:
         header[draw(st.integers(0, 3))] = draw(values)
     packed = bytearray(msgpack.packb(header) or b"")
+    whole = _bytes_wanted(name, parameters)
     for _ in range(draw(st.sampled_from([0, 0, 0, 1, 3]))):
         packed[draw(st.integers(0, len(packed) - 1))] = draw(st.integers(0, 255))
     if draw(st.integers(0, 9)) == 0:
         del packed[draw(st.integers(0, len(packed))) :]
-    sizes = st.sampled_from([0, 1, PAGE - 1, PAGE, PAGE, PAGE, PAGE + 1])
+    sizes = st.sampled_from([0, 1, whole, whole, whole, whole, whole - 1, whole + 1])
     pages = draw(st.lists(sizes, min_size=OPERATIONS[name].pages, max_size=OPERATIONS[name].pages))
     pages += draw(st.sampled_from([[], [], [], [PAGE], [0, 0, 0]]))
-    return [bytes(packed), *map(bytes, pages)]
+    filling = draw(st.sampled_from(FILLINGS))
+    return [bytes(packed), *(_repeated(filling, size) for size in pages)]
 
 
 frames = nearly() | st.lists(st.binary(max_size=40), min_size=1, max_size=4)
@@ -91,12 +116,13 @@ class Live:
 
     def declare(self) -> None:
         swap = self.client.swap(200, 8, "behind")
-        swap.store(0, b"m" * PAGE)
+        swap.store(0, b"m-gcma--" * (PAGE // 8))
+        self.client.swap(OPEN_TO_ALL, 10, "behind")
 
     def is_well(self) -> None:
         """Others are served, what they stored is there, unless a stranger has ended the type, as any process of this user may."""
         assert self.broker.process.poll() is None
-        assert self.client.swap(200, 8, "behind").load(0) in (b"m" * PAGE, None)
+        assert self.client.swap(200, 8, "behind").load(0) in (b"m-gcma--" * (PAGE // 8), None)
         self.declare()
 
 
@@ -121,8 +147,8 @@ def replies(raw: Raw, number: int) -> list[list[Any]]:
     while True:
         body = raw.receive()
         assert body, "the connection has ended"
-        if len(body) == PAGE:
-            continue  # the page of a load
+        if len(body) % PAGE == 0:
+            continue  # the pages of a load
         found.append(msgpack.unpackb(body))
         if found[-1][1] == number:
             return found

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import struct
 import tempfile
+import tracemalloc
 from collections.abc import Sequence
+from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import gcma_shm
 from gcma_shm.broker.cli import main
-from gcma_shm.broker.mapping import drawn
+from gcma_shm.broker.mapping import Run, _between, _cached, drawn
 from tests.processes import broker, eventually
 
 PAGE = 4096
@@ -93,6 +97,37 @@ def test_an_area_in_parts_is_one_line(capsys: pytest.CaptureFixture[str]) -> Non
         buffer = client.alloc_contig(MIB, area="a")
         (one,) = [one for one in ranges(capsys, endpoint)["a"] if one["kind"] == "buffer"]
         assert (one["offset"], one["size"]) == (buffer.offset * PAGE, MIB)
+
+
+def test_runs_are_found_whatever_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the plain way: a word at a time."""
+    states = [0] * 5 + [2] * 9 + [3] * 3 + [2, 0, 1, 3] + [1, 0] * 2 + [2] * 16 + [3]
+    lives = [state << 62 | number for number, state in enumerate(states)]
+    memory = memoryview(struct.pack(f"<8x{len(lives)}Q", *lives))
+    geometry: Any = SimpleNamespace(life_at=8)
+    kinds = ["cache" if state == 2 else "kept" if state == 3 else "free" for state in states]
+    for chunk in (1, 3, 8, 1 << 16):
+        monkeypatch.setattr("gcma_shm.broker.mapping.CHUNK_PAGES", chunk)
+        for first, end in ((0, len(states)), (3, 20), (9, 10), (7, 7)):
+            expected, at = [], first
+            for kind, pages in groupby(kinds[first:end]):
+                expected.append(Run(kind, at, len(list(pages))))
+                at += expected[-1].pages
+            assert list(_between(memory, geometry, first, end)) == expected
+            assert _cached(memory, geometry, first, end) == kinds[first:end].count("cache")
+
+
+def test_an_area_is_read_in_little_memory() -> None:
+    """A byte a page of one chunk, not a number each of all of them."""
+    pages = 1 << 20
+    memory: Any = memoryview(bytes(8 * pages))
+    geometry: Any = SimpleNamespace(life_at=0)
+    tracemalloc.start()
+    try:
+        assert list(_between(memory, geometry, 0, pages)) == [Run("free", 0, pages)]
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def area(size: int, *parts: tuple[str, int]) -> dict[str, Any]:

@@ -71,9 +71,9 @@ WORKS = (
     "assert 'site-packages' in gcma_shm.__file__, gcma_shm.__file__\n"
     "with gcma_shm.embedded('8M') as client:\n"
     "    swap = client.swap(0, 100)\n"
-    "    swap.store(7, b'x' * client.page_size)\n"
+    "    swap.store(7, b'x-gcma--' * (client.page_size // 8))\n"
     "    with client.alloc_contig(1 << 20) as frame: frame.view[:5] = b'hello'\n"
-    "    assert swap.load(7) == b'x' * client.page_size\n"
+    "    assert swap.load(7) == b'x-gcma--' * (client.page_size // 8)\n"
     "print('works', gcma_shm.__version__)\n"
 )
 

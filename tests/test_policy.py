@@ -407,6 +407,51 @@ def test_a_share_keeps_a_fast_writer_from_evicting_everybody(
     assert with_share > without + gain
 
 
+def test_a_type_that_has_its_part_lets_the_others_pages_stay_in_the_nursery(scene: Callable[..., Scene]) -> None:
+    """Also where its own are few among many, and nobody has read the others' yet."""
+    nursery, others = 1024, 256
+    part = (nursery - nursery // 16) * 20 // 100
+    s = scene("s3fifo", nursery=nursery, slots=8 * nursery)
+    swap, writer = s.swap(0, 0, nursery), s.swap(1, nursery, 7 * nursery, 20)
+    s.pass_nursery(writer, range(2 * nursery))
+    s.pass_nursery(swap, range(others))
+    before = s.plane.read(layout.HEAD_AT)
+    s.pass_nursery(writer, range(2 * nursery, 6 * nursery))
+    assert all(s.where(n) == "nursery" for n in range(others))
+    assert s.plane.read(layout.HEAD_AT) - before < part
+    assert part // 2 < sum(s.where(n) == "nursery" for n in range(nursery, 8 * nursery)) <= part + 1
+    s.check()
+
+
+@pytest.mark.parametrize("policy", layout.POLICIES)
+def test_a_type_with_a_share_uses_its_share_of_the_areas(scene: Callable[..., Scene], policy: str) -> None:
+    """Also when it is alone, and so draws no more tickets than its part of the nursery has pages."""
+    s = scene(policy)
+    alone = s.swap(0, 0, 2000, 25)
+    part = (NURSERY - NURSERY // 16) * 25 // 100
+    for n in range(400):
+        alone.store(n, page_of(n))
+        if n % 8 == 7:
+            s.plane.sweep(0)
+    where = [s.where(n) for n in range(400)]
+    assert where.count("area") == AREA // 4
+    assert where.count("nursery") <= part + 1
+    s.check()
+
+
+def test_a_page_in_other_hands_keeps_nobody_from_storing(scene: Callable[..., Scene]) -> None:
+    """All that a type may have is one page, and a process that is stopped writes it to the file: a free page is taken, at once."""
+    s = scene("s3fifo")
+    limited = s.swap(0, 0, 100, 1)
+    limited.store(0, page_of(0))
+    side = s.g.slots_at + layout.SLOT_BYTES // 2
+    s.plane.write(side, (3 << 20 | 7) << 32 | s.plane.read(side) & 0xFFFFFFFF)
+    before = s.plane.read(layout.HEAD_AT)
+    limited.store(1, page_of(1))
+    assert s.plane.read(layout.HEAD_AT) - before == 1
+    s.plane.write(side, s.plane.read(side) & 0xFFFFFFFF)
+
+
 def test_evictions_of_a_type_with_a_share_age_nobody_elses_ghosts(scene: Callable[..., Scene]) -> None:
     s = scene("s3fifo")
     swap, writer = s.swap(0, 0, 1000), s.swap(1, 1000, 1000, 10)

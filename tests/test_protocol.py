@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,11 @@ class Stranger:
         self._context.term()
 
 
+def page_of(byte: bytes, size: int) -> bytes:
+    """No four bytes over and over, or it would take no page."""
+    return (byte + b"-gcma--") * (size // 8)
+
+
 @pytest.fixture
 def stranger(client: EmbeddedClient) -> Iterator[Stranger]:
     peer = Stranger(client.endpoint)
@@ -81,7 +87,7 @@ def test_the_example_of_the_specification(client: EmbeddedClient) -> None:
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     names: dict[str, Any] = {"context": context}
     exec(compile(code, "docs/protocol.md", "exec"), names)
-    assert client.swap(3, slots=1000).load(7) == b"x" * client.page_size
+    assert client.swap(3, slots=1000).load(7) == b"gcma-shm" * (client.page_size // 8)
     names["socket"].close()
     context.term()
 
@@ -108,11 +114,11 @@ def test_store_and_load_are_seen_by_mapped_clients(client: EmbeddedClient, stran
     _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 10, "write": "behind"})
     slot = {"type": 1, "life": declared["life"], "offset": 4}
     assert stranger.request("load", slot) == ("ok", {"hit": False}, [])
-    assert stranger.request("store", slot, b"a" * size) == ("ok", {}, [])
+    assert stranger.request("store", slot, page_of(b"a", size)) == ("ok", {}, [])
     swap = client.swap(1, slots=10, write="behind")
-    assert swap.load(4) == b"a" * size
-    swap.store(4, b"b" * size)
-    assert stranger.request("load", slot) == ("ok", {"hit": True}, [b"b" * size])
+    assert swap.load(4) == page_of(b"a", size)
+    swap.store(4, page_of(b"b", size))
+    assert stranger.request("load", slot) == ("ok", {"hit": True}, [page_of(b"b", size)])
     assert stranger.request("count", {"type": 1, "life": declared["life"]})[1] == {"count": 1}
     assert stranger.request("invalidate_page", slot)[0] == "ok"
     assert swap.load(4) is None
@@ -127,7 +133,7 @@ def test_batches_are_seen_by_mapped_clients(client: EmbeddedClient, stranger: St
     size, batch = greeting["page_size"], greeting["batch"]
     _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 100, "write": "through"})
     life = {"type": 1, "life": declared["life"]}
-    pages = [bytes([n]) * size for n in range(1, 5)]
+    pages = [page_of(bytes([n]), size) for n in range(1, 5)]
     offsets = packed(7, 3, 7, 99)
     assert stranger.request("store_many", life | {"offsets": offsets}, b"".join(pages)) == ("ok", {}, [])
     swap = client.swap(1, slots=100, write="through")
@@ -157,13 +163,54 @@ def test_batches_of_loads_whose_replies_nobody_has_read(stranger: Stranger) -> N
     stranger.hello()
     _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": 10, "write": "behind"})
     some = {"type": 1, "life": declared["life"], "offsets": packed(1, 2)}
-    assert stranger.request("store_many", some, b"x" * 8192)[0] == "ok"
+    pages = page_of(b"x", 4096) + page_of(b"y", 4096)
+    assert stranger.request("store_many", some, pages)[0] == "ok"
     receipts = [stranger.request("load_many", some)[1]["receipt"] for _ in range(messages.BATCHES)]
     for receipt in ({}, {"receipt": receipts[0] ^ 1}):
         status, results, _ = stranger.request("load_many", some | receipt)
         assert status == "ProtocolError"
         assert "receipt" in results["message"]
-    assert stranger.request("load_many", some | {"receipt": receipts[-1]})[2] == [b"x" * 8192]
+    assert stranger.request("load_many", some | {"receipt": receipts[-1]})[2] == [pages]
+
+
+@pytest.mark.parametrize("write", ["through", "behind"])
+def test_the_order_of_one_sessions_requests(write: str, stranger: Stranger) -> None:
+    """Sent without waiting: what is in memory is served at once, unless a worker has requests of this session, and then by the worker, as
+    batches and what is written through are. Each load finds what was stored last before it.
+    """
+    greeting = stranger.hello()
+    size, slots, many = greeting["page_size"], 200, 12
+    assert many <= greeting["window"]
+    _, declared, _ = stranger.request("swap_init", {"type": 1, "slots": slots, "write": write})
+    life = {"type": 1, "life": declared["life"]}
+    dice = random.Random(seed := random.randrange(1 << 30))
+    values: dict[int, bytes] = {}
+    for first in range(1000, 4000, many):
+        expected: dict[int, bytes | None] = {}  # by request; of one that is no load None as well
+        batches = messages.BATCHES
+        for number in range(first, first + many):
+            offset = dice.randrange(4) if dice.random() < 0.5 else dice.randrange(slots)
+            what = dice.choice(["store", "store", "load", "load", "load", "invalidate_page", "store_many"])
+            expected[number], page = None, number.to_bytes(8, "little") * (size // 8)
+            if what == "store":
+                values[offset] = page
+                stranger.send(msgpack.packb([1, number, what, life | {"offset": offset}]), page)
+            elif what == "store_many" and batches:
+                batches -= 1
+                values[offset] = page
+                stranger.send(msgpack.packb([1, number, what, life | {"offsets": packed(offset, offset)}]), 2 * page)
+            elif what == "invalidate_page":
+                values.pop(offset, None)
+                stranger.send(msgpack.packb([1, number, what, life | {"offset": offset}]))
+            else:
+                expected[number] = values.get(offset)
+                stranger.send(msgpack.packb([1, number, "load", life | {"offset": offset}]))
+        for number in range(first, first + many):
+            header, *found = stranger.receive()
+            _, answered, status, results = msgpack.unpackb(header)
+            page_expected = expected[number]
+            assert (answered, status) == (number, "ok"), f"seed {seed}: {results}"
+            assert found == ([] if page_expected is None else [page_expected]), f"seed {seed}, request {number}"
 
 
 def test_hello_is_needed_first_and_again_after_bye(stranger: Stranger) -> None:

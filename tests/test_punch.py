@@ -16,6 +16,7 @@ from gcma_shm import layout
 from gcma_shm._core import Plane, Slots
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.check import check
+from gcma_shm.endpoint import arena_name
 from gcma_shm.records import Records
 from tests.conftest import Bare
 from tests.faults.spilling import PAGE, check_values, data_pages, page_of, place
@@ -25,6 +26,11 @@ from tests.processes import broker, eventually
 RANGES_MAX = 64  # that one turn gives back
 LIFE = 1
 WAIT_S = 60.0
+
+
+def pattern_of(number: int) -> bytes:
+    """A page that is those four bytes over and over: it is in its slot's word."""
+    return number.to_bytes(4, "little") * (PAGE // 4)
 
 
 def store_all(swap: gcma_shm.Swap | Slots, count: int, first_value: int = 1) -> dict[int, int]:
@@ -47,14 +53,18 @@ def test_space_comes_back_while_the_broker_runs(spill_io: str, tmp_path: Path) -
         for n in range(1200, 1300):
             swap.store(n, bytes(PAGE))
             del values[n]
+        for n in range(1300, 1350):
+            swap.store(n, pattern_of(n))
+            del values[n]
         assert eventually(lambda: data_pages(file) == set(values))
-        given_back = (200 + 300 + 100) * PAGE // 512
+        given_back = (200 + 300 + 100 + 50) * PAGE // 512
         assert file.stat().st_blocks <= full - given_back + 16 * PAGE // 512, "but for what the file system notes down"
         assert file.stat().st_size == 1500 * PAGE
-        assert p.owner.stats()["counters"]["punched"] == 600
+        assert p.owner.stats()["counters"]["punched"] == 650
         check_values(swap, values)
         assert swap.load(0) is None
         assert swap.load(1250) == bytes(PAGE)
+        assert all(swap.load(n) == pattern_of(n) for n in range(1300, 1350))
         for n in range(0, 600, 3):  # and is taken again
             swap.store(n, page_of(10_000 + n))
             values[n] = 10_000 + n
@@ -68,18 +78,20 @@ def test_check_finds_what_nobody_will_give_back(tmp_path: Path) -> None:
     with place(tmp_path, mapped=True) as p:
         swap = p.client.swap(3, 100)
         store_all(swap, 50)
-        for n in range(0, 50, 2):
+        for n in range(0, 40, 2):
             swap.invalidate_page(n)
+        for n in range(40, 50, 2):
+            swap.store(n, pattern_of(n))
         assert eventually(lambda: data_pages(p.file(3)) == set(range(1, 50, 2)))
         assert not check(p.arena, values=True).findings
         with p.file(3).open("r+b") as file:
-            for n in (20, 70):
+            for n in (20, 44, 70):
                 os.pwrite(file.fileno(), page_of(9), n * PAGE)
         findings = [finding.text for finding in check(p.arena, values=True).findings]
-        assert [text.partition(",")[0] for text in findings] == ["slot 20 of type 3", "slot 70 of type 3"]
+        assert [text.partition(",")[0] for text in findings] == [f"slot {n} of type 3" for n in (20, 44, 70)]
         assert all("holds something that it has no need of" in text for text in findings)
-        swap.store(20, page_of(1))
-        swap.store(70, page_of(1))
+        for n in (20, 44, 70):
+            swap.store(n, page_of(1))
         assert not check(p.arena, values=True).findings
 
 
@@ -106,13 +118,22 @@ def test_a_broker_that_was_killed_leaves_it_to_the_next(tmp_path: Path) -> None:
         values = store_all(swap, 300)
         first.stop(signal.SIGKILL)
         for n in range(0, 300, 2):
-            swap.invalidate_page(n)
+            if n < 200:
+                swap.invalidate_page(n)
+            else:
+                swap.store(n, pattern_of(n))
             del values[n]
         (file,) = (tmp_path / "spill").glob("*/003.*")
         assert data_pages(file) == set(range(300))
+        left = check(arena_name(endpoint), values=True)
+        assert left.figures["slots_filled"] == 50
+        assert not [finding for finding in left.findings if finding.kind == "value"], "their words say so"
         with broker(endpoint, *options):
             assert eventually(lambda: data_pages(file) == set(values))
             check_values(swap, values)
+            assert all(swap.load(n) == pattern_of(n) for n in range(200, 300, 2))
+            sound = check(arena_name(endpoint), values=True)
+            assert (sound.findings, sound.figures["slots_filled"]) == ([], 50)
 
 
 # --- one turn after another, by hand
@@ -174,6 +195,13 @@ def test_what_was_never_in_the_file_or_is_in_use_is_left_alone(bare: Bare, swap:
     punch_all(bare.plane)
     assert punched(bare) == 1
     assert data_pages(file_of(bare)) == {3}
+    swap.store(3, pattern_of(7))
+    swap.store(3, pattern_of(8))  # laid all the time
+    swap.store(4, pattern_of(9))  # never was
+    punch_all(bare.plane)
+    assert punched(bare) == 2
+    assert not data_pages(file_of(bare))
+    assert (swap.load(3), swap.load(4)) == (pattern_of(8), pattern_of(9))
 
 
 def test_a_place_that_somebody_writes_is_left_until_he_has(bare: Bare, swap: Slots) -> None:
@@ -213,8 +241,15 @@ def rivals(bare: Bare) -> list[Plane]:
     return [Plane(bare.arena.memory, bare.plane.geometry, n, os.fsencode(bare.spill_dir)) for n in (2, 3)]
 
 
+def bytes_of(value: int) -> bytes:
+    """Of the storm's values."""
+    return page_of(value) if value > 0 else pattern_of(-value)
+
+
 def test_a_storm_over_places_that_are_given_back(bare: Bare, swap: Slots, rivals: list[Plane]) -> None:
-    """Two clients store, invalidate and load neighbouring slots, each its own, while the broker sweeps, cleans and punches without a pause."""
+    """Two clients store, invalidate and load neighbouring slots, each its own, while the broker sweeps, cleans and punches without a pause. A
+    value is a page's number; 0: zeros; below: a pattern.
+    """
     wrong: list[str] = []
     values: list[dict[int, int]] = [{}, {}]
     seed = random.randrange(1 << 30)
@@ -227,7 +262,7 @@ def test_a_storm_over_places_that_are_given_back(bare: Bare, swap: Slots, rivals
             offset = 2 * dice.randrange(250 if step % 2 else 20) + which
             found = handle.load(offset)
             expected = own.get(offset)
-            if found != (page_of(expected) if expected else bytes(PAGE) if expected == 0 else None):
+            if found != (None if expected is None else bytes_of(expected)):
                 wrong.append(f"slot {offset}, step {step}: {found and found[:8]!r}, expected {expected}")
             match dice.randrange(4):
                 case 0:
@@ -236,6 +271,9 @@ def test_a_storm_over_places_that_are_given_back(bare: Bare, swap: Slots, rivals
                 case 1 if dice.random() < 0.3:
                     handle.store(offset, bytes(PAGE))
                     own[offset] = 0
+                case 2 if dice.random() < 0.3:
+                    own[offset] = -1 - step
+                    handle.store(offset, bytes_of(-1 - step))
                 case _:
                     own[offset] = step + 1
                     handle.store(offset, page_of(step + 1))
@@ -253,7 +291,7 @@ def test_a_storm_over_places_that_are_given_back(bare: Bare, swap: Slots, rivals
     swap.sync(WAIT_S)
     punch_all(bare.plane)
     everything = values[0] | values[1]
-    assert data_pages(file_of(bare)) == {n for n, value in everything.items() if value}
+    assert data_pages(file_of(bare)) == {n for n, value in everything.items() if value > 0}
     for offset, value in everything.items():
-        assert swap.load(offset) == (page_of(value) if value else bytes(PAGE)), f"seed {seed}"
+        assert swap.load(offset) == bytes_of(value), f"seed {seed}"
     check_at_rest(bare.arena.name, bare.spill_dir)

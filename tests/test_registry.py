@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from gcma_shm import layout
+from gcma_shm.broker.direct import refuse_directory
+from gcma_shm.broker.health import Health
+from gcma_shm.broker.reclaim import ReclaimThread
 from gcma_shm.broker.registry import TypeRegistry
-from gcma_shm.errors import Closed, NoSuchType, SpillError
+from gcma_shm.errors import ArenaError, Closed, NoSuchType, SpillError
 from tests.conftest import Bare
 from tests.invariants import check_at_rest
+from tests.processes import eventually
 
 
 @pytest.fixture
@@ -88,11 +101,78 @@ def test_a_file_that_cannot_be_made_changes_nothing(registry: TypeRegistry, bare
     registry.declare(3, 600, "through")
 
 
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EINVAL])
+def test_a_question_for_direct_that_fails_changes_nothing(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    geometry = dataclasses.replace(bare.plane.geometry, spill_io=layout.SPILL_IO.index("direct"))
+    registry = TypeRegistry(bare.plane, bare.spill_dir)
+    monkeypatch.setattr(registry, "_geometry", geometry)
+
+    def failing(_file: Path, _page_size: int) -> str | None:
+        if number == errno.EINVAL:
+            return "not on this disk"
+        raise OSError(number, os.strerror(number))
+
+    for _ in range(2):
+        with monkeypatch.context() as asked:
+            asked.setattr("gcma_shm.broker.registry.why_not", failing)
+            with pytest.raises(SpillError, match="--spill-io direct") as raised:
+                registry.declare(3, 600, "through")
+        assert raised.value.errno == number, "that of the question, not that of a file in the way"
+        assert registry.describe() == {}
+        assert not list(bare.spill_dir.iterdir())
+        with monkeypatch.context() as asked:
+            asked.setattr("gcma_shm.broker.direct.why_not", failing)
+            with pytest.raises(ArenaError, match="--spill-io direct") as refused:
+                refuse_directory(bare.spill_dir, 4096)
+        assert refused.value.errno == number
+        assert not list(bare.spill_dir.iterdir())
+    monkeypatch.setattr("gcma_shm.broker.registry.why_not", lambda _file, _page_size: None)
+    assert registry.declare(3, 600, "through").life == 1
+
+
 def test_a_file_that_has_gone_is_no_obstacle_to_the_end(registry: TypeRegistry, bare: Bare) -> None:
     registry.declare(3, 10, "through")
     (bare.spill_dir / "003.1").unlink()
     registry.end(3, 1)
     assert registry.declare(3, 10, "through").life == 3
+
+
+def test_the_reclaim_thread_outlives_what_fails(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each part of a turn; the others have theirs all the same, and the thread ends when it is told to."""
+    for pause in ("FAILED_S", "PUNCH_S", "WRITE_BEHIND_S", "DROP_S"):
+        monkeypatch.setattr(f"gcma_shm.broker.reclaim.{pause}", 0.01)
+    failed, served = Counter[str](), Counter[str]()
+
+    class Failing:
+        geometry = dataclasses.replace(bare.plane.geometry, spill_io=layout.SPILL_IO.index("uncached"))
+        refused = 1
+
+        def __getattr__(self, part: str) -> Callable[..., Any]:
+            def call(*_: Any) -> Any:
+                if not failed[part]:
+                    failed[part] += 1
+                    raise OSError(errno.EIO, f"no {part}")
+                served[part] += 1
+                return {"sweep": 1, "punch": True, "retry_refused": ({}, 0)}.get(part)
+
+            return call
+
+    plane: Any = Failing()
+    parts = {"sweep", "clean_until", "punch", "drop_cached", "retry_refused"}
+    reclaim = ReclaimThread(plane, Health(0.0))
+    try:
+        assert eventually(lambda: set(served) == parts)
+    finally:
+        reclaim.stop()
+    assert not reclaim._thread.is_alive()
+    assert set(failed) == parts
+    assert {str(record.exc_info[1]) for record in caplog.records if record.exc_info} == {
+        f"[Errno 5] no {part}" for part in parts
+    }
 
 
 def test_end_all(registry: TypeRegistry, bare: Bare) -> None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import select
 import signal
+from queue import SimpleQueue
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from gcma_shm import layout
+from gcma_shm.broker.growth import growth_max
+from gcma_shm.broker.registry import TypeRegistry
+from gcma_shm.broker.server import Server
+from gcma_shm.broker.service import Peer, Service
 from gcma_shm.broker.sessions import Client, Sessions
+from gcma_shm.broker.stop import StopSignals
 from gcma_shm.errors import ProtocolError, QuotaExceeded
+from gcma_shm.messages import BATCHES, Reply, Request, encode_request, pack_offsets
 from gcma_shm.presence import Presence
 from gcma_shm.process import open_pidfd, start_time
 from gcma_shm.records import Records, State
@@ -122,6 +131,85 @@ def test_hello_again_after_a_lost_socket(kept: Kept) -> None:
     with pytest.raises((ProtocolError, IndexError)):
         kept.hello(b"c", number=4000)
     kept.sessions._check()
+    kept.sessions.close()
+
+
+def test_what_went_to_the_old_address_is_not_waited_for(kept: Kept) -> None:
+    client = kept.hello(b"a")
+    request = Request(1, "load_many", {})
+    for _ in range(BATCHES):
+        client.window.leave(client.window.enter(request, 5, paged=True), has_pages=True)
+    with pytest.raises(ProtocolError):
+        client.window.enter(request, 5, paged=True)
+    assert kept.hello(b"a") is client
+    assert len(client.window.unread) == BATCHES, "the same address: they may be read yet"
+    assert kept.hello(b"b", number=client.number) is client
+    entries = [client.window.enter(request, 5, paged=True) for _ in range(BATCHES)]
+    assert kept.hello(b"c", number=client.number) is client
+    with pytest.raises(ProtocolError):
+        client.window.enter(
+            request, 5, paged=True
+        )  # a worker has them: who comes again and again gets no more than that
+    for entry in entries:
+        client.window.leave(entry, has_pages=False)
+    client.window.enter(request, 5, paged=True)
+    client.window.requests = -1
+    with pytest.raises(AssertionError, match="twice"):
+        kept.sessions._check()
+    kept.sessions.close()
+
+
+@pytest.mark.parametrize("how", ["moved", "lost"])
+def test_a_reply_that_reaches_nobody_keeps_no_receipt(bare: Bare, how: str) -> None:
+    """Of the service: a worker's answer to an address that the session has left, and one that ZeroMQ does not take."""
+    answers: SimpleQueue[tuple[Peer, Reply]] = SimpleQueue()
+    registry = TypeRegistry(bare.plane, bare.spill_dir)
+    service = Service(bare.plane, bare.arena, registry, str(bare.spill_dir), lambda *answer: answers.put(answer))
+    try:
+        life = registry.declare(0, 10, "through").life
+        registry.find(0, life).store(1, os.urandom(4096))
+        client = service.sessions.hello(b"a", ME, MY_START, True, None)
+        ask = Request(1, "load_many", {"type": 0, "life": life, "offsets": pack_offsets([1])})
+        assert service.request(b"a", encode_request(ask)) is None
+        peer, reply = answers.get(timeout=60)
+        if how == "moved":
+            service.sessions.hello(b"b", ME, MY_START, True, client.number)
+        service.answered(peer, reply)
+        if how == "lost":
+            assert len(client.window.unread) == 1
+            service.lost(peer)
+        assert not client.window.unread
+        service.sessions._check()
+    finally:
+        service.stop(5.0)
+
+
+def test_what_the_broker_may_grow_by_goes_with_the_sessions_there_are(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with those that there might be, or one peer's message without end might grow to what is meant for all of them."""
+    grown, ended = 0, list[int]()
+    monkeypatch.setattr("gcma_shm.broker.server.private_bytes", lambda: grown)
+    connections: Any = SimpleNamespace(turn=lambda: None, to_blame=lambda looks: [looks])
+    door: Any = SimpleNamespace(socket=None, end=ended.extend)
+    with StopSignals() as stop:
+        server = Server(door, stop, 4096)
+        kept.hello(b"a")
+        grown = growth_max(4096, 1)
+        for _ in range(2):
+            server._look(connections, len(kept.sessions))
+        assert not ended
+        grown += 1
+        server._look(connections, len(kept.sessions))
+        assert ended == [1]
+        other = kept.hello(b"b")
+        server._look(connections, len(kept.sessions))
+        kept.end(other)
+        server._look(connections, len(kept.sessions))
+        assert ended == [1], "what was its may not be freed yet"
+        server._look(connections, len(kept.sessions))
+        assert ended == [1, 1]
+        server.close()
     kept.sessions.close()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests import test_swap_contract
+from tests.faults.disks import needs_direct
 from tests.test_swap_contract import Place, Write, served
 
 # The tests, and their fixtures; three of those are other ones here.
@@ -19,7 +20,10 @@ globals().update({name: found for name, found in vars(test_swap_contract).items(
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     page_size, spill_io = request.param
     options = ("--slots", "1000", "--clients", "12", "--spill-io", spill_io)
-    with served(tmp_path_factory.mktemp("place"), "16M", page_size, *options) as place:
+    directory = tmp_path_factory.mktemp("place")
+    if spill_io == "direct":
+        needs_direct(directory)
+    with served(directory, "16M", page_size, *options) as place:
         yield place
 
 

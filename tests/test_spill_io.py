@@ -20,7 +20,7 @@ from gcma_shm.check import check
 from gcma_shm.endpoint import arena_name
 from gcma_shm.errors import ArenaError, SpillCorrupt, SpillError
 from gcma_shm.sizes import parse_size
-from tests.faults.disks import small_disk
+from tests.faults.disks import needs_direct, small_disk
 from tests.faults.spilling import PAGE, SLOTS, Place, cached_pages, check_values, page_of, place
 from tests.invariants import SPILLED
 from tests.processes import broker, broker_command, eventually
@@ -53,13 +53,14 @@ def counter(p: Place, name: str) -> int:
 def test_buffered_files_stay_in_the_page_cache(tmp_path: Path) -> None:
     with place(tmp_path, mapped=True) as p:
         store_all(p.client.swap(3, SLOTS))
-        assert cached_pages(p.file(3)) == SLOTS
+        assert cached_pages(p.file(3)) > SLOTS // 2, "but for what the kernel has taken back meanwhile"
 
 
 @pytest.mark.parametrize("write", ["through", "behind"])
 @pytest.mark.parametrize("spill_io", ["uncached", "direct"])
 def test_the_others_do_not(spill_io: str, write: str, tmp_path: Path) -> None:
     """Neither what clients and broker have written, nor what they have read; direct files at no moment."""
+    needs_direct(tmp_path)  # or all that is in the file is memory
     with place(tmp_path, mapped=True, spill_io=spill_io) as p:
         swap = p.client.swap(3, SLOTS, write)  # type: ignore[arg-type]
         values = store_all(swap)
@@ -78,6 +79,7 @@ def test_the_others_do_not(spill_io: str, write: str, tmp_path: Path) -> None:
 
 def test_what_others_have_read_there_is_dropped(tmp_path: Path) -> None:
     """Once a second, by the broker: `gcma check` reads through the page cache, say."""
+    needs_direct(tmp_path)  # or all that is in the file is memory
     with place(tmp_path, mapped=True, spill_io="uncached") as p:
         store_all(p.client.swap(3, SLOTS))
         assert p.file(3).read_bytes()
@@ -94,6 +96,7 @@ def page_size(request: pytest.FixtureRequest) -> int:
 
 
 def test_memory_of_any_alignment(page_size: int, tmp_path: Path) -> None:
+    needs_direct(tmp_path, page_size)
     with gcma_shm.embedded(
         300 * page_size, page_size=page_size, slots=2000, clients=4, spill_dir=tmp_path, spill_io="direct"
     ) as client:
@@ -225,6 +228,7 @@ def test_a_spill_directory_that_became_memory(memory: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def empty(tmp_path: Path) -> Iterator[Path]:
+    needs_direct(tmp_path)
     file = tmp_path / "empty"
     file.touch()
     yield file
@@ -279,6 +283,7 @@ def test_a_full_disk_is_no_reason(empty: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(("first", "second"), [("direct", "buffered"), ("buffered", "direct")])
 def test_an_arena_that_is_taken_over_keeps_its_way(first: str, second: str, tmp_path: Path) -> None:
+    needs_direct(tmp_path)
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
     options = ("--spill-dir", str(tmp_path / "spill"))
     with (

@@ -21,6 +21,7 @@ from gcma_shm import layout
 from gcma_shm.arena import SHM_DIR, remove_dead
 from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, NoSuchBuffer, QuotaExceeded
+from gcma_shm.records import Records
 from tests.invariants import check_at_rest
 from tests.processes import WAIT_S, Broker, Said, broker, eventually, forked
 
@@ -383,14 +384,20 @@ def test_a_page_that_the_broker_took_with_it_is_not_stored_twice(endpoint: str) 
 
 def test_a_batch_that_the_broker_took_with_it_tells_what_is_done(endpoint: str) -> None:
     """Killed in the middle of a long batch: what counts as stored is there afterwards, and nothing was stored twice."""
-    slots = 1500
+    slots = 6000
     with broker(endpoint, *AREAS) as first:
         client = gcma_shm.connect(endpoint, mapped=False, timeout=WAIT_S)
         swap, other = client.swap(0, slots), gcma_shm.connect(endpoint)
         seen = other.swap(0, slots)
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(swap.store_many, range(slots), b"".join(map(page_of, range(slots))))
-            assert eventually(lambda: 100 in seen)
+            deadline = time.monotonic() + WAIT_S
+            while 100 not in seen:  # looked at without a pause: all of it takes a few hundredths of a second
+                assert time.monotonic() < deadline
+            first.stop(signal.SIGKILL)
+            assert other._plane is not None
+            records = Records(other._plane)
+            stored = records.counters(layout.BROKER)["stores"]
             with killed_and_restarted(first):
                 with pytest.raises(BrokerUnavailable, match="may have been done") as raised:
                     asked.result(WAIT_S)
@@ -400,6 +407,9 @@ def test_a_batch_that_the_broker_took_with_it_tells_what_is_done(endpoint: str) 
                 out = bytearray(slots * PAGE)
                 hits = swap.load_many(range(slots), out)
                 assert all(hits[:done])
+                assert 100 < sum(hits) < slots
+                assert 0 < stored <= sum(hits), "something was stored twice"
+                assert records.counters(layout.BROKER)["stores"] == stored, "the next broker was asked once more"
                 for n, hit in enumerate(hits):
                     assert not hit or out[n * PAGE : (n + 1) * PAGE] == page_of(n)
                 client.close()

@@ -28,7 +28,7 @@ from tests.zmtp import Raw
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
-PAGE = b"p" * 4096
+PAGE = b"p-gcma--" * 512  # no four bytes over and over, or it would take no page
 
 
 @dataclass

@@ -18,16 +18,22 @@ import pytest
 import gcma_shm
 from gcma_shm._core import COUNTERS
 from gcma_shm.broker.cli import main
-from gcma_shm.broker.top import Sample, rates_between
+from gcma_shm.broker.top import Sample, _look, rates_between
 from tests.processes import broker
 
 PAGE = 4096
 
 
-def sample(at: float, clients: dict[tuple[int, int], dict[str, int]], allocations: int = 0, epoch: int = 1) -> Sample:
+def sample(
+    at: float,
+    clients: dict[tuple[int, int], dict[str, int]],
+    allocations: int = 0,
+    epoch: int = 1,
+    arena_id: bytes = b"a",
+) -> Sample:
     nobody: dict[tuple[int, int], dict[str, int]] = {(0, 0): {}, (1, 0): {}}
     counters = {key: dict.fromkeys((*COUNTERS, "claims"), 0) | counted for key, counted in (nobody | clients).items()}
-    return Sample(at, epoch, counters, {number: 100 + number for number, _ in counters}, allocations)
+    return Sample(at, arena_id, epoch, counters, {number: 100 + number for number, _ in counters}, allocations)
 
 
 def test_rates_are_differences_by_the_time_between() -> None:
@@ -64,6 +70,20 @@ def test_another_arena_is_not_compared() -> None:
     assert rates_between(before, sample(1.0, {}, allocations=7, epoch=2)) is None
     assert rates_between(before, sample(1.0, {}, allocations=6, epoch=3)) is None
     assert rates_between(before, sample(0.0, {}, allocations=7, epoch=3)) is None
+    assert rates_between(before, sample(1.0, {}, allocations=7, epoch=3)) is not None
+    assert rates_between(before, sample(1.0, {}, allocations=9, epoch=3, arena_id=b"b")) is None
+
+
+def test_a_broker_that_is_started_again_has_another_arena() -> None:
+    """Of the same epoch, and with as many allocations."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    looks = []
+    for _ in range(2):
+        with broker(endpoint):
+            looks.append(_look(endpoint))
+    before, after = looks
+    assert (before.epoch, before.allocations) == (after.epoch, after.allocations)
+    assert rates_between(before, after) is None
 
 
 @contextmanager

@@ -70,6 +70,24 @@ def test_an_answer_without_pages_needs_no_receipt() -> None:
     assert not window.unread
 
 
+def test_what_reaches_nobody_is_not_waited_for() -> None:
+    window = Window()
+    given, lost, under_way = (enter(window, "load_many") for _ in range(3))
+    for entry in (given, lost):
+        window.leave(entry, has_pages=True)
+    window.lost(lost)
+    window.lost(lost)
+    assert list(window.unread) == [given.receipt, under_way.receipt]
+    window.moved()
+    assert list(window.unread) == [under_way.receipt], "a worker has it still"
+    window._check()
+    window.leave(under_way, has_pages=True)
+    window.moved()
+    assert not window.unread
+    for _ in range(BATCHES):
+        enter(window, "load_many")
+
+
 def test_who_is_served_by_a_page_worker() -> None:
     window = Window()
     page, other = enter(window, "load"), enter(window, "sync", paged=False)

@@ -37,6 +37,7 @@ PAGE = layout.PAGE_SIZE_MIN
 TYPE_STEP = 1 << 32  # a register's number is type * TYPE_STEP + offset
 JITTER = 50  # one step in so many loses the processor
 ROUNDS_MORE = 3
+FILLED_VALUE = 1 << 63  # from here on: pages that are a pattern, below are those of the register
 OPERATIONS_MAX = 20_000
 LONGER_S = 10_000.0  # than any handle holds on
 
@@ -225,7 +226,14 @@ class Client:
 
     def load(self, type_: int, offset: int) -> int:
         page = self.slots(type_).load(offset)
+        if page is not None and page == page[:4] * (PAGE // 4):
+            return filled_value(int.from_bytes(page[:4], "little"))
         return MISS if page is None else read_page(type_ * TYPE_STEP + offset, page)
+
+    def store_filled(self, type_: int, offset: int, pattern: int) -> None:
+        """A page that is four bytes over and over, and in its slot's word."""
+        self.slots(type_).store(offset, pattern.to_bytes(4, "little") * (PAGE // 4))
+        self.world.values[type_, offset] = {filled_value(pattern)}
 
     def invalidate(self, type_: int, offset: int) -> None:
         self.slots(type_).invalidate_page(offset)
@@ -298,6 +306,11 @@ class Client:
 
     def _disown(self) -> None:
         raise AssertionError("the child could not begin")
+
+
+def filled_value(pattern: int) -> int:
+    """The value of a page that is those four bytes over and over."""
+    return FILLED_VALUE + pattern
 
 
 class Remote(Client):

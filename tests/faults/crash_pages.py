@@ -169,11 +169,14 @@ def clean(w: World) -> Play:
 
 @scene
 def punch(w: World) -> Play:
-    """Places in a row, alone, of zeros, and one that has been stored to again."""
+    """Places in a row, alone, of zeros, of a pattern, and one that has been stored to again."""
     cached(w)
     w.broker.call("clean")
     for offset in (*range(8), 10, 12, 20):
         w.first.invalidate(offset % 2, offset)
+    for offset in (14, 15):
+        w.first.store_filled(0, offset, 0)
+        w.first.store_filled(1, offset, 0x01020304)
     w.first.invalidate(1, 4)
     w.first.store(1, 4)
 

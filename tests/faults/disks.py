@@ -17,12 +17,22 @@ from pathlib import Path
 
 import pytest
 
+from gcma_shm.broker.direct import refuse_directory
+from gcma_shm.errors import ArenaError
 from tests.processes import eventually
 
 _FS_IOC_GETFLAGS, _FS_IOC_SETFLAGS = 0x80086601, 0x40086602  # linux/fs.h
 _FS_IMMUTABLE = 0x10
 CHUNK = 4096
 UMOUNT_S = 10.0  # how long what is still open may take to be closed
+
+
+def needs_direct(directory: Path, page_size: int = 4096) -> None:
+    """Skips the test where files of `directory` cannot be read and written past the page cache: on a tmpfs, say, as /tmp is in Debian 13."""
+    try:
+        refuse_directory(directory, page_size)
+    except ArenaError as error:
+        pytest.skip(f"{error.strerror}; --basetemp chooses another directory")
 
 
 class Disk:

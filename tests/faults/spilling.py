@@ -13,6 +13,7 @@ from typing import Any
 import gcma_shm
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import Swap
+from tests.faults.disks import needs_direct
 from tests.invariants import check_at_rest
 from tests.processes import eventually
 
@@ -130,6 +131,8 @@ def check_values(swap: Swap, values: dict[int, int]) -> None:
 @contextlib.contextmanager
 def place(spill_root: Path, mapped: bool, size: str = "4M", spill_io: str = "buffered") -> Iterator[Place]:
     """A broker of about a hundred nursery pages, with its spill files below `spill_root`."""
+    if spill_io == "direct":
+        needs_direct(spill_root)
     with (
         gcma_shm.embedded(
             size, slots=3 * SLOTS, clients=8, spill_dir=spill_root, spill_io=spill_io, timeout=20.0

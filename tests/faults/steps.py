@@ -20,8 +20,10 @@ from pathlib import Path
 
 import gcma_shm
 from gcma_shm import _core, layout
+from gcma_shm.broker.direct import refuse_directory
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import MappedSwap, Swap
+from gcma_shm.errors import ArenaError
 from tests.faults.storm import TYPE_STEP, TYPES, Plan, Storm
 from tests.invariants import CACHED, SPILLED, check_at_rest
 from tests.processes import WAIT_S, Child, Said, eventually, forked
@@ -463,7 +465,18 @@ def main(what: str, names: list[str]) -> None:
 
 
 def _play(what: str, scenes: list[Scene], spill_io: str) -> int:
-    with tempfile.TemporaryDirectory(prefix="gs-") as directory, Storm(PLAN, Path(directory), 0, spill_io) as storm:
+    with tempfile.TemporaryDirectory(prefix="gs-") as directory:
+        if spill_io == "direct":
+            try:
+                refuse_directory(Path(directory), PLAN.page_size)
+            except ArenaError as error:
+                print(f"{', '.join(scene.name for scene in scenes)} left out: {error.strerror}")
+                return 0
+        return _play_in(Path(directory), what, scenes, spill_io)
+
+
+def _play_in(directory: Path, what: str, scenes: list[Scene], spill_io: str) -> int:
+    with Storm(PLAN, directory, 0, spill_io) as storm:
         playing: Steps | Lives = Lives(storm) if what == "lives" else Steps(storm)
         try:
             for scene in scenes:

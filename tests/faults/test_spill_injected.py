@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.builds import HERE, ROOT, build, environment
+from tests.faults.disks import needs_direct
 
 pytestmark = pytest.mark.timeout(300)
 SCENES = (
@@ -41,9 +42,11 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("spill_io", "scenes"), RUNS, ids=lambda value: value if isinstance(value, str) else "+".join(value)[:30]
 )
 def test_files_that_fail_by_command(spill_io: str, scenes: tuple[str, ...], core: Path, tmp_path: Path) -> None:
+    if spill_io == "direct":
+        needs_direct(tmp_path)
     words = tmp_path / "words"
     words.write_bytes(bytes(4096))
-    variables = environment(core) | {"GCMA_TEST_FILES": str(words)}
+    variables = environment(core) | {"GCMA_TEST_FILES": str(words), "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-m", "tests.faults.files", f"--spill-io={spill_io}", *scenes]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, check=False)
     print(done.stdout)

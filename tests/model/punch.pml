@@ -2,8 +2,8 @@
  * One slot and its place in the spill file: it is stored to, cleaned, evicted, loaded and invalidated, while the broker gives back the disk
  * space of a place that no value needs.
  *
- * Client 1 stores a value and has it written through. Client 2 does one of: a store left behind, a store of zeros, an invalidation. The broker
- * cleans, evicts and punches, each as often as there is something to do.
+ * Client 1 stores a value and has it written through. Client 2 does one of: a store left behind, a store of zeros, of a pattern, an
+ * invalidation. The broker cleans, evicts and punches, each as often as there is something to do.
  *
  * Shows: the file of a clean or SPILLED value is that value, and its checksum; a load returns a whole value that was the latest while it
  * looked, or that there is none; the file holds nothing where no value is in it, unless the word says LAID or somebody is writing there; no
@@ -37,13 +37,22 @@
 #define HOLE 0          /* of a place in the file; in `latest`: no value, or zeros */
 
 #define VALUE(w) PAGE(w)
-#define LAID(w)  PAGE(w)        /* of a word that is EMPTY or ZERO */
-#define HOLLOW(w) (STATE(w) == EMPTY || STATE(w) == ZERO)
+#define FILLED_LAID 6   /* its payload is a pattern, which leaves LAID no room: a state of its own */
+#define LAID(w)  (STATE(w) == FILLED_LAID || (STATE(w) != FILLED && PAGE(w)))     /* of a word that is hollow */
+#define HOLLOW(w) (STATE(w) == EMPTY || STATE(w) == ZERO || STATE(w) >= FILLED)
+#define IS_FILLED(w) (STATE(w) >= FILLED)
+#ifdef FAULT_PUNCH_DROPS_PATTERN
+#define PUNCHED(w) NEXT(w, (IS_FILLED(w) -> FILLED : STATE(w)), 0, 0)
+#else
+#define PUNCHED(w) NEXT(w, (IS_FILLED(w) -> FILLED : STATE(w)), 0, (IS_FILLED(w) -> PAGE(w) : 0))
+#endif
 #ifdef FAULT_SWING_FORGETS
 #define LEFT_BEHIND(w) (HOLLOW(w) && LAID(w))
 #else
 #define LEFT_BEHIND(w) (!HOLLOW(w) || LAID(w))
 #endif
+
+#define AS_LAID(state, w) (state == FILLED && LEFT_BEHIND(w) -> FILLED_LAID : state)
 
 short word = WORD(0, SPILLED, 0, 0);
 short side = SIDE(0, CRC_OF(OLD, OLD));
@@ -62,7 +71,7 @@ bool  was[4];           /* ghost: what the slot's value has been since the load 
 inline check() {
     was[latest] = was[latest] || LOADS;
     assert(STATE(word) != CACHED || VALUE(word) == latest);
-    assert(!HOLLOW(word) || latest == HOLE);
+    assert(!HOLLOW(word) || latest == (IS_FILLED(word) -> VALUE(word) : HOLE));
     assert(!(IS_CLEAN(word) || STATE(word) == SPILLED) || (file_first == latest && file_second == latest && CRC(side) == CRC_OF(latest, latest)));
     assert(!HOLLOW(word) || LAID(word) || WRITER_OF(side) != 0 || (file_first == HOLE && file_second == HOLE))
 }
@@ -73,7 +82,7 @@ inline swing(state, dirty, stored) {
     :: !won ->
         w = word;
         d_step {
-            CAS(won, word, w, NEXT(w, state, dirty, (state == CACHED -> stored : LEFT_BEHIND(w))));    /* @store.swing */ /* @store.filled */ /* @invalidate.swing */
+            CAS(won, word, w, NEXT(w, AS_LAID(state, w), dirty, (state == CACHED || state == FILLED -> stored : LEFT_BEHIND(w))));    /* @store.swing */ /* @store.filled */ /* @invalidate.swing */
             w = (won -> word : w);
             latest = (won -> stored : latest);
             check()
@@ -132,7 +141,7 @@ inline punch(me) {
         if
         :: HOLLOW(at) && LAID(at) ->
 #ifdef FAULT_MARK_BEFORE_PUNCH
-            d_step { CAS(won, word, at, NEXT(at, STATE(at), 0, 0)); check() }
+            d_step { CAS(won, word, at, PUNCHED(at)); check() }
 #endif
             d_step { file_first = HOLE; check() }                       /* @punch.hole */
             d_step { file_second = HOLE; check() }
@@ -140,9 +149,9 @@ inline punch(me) {
             d_step {
 #ifdef FAULT_MARK_ANY_WORD
                 at = word;
-                word = NEXT(at, (HOLLOW(at) -> STATE(at) : EMPTY), 0, 0);
+                word = (HOLLOW(at) -> PUNCHED(at) : NEXT(at, EMPTY, 0, 0));
 #else
-                CAS(won, word, at, NEXT(at, STATE(at), 0, 0));          /* @punch.word */
+                CAS(won, word, at, PUNCHED(at));          /* @punch.word */
 #endif
                 check()
             }
@@ -170,6 +179,7 @@ proctype worker(byte me) {
             od
         :: me == 2 -> swing(CACHED, 1, 2)
         :: me == 2 -> swing(ZERO, 0, HOLE)
+        :: me == 2 -> swing(FILLED, 0, 2)
         :: me > 1 -> swing(EMPTY, 0, HOLE)
         fi
     } unless { killed_worker == me };
@@ -197,7 +207,7 @@ proctype loader() {
             :: word != w
             fi
 #endif
-        :: HOLLOW(w) -> assert(was[HOLE]); break
+        :: HOLLOW(w) -> assert(was[(IS_FILLED(w) -> VALUE(w) : HOLE)]); break
         :: STATE(w) == CACHED -> assert(was[VALUE(w)]); break
         fi
     od;

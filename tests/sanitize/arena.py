@@ -25,6 +25,7 @@ MORTAL = 7  # the client that says goodbye and is buried all the time
 RESERVED_INDEX, RESERVED_PAGES = 3, 40
 RESERVED = 9 << 8 | layout.RESERVATION  # the entry's state word
 TIMEOUT_S = 60.0
+SHARE = 25  # of type THROUGH, percent
 
 Memory = mmap.mmap | ctypes.Array[ctypes.c_ubyte]
 
@@ -68,7 +69,9 @@ class Arena:
 
     def __init__(self, spill_dir: Path, memory_of: Callable[[int], Memory], spill_io: str = layout.SPILL_IO[0]) -> None:
         self.spill_dir = spill_dir
-        self.done: Counter[str] = Counter()  # what no counter of the core counts; each key by one thread
+        self.done: Counter[str] = (
+            Counter()
+        )  # what no counter of the core counts; one may be lost where several threads count
         geometry, self.areas = layout.plan(
             720 << 10,
             areas={"a": 48 * PAGE, "b": 60 * PAGE},
@@ -98,7 +101,8 @@ class Arena:
         return Plane(self.memory, self.geometry, number, os.fsencode(self.spill_dir))
 
     def declare(self, type_: int) -> Slots:
-        return self.registry.declare(type_, SLOTS[type_], "behind" if type_ == BEHIND else "through")
+        share = SHARE if type_ == THROUGH else layout.SHARE_WHOLE
+        return self.registry.declare(type_, SLOTS[type_], "behind" if type_ == BEHIND else "through", share)
 
     def _reserve(self) -> None:
         for offset, value in (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.disks import needs_direct
 from tests.sanitize.runtime import FOUND, HERE, MEMORY, Sanitized, preloaded
 
 SECONDS = float(os.environ.get("GCMA_SANITIZE_S", "0"))
@@ -34,6 +35,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
 
 
 def test_threads(core: Sanitized, tmp_path: Path) -> None:
+    needs_direct(tmp_path)
     done = core.run(
         "tests.sanitize.threads", tmp_path, "--seconds", SECONDS or SHORT_S, "--allocated", "--spill-io", "direct"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.disks import needs_direct
 from tests.sanitize.runtime import FOUND, HERE, THREADS, Sanitized, blind_options, preloaded
 
 SECONDS = float(os.environ.get("GCMA_SANITIZE_S", "3"))
@@ -37,6 +38,7 @@ def test_what_python_orders(core: Sanitized, tmp_path: Path) -> None:
 
 
 def test_what_the_protocol_orders(core: Sanitized, tmp_path: Path) -> None:
+    needs_direct(tmp_path)
     spill_dir = tmp_path / "spill"
     spill_dir.mkdir()
     done = core.run(

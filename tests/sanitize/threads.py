@@ -49,13 +49,14 @@ EDGE = 8  # pages at the end of the second area that it loses and wins again
 AT_WORK = (
     "stores", "stores_zero", "hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses", "invalidations", "cleaned", "refaults",
     "promotions", "evictions", "discards", "orphans_freed", "heals", "retries", "direct_reclaims", "refused_closed", "claims", "buffers", "lives", "punched",
+    "stores_at_hand", "loads_at_hand",
 )  # fmt: skip
 AT_LEAST = 50
 AT_WORK_S = 120.0
 
 
 def work(arena: Arena, plane: Plane, random_: random.Random, stop: threading.Event) -> None:
-    """A client: stores, loads, batches, invalidates, syncs."""
+    """A client: stores, loads, batches, invalidates, syncs; what the broker's control thread does for those who send messages, too."""
     handles = {type_: arena.open(plane, type_) for type_ in SLOTS}
     many = bytearray(8 * PAGE)
     n = 0
@@ -63,7 +64,7 @@ def work(arena: Arena, plane: Plane, random_: random.Random, stop: threading.Eve
         type_ = random_.choice((THROUGH, THROUGH, BEHIND, BEHIND, FLEETING))
         n += 1
         try:
-            work_once(handles[type_], random_, n, many)
+            work_once(handles[type_], random_, n, many, arena.done)
         except Closed:
             assert type_ == FLEETING, f"type {type_} has ended"
             handles[type_] = arena.open(plane, type_)
@@ -71,10 +72,12 @@ def work(arena: Arena, plane: Plane, random_: random.Random, stop: threading.Eve
             pass  # other threads of the process had all of its pins
 
 
-def work_once(swap: Slots, random_: random.Random, n: int, many: bytearray) -> None:
+def work_once(swap: Slots, random_: random.Random, n: int, many: bytearray, done: Counter[str]) -> None:
     type_, slots = swap.type, swap.slots
     offset = random_.randrange(slots) if random_.random() < 0.5 else random_.randrange(8)
-    match random_.randrange(16):
+    match random_.randrange(20):
+        case 16 | 17 | 18 | 19:
+            at_hand(swap, offset, n, done)
         case 0 | 1 | 2 | 3:
             swap.store(offset, page_of(type_, offset, n))
         case 4:
@@ -97,6 +100,15 @@ def work_once(swap: Slots, random_: random.Random, n: int, many: bytearray) -> N
             page = swap.load(offset)
             if page is not None:
                 check_page(type_, offset, page)
+
+
+def at_hand(swap: Slots, offset: int, n: int, done: Counter[str]) -> None:
+    """Under the interpreter's lock all the time, also in this build."""
+    done["stores_at_hand"] += swap.store_at_hand(offset, page_of(swap.type, offset, n))
+    found = swap.load_at_hand((offset + 1) % swap.slots)
+    if isinstance(found, bytes):
+        check_page(swap.type, (offset + 1) % swap.slots, found)
+        done["loads_at_hand"] += 1
 
 
 def fill(span: Span) -> None:
