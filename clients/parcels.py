@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, cast
+from typing import Any
 
 from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
@@ -155,9 +155,8 @@ class _Pickler(ForkingPickler):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        registered = cast(Any, self)  # attributes that its stub does not have
-        others = {kind: how for kind, how in registered._extra_reducers.items() if how is not reduce_array}
-        self.dispatch_table = registered._copyreg_dispatch.new_child(others)
+        for kind in [kind for kind, how in self.dispatch_table.items() if how is reduce_array]:
+            del self.dispatch_table[kind]
 
 
 class Bytes:
