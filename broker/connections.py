@@ -37,6 +37,11 @@ class Connections:
             return self._known.pop(fd)[0]
         return self._strange.pop(fd, None) or self._ending.pop(fd, None)
 
+    def is_anothers(self, fd: int, peer: bytes) -> bool:
+        """Whether that descriptor is still taken for another peer's: it has been closed and used again, and we were not told yet."""
+        before = self._known[fd][0] if fd in self._known else self._strange.get(fd)
+        return before is not None and before != peer
+
     def heard(self, fd: int, peer: bytes) -> None:
         """A message came by it, and was served."""
         if fd in self._known:

@@ -163,6 +163,11 @@ class Server:
                 peer, frames, sender, fd = self._door.receive()
             except zmq.Again:
                 return False
+            if connections.is_anothers(
+                fd, peer
+            ):  # the end of that connection first: it was told before this message came
+                while self._count(connections, service):
+                    pass
             reply = service.request(peer, frames, sender)
             connections.heard(fd, peer)
             if reply is not None:
