@@ -38,8 +38,12 @@ class Connections:
         return self._strange.pop(fd, None) or self._ending.pop(fd, None)
 
     def is_anothers(self, fd: int, peer: bytes) -> bool:
-        """Whether that descriptor is still taken for another peer's: it has been closed and used again, and we were not told yet."""
-        before = self._known[fd][0] if fd in self._known else self._strange.get(fd)
+        """Whether that descriptor is taken for another peer's, or for nobody's: a connection has come, or one has gone and its descriptor is
+        used again, and we were not told yet.
+        """
+        if fd not in self._known and fd not in self._strange:
+            return fd not in self._ending
+        before = self._known[fd][0] if fd in self._known else self._strange[fd]
         return before is not None and before != peer
 
     def heard(self, fd: int, peer: bytes) -> None:

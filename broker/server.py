@@ -163,9 +163,7 @@ class Server:
                 peer, frames, sender, fd = self._door.receive()
             except zmq.Again:
                 return False
-            if connections.is_anothers(
-                fd, peer
-            ):  # the end of that connection first: it was told before this message came
+            if connections.is_anothers(fd, peer):  # what came and went before this message was told before it
                 while self._count(connections, service):
                     pass
             reply = service.request(peer, frames, sender)

@@ -45,6 +45,7 @@ def test_a_descriptor_that_is_used_again_is_noticed() -> None:
     kept.connections.heard(2, b"stranger")
     assert not kept.connections.is_anothers(0, b"0")
     assert kept.connections.is_anothers(0, b"new")
+    assert kept.connections.is_anothers(9, b"new"), "nobody has told of it"
     assert not kept.connections.is_anothers(1, b"new"), "nobody has sent anything there"
     assert kept.connections.is_anothers(2, b"new")
     assert kept.connections.closed(0) == b"0"
