@@ -180,8 +180,9 @@ class Server:
             if connections.is_anothers(fd, peer):
                 self._catch_up(connections, service)
             reply = service.request(peer, frames, sender)
-            connections.heard(fd, peer)
-            if reply is not None:
+            if not connections.heard(fd, peer) and not self._crowded:
+                service.peer_gone(peer)  # it left before it was served: nobody will tell again
+            elif reply is not None:
                 self._send(peer, reply)
             if not _has_more(self._socket):  # the question costs less than the exception
                 return False
