@@ -80,15 +80,15 @@ cdef void promote_held(Arena *a) noexcept nogil:
     share of the areas would stay empty. Looks at the next OWN_PASS pages of the ring.
     """
     cdef Clean batch[BATCH_MAX]
-    cdef uint64_t page, life, key, word, type_, pass_ = min(<uint64_t>OWN_PASS, a.nursery), first
+    cdef uint64_t page, life, key, word, type_, left = min(<uint64_t>OWN_PASS, a.nursery)
     cdef bint any_ = False, room = True, proven
     cdef int i, n, dirty
     for type_ in range(256):
         any_ = any_ or has_share(a, type_)
     if not any_:
         return
-    for first in range(0, pass_, BATCH_MAX):
-        n, dirty = <int>min(<uint64_t>BATCH_MAX, pass_ - first), 0
+    while left:
+        n, dirty = <int>min(<uint64_t>BATCH_MAX, left), 0
         for i in range(n):
             if is_held_long(a, (a.held_at + i) % a.nursery, room, &life, &key, &word) and word & DIRTY:
                 dirty = add_sorted(batch, dirty, key)
@@ -103,6 +103,7 @@ cdef void promote_held(Arena *a) noexcept nogil:
             elif not proven:
                 room = False
         a.held_at += n
+        left -= n
 
 
 cdef void sweep_nursery(Arena *a) noexcept nogil:
