@@ -152,7 +152,7 @@ def main() -> None:
     figures: dict[str, dict[str, float]] = {}
     with gcma_shm.embedded("32M") as client, gcma_shm.connect(client.endpoint, mapped=False) as messenger:
         swap = messenger.swap(0, 100, "behind")
-        swap.store(0, b"p" * client.page_size)
+        swap.store(0, os.urandom(client.page_size))
         for kind in PEERS:
             alone: tuple[list[float], list[float]] = ([], [])
             beside: tuple[list[float], list[float]] = ([], [])

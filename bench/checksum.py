@@ -36,7 +36,7 @@ from _common import (
 
 import gcma_shm
 from gcma_shm import layout
-from gcma_shm._core import Plane, Slots
+from gcma_shm._core import COUNTERS, Plane, Slots
 from gcma_shm.sizes import format_size, parse_size
 
 Which = npt.NDArray[np.int64]
@@ -164,10 +164,12 @@ class Loads:
         self._batch = batch
         for n in range(pages):
             self._swaps[0].store(n, self._page)
-        # Evicted so long ago that no load puts a page back: the next one finds it in the file again.
-        self._planes[0].add(layout.CLOCK_AT, 4 * geometry.pages)
-        nursery = geometry.nursery_pages
-        self._spilled = pages - nursery
+        # All of the nursery in somebody else's hands: no load puts a page back, and the next one finds it in the file again.
+        self._nursery = {geometry.life_at + 8 * page: 0 for page in range(geometry.nursery_pages)}
+        for at in self._nursery:
+            self._nursery[at] = self._planes[0].read(at)
+            self._planes[0].write(at, 1 << 62 | 7 << 46 | self._nursery[at] & (1 << 46) - 1)
+        self._spilled = pages - geometry.nursery_pages
 
     def jobs(self, which: Which) -> dict[str, Job]:
         """Each of `batch` pages."""
@@ -184,6 +186,9 @@ class Loads:
 
     def stores(self, which: Which) -> dict[str, Job]:
         """The same of stores. After them, nothing of what `jobs` wants is in the file alone."""
+        for at, life in self._nursery.items():
+            self._planes[0].write(at, life)
+        self._nursery.clear()
         offsets = [int(n) for n in which[: self._batch]]
 
         def each(swap: Slots) -> None:
@@ -194,7 +199,7 @@ class Loads:
 
     def hits_in_the_file(self) -> int:
         """By both handles."""
-        at = self._planes[0].geometry.clients_at + layout.CLIENT_COUNTERS_AT + 8 * 6
+        at = self._planes[0].geometry.clients_at + layout.CLIENT_COUNTERS_AT + 8 * COUNTERS.index("hits_spill")
         return sum(self._planes[0].read(at + layout.CLIENT_BYTES * (layout.BROKER + way)) for way in range(len(WAYS)))
 
 

@@ -34,7 +34,7 @@ LOOK_EVERY = 100  # turns of dropping, for files that are new
 CLIENTS = 16
 STAMP = np.uint8(0xA5)
 CMA_DIRTY = 0.5  # as in `alloc.py`
-HITS = ("hits_nursery", "hits_area", "hits_zero")
+HITS = ("hits_nursery", "hits_area", "hits_zero", "hits_filled")
 READS = 2000  # to find what one costs
 SHORTAGE = 16  # searches for the arena's size: tables and alignment take a little more than was thought
 

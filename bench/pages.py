@@ -27,7 +27,7 @@ from pages_worker import Block, make_worker
 import gcma_shm
 from gcma_shm.sizes import parse_size
 
-PLACES = ("hits_nursery", "hits_area", "hits_spill", "hits_zero", "misses")
+PLACES = ("hits_nursery", "hits_area", "hits_spill", "hits_zero", "hits_filled", "misses")
 
 
 def process_cpu_ns(pid: int) -> int:

@@ -32,7 +32,7 @@ CLIENTS = 2
 LOW = 8  # the reclaim thread is woken when less than an eighth of the nursery is left
 LIVE_SHARES = (5, 20)
 BEHIND_MAX = 1.0  # points that ours may be behind the oracle's S3-FIFO; it is to be ahead of LRU
-IN_MEMORY = ("hits_nursery", "hits_area", "hits_zero")
+IN_MEMORY = ("hits_nursery", "hits_area", "hits_zero", "hits_filled")
 
 # libcachesim 0.3.5 over the same traces, each request of one size, caches of the same numbers of pages; `--oracle` takes them anew, but for
 # Belady's, which knows the future.

@@ -46,8 +46,9 @@ def make_echo(_index: int, stack: ExitStack, endpoint: str, page_size: int, copi
     def serve() -> None:
         places = itertools.cycle(range(0, SOURCE_BYTES, messages.BATCH_BYTES))
         while True:
-            peer, header, *frames = socket.recv_multipart(copy=False)
-            _version, number, operation, parameters = msgpack.unpackb(header.buffer)
+            peer, header = socket.recv(), socket.recv()  # small ones are quicker copied
+            frames = socket.recv_multipart(copy=False) if socket.get(zmq.RCVMORE) else []
+            _version, number, operation, parameters = msgpack.unpackb(header)
             if operation == STOP:
                 socket.send_multipart([peer, b""])
                 return

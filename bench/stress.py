@@ -36,7 +36,7 @@ from gcma_shm.clients import linearizable
 from gcma_shm.clients.history import Log, gather
 from gcma_shm.sizes import format_size, parse_size
 
-PLACES = ("hits_nursery", "hits_area", "hits_zero", "hits_spill", "misses")
+PLACES = ("hits_nursery", "hits_area", "hits_zero", "hits_filled", "hits_spill", "misses")
 GUEST_MIN_BYTES = 64 << 10
 
 

@@ -37,8 +37,20 @@ class Connections:
             return self._known.pop(fd)[0]
         return self._strange.pop(fd, None) or self._ending.pop(fd, None)
 
-    def heard(self, fd: int, peer: bytes) -> None:
-        """A message came by it, and was served."""
+    def is_anothers(self, fd: int, peer: bytes) -> bool:
+        """Whether that descriptor is taken for another peer's, or for nobody's: a connection has come, or one has gone and its descriptor is
+        used again, and we were not told yet.
+        """
+        if fd not in self._known and fd not in self._strange:
+            return fd >= 0 and fd not in self._ending
+        before = self._known[fd][0] if fd in self._known else self._strange[fd]
+        return before is not None and before != peer
+
+    def heard(self, fd: int, peer: bytes) -> bool:
+        """A message came by it, and was served. False: that connection has ended since it was sent, as far as was told. (Peers that have
+        no descriptor to tell have -1. Of two that used one descriptor one after the other, and were both served while the second is there, the
+        one that was served last counts.)
+        """
         if fd in self._known:
             self._known[fd] = peer, self._turn
         elif fd in self._strange:
@@ -47,6 +59,7 @@ class Connections:
                 self._known[fd] = peer, self._turn
             else:
                 self._strange[fd] = peer
+        return fd < 0 or fd in self._known or fd in self._strange or fd in self._ending
 
     def turn(self) -> None:
         """Time passes: `to_blame` looks at what was heard since."""

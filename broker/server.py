@@ -32,6 +32,9 @@ LOOK_S = (
 )
 RETURNING_TICKS = 5  # in which memory goes back to the system after connections were ended
 EVENTS_MAX = 64  # deaths, signals and the like that one turn of the loop looks at
+CATCH_UP_MAX = (
+    8  # times CHANGES_MAX connections that may come and go between two messages, and not be mistaken for others
+)
 DRAIN_MAX = 64  # requests served before answers, deaths and signals get their turn
 COPY_BYTES = 128 << 10  # of a page frame; longer ones are not copied for ZeroMQ
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
@@ -50,6 +53,7 @@ class Server:
         self._sessions = 0  # at the last look
         self._growth_max = growth_max(page_size, 0)  # bytes that the process may have grown by
         self._size_at_start = private_bytes()
+        self._crowded = False  # whether connections may have come or gone of which we took no notice yet
         self._looked = 0.0
         self._looks = 0  # in a row, that found the process too large
         self._ended = self._returning = 0
@@ -77,18 +81,18 @@ class Server:
         ticked = time.monotonic()
         # ZeroMQ's descriptors tell once that there is something, and of nothing that is left: what else there is must be asked for
         # before the next wait, and after whatever was done with the socket. (Its own Poller asks for everything each time.)
-        more = crowded = True
+        more = self._crowded = True
         while not self._stop.reason:
-            for fd, _ in self._epoll.poll(0 if more or crowded or service.busy else LOOK_S, EVENTS_MAX):
+            for fd, _ in self._epoll.poll(0 if more or self._crowded or service.busy else LOOK_S, EVENTS_MAX):
                 if fd == socket_fd:
                     more = True
                 elif fd == monitor_fd:
-                    crowded = True
+                    self._crowded = True
                 else:
                     self._other(fd, service, owner_pidfd)
                     more = more or _has_more(self._socket)  # to send answers takes notice of what has come
-            if crowded:
-                crowded = self._count(connections, service)
+            if self._crowded:
+                self._count(connections, service)
             if more:
                 more = self._serve(connections, service)
             if service.busy:
@@ -121,8 +125,18 @@ class Server:
         self._send_answers(None)
         self._epoll.close()
 
-    def _count(self, connections: Connections, service: Service) -> bool:
-        """Takes notice of connections that have come and gone; whether there may be more."""
+    def _catch_up(self, connections: Connections, service: Service) -> None:
+        """What came and went before a message was told before it; but whoever comes and goes without end keeps nobody for longer than
+        CATCH_UP_MAX times.
+        """
+        self._crowded = True
+        for _ in range(CATCH_UP_MAX):
+            if not self._crowded:
+                break
+            self._count(connections, service)
+
+    def _count(self, connections: Connections, service: Service) -> None:
+        """Takes notice of connections that have come and gone."""
         count = 0
         for opened, fd in self._door.changes():
             count += 1
@@ -131,7 +145,7 @@ class Server:
             elif (peer := connections.closed(fd)) is not None:
                 service.peer_gone(peer)
         self._end(connections.too_many())
-        return count == CHANGES_MAX
+        self._crowded = count == CHANGES_MAX  # there may be more
 
     def _look(self, connections: Connections, sessions: int) -> None:
         """When the process is too large, some connections are ended: a message that has not ended belongs to nobody yet. Clients come
@@ -163,9 +177,12 @@ class Server:
                 peer, frames, sender, fd = self._door.receive()
             except zmq.Again:
                 return False
+            if connections.is_anothers(fd, peer):
+                self._catch_up(connections, service)
             reply = service.request(peer, frames, sender)
-            connections.heard(fd, peer)
-            if reply is not None:
+            if not connections.heard(fd, peer) and not self._crowded:
+                service.peer_gone(peer)  # it left before it was served: nobody will tell again
+            elif reply is not None:
                 self._send(peer, reply)
             if not _has_more(self._socket):  # the question costs less than the exception
                 return False

@@ -54,8 +54,8 @@ cdef int note_file(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
     if fd < 0:
         return fd
     close(fd)
-    a.types[type_].inode = found.st_ino
-    a.types[type_].device = found.st_dev
+    store_relaxed(&a.types[type_].inode, found.st_ino)
+    store_relaxed(&a.types[type_].device, found.st_dev)
     return OK
 
 
@@ -73,7 +73,7 @@ cdef int open_life(Arena *a, uint64_t type_, uint64_t life) noexcept nogil:
     """A new descriptor for that life's file; negative: errno, ESTALE when another one has its name."""
     cdef stat_t found
     cdef int fd = open_named(a, type_, life, &found)
-    if fd >= 0 and (found.st_ino != a.types[type_].inode or found.st_dev != a.types[type_].device):
+    if fd >= 0 and (found.st_ino != load_relaxed(&a.types[type_].inode) or found.st_dev != load_relaxed(&a.types[type_].device)):
         close(fd)
         return -ESTALE
     if fd >= 0:

@@ -22,13 +22,34 @@ cdef bint settle(Arena *a, uint64_t page) noexcept nogil:
     return free_orphan(a, page, life)
 
 
+cdef int add_sorted(Clean *batch, int n, uint64_t key) noexcept nogil:
+    """Puts one more slot into a batch of n, in order of the keys; returns how many it has then."""
+    cdef int at = n
+    while at and batch[at - 1].key > key:
+        batch[at].key = batch[at - 1].key
+        at -= 1
+    batch[at].key = key
+    return n + 1
+
+
+cdef void clean_sorted(Arena *a, Clean *batch, int n, Retries *retries) noexcept nogil:
+    """Cleans these slots, neighbours in a file in one write, and marks what was refused."""
+    cdef int i
+    clean_batch(a, batch, n, a.sweeper_pins, NULL)  # a share of its own
+    for i in range(n):
+        if batch[i].status < 0:
+            note_refused(a, &batch[i])
+            if retries != NULL:
+                retries.refused[batch[i].key >> KEY_SHIFT] += 1
+
+
 cdef void clean_tickets(Arena *a, uint64_t ticket, int n, Retries *retries) noexcept nogil:
-    """Cleans what is dirty on the pages of n tickets from `ticket` on, sorted so that neighbours in a file go in one
-    write. What its file has refused before is left alone; or, in a round of `retries`, nothing else is tried.
+    """Cleans what is dirty on the pages of n tickets from `ticket` on. What its file has refused before is left alone; or, in a round of
+    `retries`, nothing else is tried.
     """
     cdef Clean batch[BATCH_MAX]
     cdef uint64_t page, life, key, word
-    cdef int i, k, dirty = 0
+    cdef int i, dirty = 0
     for i in range(n):
         page = (ticket + i) % a.nursery
         if retries != NULL and not a.refused[page]:
@@ -38,53 +59,51 @@ cdef void clean_tickets(Arena *a, uint64_t ticket, int n, Retries *retries) noex
                 continue
             if retries != NULL and not may_retry(retries, page, key >> KEY_SHIFT):
                 continue
-            k = dirty
-            while k and batch[k - 1].key > key:
-                batch[k].key = batch[k - 1].key
-                k -= 1
-            batch[k].key = key
-            dirty += 1
-    clean_batch(a, batch, dirty, a.sweeper_pins, NULL)  # a share of its own
-    for i in range(dirty):
-        if batch[i].status < 0:
-            note_refused(a, &batch[i])
-            if retries != NULL:
-                retries.refused[batch[i].key >> KEY_SHIFT] += 1
+            dirty = add_sorted(batch, dirty, key)
+    clean_sorted(a, batch, dirty, retries)
+
+
+cdef bint is_held_long(Arena *a, uint64_t page, bint room, uint64_t *life, uint64_t *key, uint64_t *word) noexcept nogil:
+    """Whether the page is of a type with a share that has at least half of its part, so that the hand does not come soon, and belongs into an
+    area: it is proven, or there is room. Then its life, key and word.
+    """
+    cdef uint64_t type_ = load_relaxed(&a.key[page]) >> KEY_SHIFT
+    if type_ >= 256 or not has_share(a, type_) or not (room or is_proven(a, page)):
+        return False
+    if 2 * <int64_t>load_relaxed(&a.types[type_].held) < <int64_t>nursery_part(a, type_):
+        return False
+    return look_up(a, page, life, key, word) and names(word[0], page) and not was_refused(a, page, life[0])
 
 
 cdef void promote_held(Arena *a) noexcept nogil:
     """Promotes pages of types that have their part of the nursery: such a type draws no tickets, so the hand need not come to its pages, and its
-    share of the areas would stay empty. The next OWN_PASS pages of the ring; what is not proven only as long as there is room.
+    share of the areas would stay empty. Looks at the next OWN_PASS pages of the ring.
     """
-    cdef uint64_t page, life, key, word, type_, look
+    cdef Clean batch[BATCH_MAX]
+    cdef uint64_t page, life, key, word, type_, left = min(<uint64_t>OWN_PASS, a.nursery)
     cdef bint any_ = False, room = True, proven
-    cdef Clean one
+    cdef int i, n, dirty
     for type_ in range(256):
         any_ = any_ or has_share(a, type_)
     if not any_:
         return
-    for look in range(min(<uint64_t>OWN_PASS, a.nursery)):
-        page = a.held_at % a.nursery
-        a.held_at += 1
-        type_ = load_relaxed(&a.key[page]) >> KEY_SHIFT
-        if type_ >= 256 or not has_share(a, type_):
-            continue
-        if 2 * <int64_t>load_relaxed(&a.types[type_].held) < <int64_t>nursery_part(a, type_):  # the hand comes soon enough
-            continue
-        proven = is_proven(a, page)
-        if not (proven or room) or not look_up(a, page, &life, &key, &word) or not names(word, page) or was_refused(a, page, life):
-            continue
-        if word & DIRTY:
-            one.key = key
-            clean_batch(a, &one, 1, a.sweeper_pins, NULL)
-            if one.status < 0:
-                note_refused(a, &one)
-            if not look_up(a, page, &life, &key, &word) or not names(word, page) or word & DIRTY:
+    while left:
+        n, dirty = <int>min(<uint64_t>BATCH_MAX, left), 0
+        for i in range(n):
+            if is_held_long(a, (a.held_at + i) % a.nursery, room, &life, &key, &word) and word & DIRTY:
+                dirty = add_sorted(batch, dirty, key)
+        clean_sorted(a, batch, dirty, NULL)
+        for i in range(n):
+            page = (a.held_at + i) % a.nursery
+            if not is_held_long(a, page, room, &life, &key, &word) or word & DIRTY:
                 continue
-        if promote(a, page, key, word, proven):
-            free_orphan(a, page, life)
-        elif not proven:
-            room = False
+            proven = is_proven(a, page)
+            if promote(a, page, key, word, proven):
+                free_orphan(a, page, life)
+            elif not proven:
+                room = False
+        a.held_at += n
+        left -= n
 
 
 cdef void sweep_nursery(Arena *a) noexcept nogil:

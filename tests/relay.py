@@ -79,6 +79,8 @@ class Relay:
         self._ending = True
         os.eventfd_write(self._told, 1)
         self._thread.join()
+        for one in list(self._pairs):  # of somebody who came again while the others were cut
+            self._drop(one)
         self._selector.close()
         self._listening.close()
         os.close(self._told)

@@ -37,6 +37,22 @@ def test_the_oldest_stranger_goes_first() -> None:
     assert len(kept.connections) == 4
 
 
+def test_a_descriptor_that_is_used_again_is_noticed() -> None:
+    kept = Kept(4)
+    kept.come(0, session=True)
+    kept.come(1)
+    kept.come(2)
+    kept.connections.heard(2, b"stranger")
+    assert not kept.connections.is_anothers(0, b"0")
+    assert kept.connections.is_anothers(0, b"new")
+    assert kept.connections.is_anothers(9, b"new"), "nobody has told of it"
+    assert not kept.connections.is_anothers(1, b"new"), "nobody has sent anything there"
+    assert kept.connections.is_anothers(2, b"new")
+    assert kept.connections.closed(0) == b"0"
+    kept.connections.opened(0)
+    assert not kept.connections.is_anothers(0, b"new")
+
+
 def test_who_said_goodbye_is_a_stranger_again() -> None:
     kept = Kept(2)
     kept.come(0, session=True)

@@ -36,8 +36,15 @@ def test_a_reader_that_does_not_read_costs_lines_and_no_time(monkeypatch: pytest
     monkeypatch.setattr(log_module, "END_S", 0.01)
     read_end, write_end = os.pipe()
     log = Log(write_end)
-    for n in range(5000):  # far more than the pipe and the queue hold
-        log.emit(record(f"line {n} {'x' * 200}"))
+
+    def is_stuck() -> bool:
+        """Whether a hundred lines in a row are lost: pipe and queue are full."""
+        before = log._lost
+        for n in range(100):
+            log.emit(record(f"line {n} {'x' * 200}"))
+        return log._lost - before == 100
+
+    assert eventually(is_stuck)
     log.end()
     with os.fdopen(read_end, "rb", 0) as said:
         assert eventually(lambda: not log._lines.full() or not said.read(65536))

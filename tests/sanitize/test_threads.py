@@ -58,7 +58,7 @@ def test_what_the_protocol_orders(core: Sanitized, tmp_path: Path) -> None:
     ("plant", "where"),
     [
         ("plain_store", ["_publish", "_fill", "_begin_type", "_abandon", "_promote", "_sweep_nursery", "Span_"]),
-        ("relaxed_cas", ["_store_page", "_refault", "gcma_copy"]),
+        ("relaxed_cas", ["_store_page", "_refault", "gcma_copy", "Span_"]),
         ("relaxed_done", ["Span_"]),
         ("no_announcement", ["Span_"]),
         ("untold_copy", ["gcma_copy"]),
