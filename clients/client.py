@@ -19,7 +19,7 @@ from gcma_shm.clients.reservation import Claims
 from gcma_shm.clients.swap import MappedSwap, MessageSwap, Swap
 from gcma_shm.curve import Credentials, credentials_of
 from gcma_shm.endpoint import default_endpoint, is_tcp
-from gcma_shm.errors import ArenaError
+from gcma_shm.errors import ArenaError, Closed
 from gcma_shm.presence import Presence
 from gcma_shm.process import pid_namespace, start_time
 from gcma_shm.sizes import check_seconds
@@ -235,6 +235,13 @@ class Client(Allocator):
             self._claims.reset(presence)
             self._presence = presence
             cast(Plane, self._plane).tell_presence(presence.fileno())
+
+    def _open_file(self) -> Presence:
+        """The arena's object through another open file, with locks of its own. Raises Closed."""
+        with self._channel.lock:  # `close` does not take the descriptor away meanwhile
+            if self.closed or self._presence is None:
+                raise Closed("this client is closed")
+            return self._presence.anew()
 
     def _disown(self) -> None:
         """In a forked child that is no client."""

@@ -13,20 +13,18 @@ kernel takes away with its process. Which slots are free is what the slot table 
 
 from __future__ import annotations
 
-import itertools
 import secrets
-import zlib
-from collections.abc import Callable, ItemsView, Iterator, MutableMapping, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, MutableMapping, ValuesView
 from typing import Any, Literal, cast
 
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.clients import mapping_pages as pages
 from gcma_shm.clients.client import Client
-from gcma_shm.clients.mapping_pages import RUNS_INLINE, Entry, Head, Run, Shape
+from gcma_shm.clients.mapping_pages import Entry, Head, Shape
+from gcma_shm.clients.mapping_values import Values
 from gcma_shm.clients.turn import Turn
 from gcma_shm.errors import ArenaError, QuotaExceeded, SlotBusy, SpillCorrupt
-from gcma_shm.presence import Presence
 
 TRIES_MAX = 1000  # of a read whose value is replaced under it; each is a writer's progress
 
@@ -66,8 +64,8 @@ class SwapMapping(MutableMapping[str, bytes]):
         self._turn: Turn | None = None
         if client.mapped:
             at = cast(Plane, client._plane).geometry.type_at(type)
-            self._turn = Turn(cast(Presence, client._presence), at, f"the mapping in type {type}", timeout)
-        self._next = self._shape.first  # where the search for free slots goes on
+            self._turn = Turn(client._open_file, at, f"the mapping in type {type}", timeout)
+        self._values = Values(self._swap, self._shape)
         self._salt = self._open()
 
     def _open(self) -> bytes:
@@ -83,7 +81,7 @@ class SwapMapping(MutableMapping[str, bytes]):
     # --- reading
 
     def __getitem__(self, key: str) -> bytes:
-        found = self._look_up(key, self._value) if _is_text(key) else None
+        found = self._look_up(key, self._values.read) if _is_text(key) else None
         if found is None:
             raise KeyError(key)
         return found
@@ -98,7 +96,7 @@ class SwapMapping(MutableMapping[str, bytes]):
             entries = self._entries(bucket, hash_)
             found = damaged = None
             for entry in entries:
-                head = self._head(entry)
+                head = self._values.head(entry)
                 if head is None:
                     damaged = entry
                 elif head.key == name:
@@ -114,45 +112,6 @@ class SwapMapping(MutableMapping[str, bytes]):
                     )
                 return found
         raise SlotBusy(f"the value of {key!r} was replaced {TRIES_MAX} times while it was read")
-
-    def _head(self, entry: Entry) -> Head | None:
-        page = self._swap.load(entry.slot)
-        head = None if page is None else pages.read_head(page, self._shape)
-        return head if head is not None and head.tag == entry.tag else None
-
-    def _runs(self, head: Head) -> tuple[list[Run], list[int]] | None:
-        """Where the rest of a value is, and its list pages; None: not any more."""
-        runs, more = list(head.runs), head.more
-        lists: list[int] = []
-        while more:
-            page = self._swap.load(more) if more < self._shape.slots else None
-            found = None if page is None else pages.read_list(page, head.tag, self._shape)
-            if found is None or len(lists) > self._shape.slots:
-                return None
-            lists.append(more)
-            runs += found[0]
-            more = found[1]
-        if sum(count for _, count in runs) != self._shape.pages_beside(head) or any(
-            first + count > self._shape.slots for first, count in runs
-        ):
-            return None
-        return runs, lists
-
-    def _value(self, head: Head) -> bytes | None:
-        """None: it is not there any more, or damaged."""
-        value: bytes | bytearray = bytes(head.inline)
-        if len(value) < head.length:
-            found = self._runs(head)
-            if found is None:
-                return None
-            value = bytearray(len(value) + self._shape.pages_beside(head) * self._shape.page_size)
-            value[: len(head.inline)] = head.inline
-            slots = itertools.chain.from_iterable(range(first, first + count) for first, count in found[0])
-            with memoryview(value)[len(head.inline) :] as rest:
-                if not all(self._swap.load_many(slots, rest)):
-                    return None
-            del value[head.length :]
-        return bytes(value) if zlib.crc32(value) == head.crc else None
 
     def _place(self, key: str) -> tuple[bytes, int, int]:
         name = key.encode()
@@ -175,7 +134,7 @@ class SwapMapping(MutableMapping[str, bytes]):
         """The keys in a bucket, in its order; of one moment."""
         for _ in range(TRIES_MAX):
             entries = self._listed(bucket)
-            heads = [self._head(entry) for entry in entries]
+            heads = [self._values.head(entry) for entry in entries]
             if entries == self._listed(bucket):
                 return [head.key.decode() for head in heads if head is not None]
         raise SlotBusy(f"bucket {bucket} of the mapping was changed {TRIES_MAX} times while it was read")
@@ -211,15 +170,15 @@ class SwapMapping(MutableMapping[str, bytes]):
             others = [e for e in others if e is not before]
             if len(others) >= self._shape.entries_max:
                 raise QuotaExceeded(f"bucket {bucket} of the mapping is full")
-            slots = self._take(self._shape.slots_max(name, len(view)))
+            slots = self._values.take(self._shape.slots_max(name, len(view)), self.collect)
             tag = secrets.randbits(64)
             try:
-                entry = self._write(name, hash_, tag, view, slots)
+                entry = self._values.write(name, hash_, tag, view, slots)
                 self._swap.store(bucket, pages.bucket_page([*others, entry], self._shape))
             except BaseException:
                 # A store that fails after the page is visible has named the value.
                 listed = self._listed(bucket)
-                self._drop(before) if any(e.tag == tag for e in listed) else self._give_back(slots)
+                self._drop(before) if any(e.tag == tag for e in listed) else self._values.give_back(slots)
                 raise
             self._drop(before)
 
@@ -232,9 +191,9 @@ class SwapMapping(MutableMapping[str, bytes]):
             gone = next((e for e in entries if e.hash == hash_ and self._is_of(e, name)), None)
             if gone is None:
                 raise KeyError(key)
-            slots = self._slots_of(gone)
+            slots = self._values.slots_of(gone)
             self._swap.store(bucket, pages.bucket_page([e for e in entries if e is not gone], self._shape))
-            self._give_back(slots)
+            self._values.give_back(slots)
 
     def clear(self) -> None:
         """Removes all values."""
@@ -263,13 +222,7 @@ class SwapMapping(MutableMapping[str, bytes]):
         value finds no room.
         """
         with self._writing():
-            used: set[int] = set()
-            for bucket in self._buckets():
-                for entry in self._listed(bucket):
-                    used.update(self._slots_of(entry))
-            lost = [n for n in range(self._shape.first, self._shape.slots) if n in self._swap and n not in used]
-            self._give_back(lost)
-            return len(lost)
+            return self._values.keep_only(entry for bucket in self._buckets() for entry in self._listed(bucket))
 
     def _writing(self) -> Turn:
         if self._turn is None:
@@ -281,63 +234,15 @@ class SwapMapping(MutableMapping[str, bytes]):
     def _is_of(self, entry: Entry, name: bytes) -> bool:
         """Of an entry with the hash of that name. What cannot be read is to be replaced, or removed."""
         try:
-            head = self._head(entry)
+            head = self._values.head(entry)
         except SpillCorrupt:
             return True
         return head is None or head.key == name
 
-    def _slots_of(self, entry: Entry) -> list[int]:
-        """All slots of a value; of one that cannot be read those that can be told, the others are collected one day."""
-        try:
-            head = self._head(entry)
-            found = None if head is None else self._runs(head)
-        except SpillCorrupt:
-            found = None
-        runs, lists = ([], []) if found is None else found
-        return [entry.slot, *lists, *itertools.chain.from_iterable(range(first, first + n) for first, n in runs)]
-
     def _drop(self, entry: Entry | None) -> None:
         """Gives up a value that its bucket does not name any more."""
         if entry is not None:
-            self._give_back(self._slots_of(entry))
-
-    def _give_back(self, slots: Sequence[int]) -> None:
-        for slot in slots:
-            self._swap.invalidate_page(slot)
-
-    def _take(self, count: int) -> list[int]:
-        """So many free slots, from where the last search ended. They are free until they are stored to: no other writer is about."""
-        for last in (False, True):
-            lap = itertools.chain(range(self._next, self._shape.slots), range(self._shape.first, self._next))
-            slots = list(itertools.islice((n for n in lap if n not in self._swap), count))
-            if len(slots) == count:
-                self._next = slots[-1] + 1
-                return slots
-            if last or not self.collect():
-                break
-        raise QuotaExceeded(
-            f"a value of {count} slots: the type has {len(slots)} of its {self._shape.slots} left; remove some"
-        )
-
-    def _write(self, name: bytes, hash_: int, tag: int, view: memoryview, slots: list[int]) -> Entry:
-        """Stores a value in some of these slots, its list pages last to first, its head in the end."""
-        shape = self._shape
-        inline = shape.inline(name, len(view))
-        count = shape.pages_for(len(view) - inline)
-        data, spare = slots[:count], slots[count:]
-        whole = (len(view) - inline) // shape.page_size
-        self._swap.store_many(data[:whole], view[inline : inline + whole * shape.page_size])
-        if whole < count:
-            self._swap.store(data[whole], bytes(view[inline + whole * shape.page_size :]).ljust(shape.page_size, b"\0"))
-        runs, more = pages.runs_of(data), 0
-        listed = runs[RUNS_INLINE:]
-        for start in reversed(range(0, len(listed), shape.runs_per_list)):
-            page = pages.list_page(tag, listed[start : start + shape.runs_per_list], more, shape)
-            more = spare.pop()
-            self._swap.store(more, page)
-        head = spare.pop()
-        self._swap.store(head, pages.head_page(tag, name, view, runs[:RUNS_INLINE], more, shape))
-        return Entry(hash_, head, tag)
+            self._values.give_back(self._values.slots_of(entry))
 
 
 def _is_text(key: object) -> bool:

@@ -178,15 +178,45 @@ def test_a_damaged_value_is_told_and_can_be_replaced(mapping: SwapMapping, clien
 def test_a_child_has_it_and_writes(mapping: SwapMapping) -> None:
     mapping["a"] = b"parent"
 
-    def work(_: Said) -> tuple[bytes, bool]:
+    def work(_: Said) -> bytes:
         value = mapping["a"]
         mapping["b"] = b"child"
-        return value, mapping._turn is not None and mapping._turn._pid == os.getpid()
+        return value
 
-    with mapping._writing():
-        pass
-    assert in_fork(work) == (b"parent", True)
+    assert in_fork(work) == b"parent"
     assert mapping["b"] == b"child"
+
+
+def test_a_childs_child_does_not_keep_the_turn_of_a_writer_that_was_killed(mapping: SwapMapping) -> None:
+    """Its open file would, were it its parent's: a pool's master that is killed while it writes, and its workers live on."""
+
+    def sleep_on(said: Said) -> None:
+        said.say("here")
+        said.hear()
+
+    def work(said: Said) -> None:
+        with mapping._writing(), forked(sleep_on) as grandchild:
+            assert grandchild.receive() == "here"
+            said.say(grandchild.pid)
+            said.hear()
+
+    with forked(work) as child:
+        grandchild = child.receive()
+        os.kill(grandchild, signal.SIGSTOP)  # or it would end when its parent does
+        try:
+            child.kill()
+            mapping["a"] = b"mine"
+        finally:
+            os.kill(grandchild, signal.SIGKILL)
+    assert mapping["a"] == b"mine"
+
+
+def test_a_closed_client_writes_no_more(client: EmbeddedClient) -> None:
+    with gcma_shm.connect(client.endpoint) as other:
+        mapping = SwapMapping(other, 1, SLOTS)
+    for write in (lambda: mapping.__setitem__("a", b""), mapping.clear, mapping.popitem):
+        with pytest.raises(gcma_shm.Closed):
+            write()
 
 
 def test_a_child_does_not_share_the_turn_of_its_parent(mapping: SwapMapping) -> None:
