@@ -187,7 +187,9 @@ def test_a_child_has_it_and_writes(mapping: SwapMapping) -> None:
     assert mapping["b"] == b"child"
 
 
-def test_a_childs_child_does_not_keep_the_turn_of_a_writer_that_was_killed(mapping: SwapMapping) -> None:
+def test_a_childs_child_does_not_keep_the_turn_of_a_writer_that_was_killed(
+    mapping: SwapMapping, client: EmbeddedClient
+) -> None:
     """Its open file would, were it its parent's: a pool's master that is killed while it writes, and its workers live on."""
 
     def sleep_on(said: Said) -> None:
@@ -195,7 +197,7 @@ def test_a_childs_child_does_not_keep_the_turn_of_a_writer_that_was_killed(mappi
         said.hear()
 
     def work(said: Said) -> None:
-        with mapping._writing(), forked(sleep_on) as grandchild:
+        with SwapMapping(client, 1, SLOTS)._writing(), forked(sleep_on) as grandchild:
             assert grandchild.receive() == "here"
             said.say(grandchild.pid)
             said.hear()
