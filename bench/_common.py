@@ -7,7 +7,7 @@ each round, and its median and spread over the rounds are told.
 from __future__ import annotations
 
 from crew import STOP_S, Crew, cpu_seconds, crew
-from figures import Histogram, Ratio, Samples, Summary, clock_cost_ns
+from figures import Histogram, Ratio, Samples, Summary, clock_cost_ns, readings_ns, singles_ns
 from floors import Floor, address_of, compile_c, compile_floor
 from report import OUT, Bar, Plot, Section, Verdict, table, tell, write_json
 from surroundings import describe_machine, machine, scratch
@@ -33,7 +33,9 @@ __all__ = [
     "crew",
     "describe_machine",
     "machine",
+    "readings_ns",
     "scratch",
+    "singles_ns",
     "table",
     "tell",
     "write_json",

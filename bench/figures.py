@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +86,26 @@ class Histogram:
             "p99.9_us": self.percentile(99.9) / 1e3,
             "worst_us": self.worst / 1e3,
         }
+
+
+def readings_ns(run: Callable[[Any], object], prepared: Iterable[Any]) -> list[int]:
+    """The clock before the first batch, and after each."""
+    clock = time.perf_counter_ns
+    readings = [clock()]
+    for one in prepared:
+        run(one)
+        readings.append(clock())
+    return readings
+
+
+def singles_ns(run: Callable[[Any], object], prepared: Iterable[Any], clock_ns: float) -> list[float]:
+    """Nanoseconds of calls timed one by one, without the `clock_ns` that reading the clock costs."""
+    clock, times = time.perf_counter_ns, []
+    for one in prepared:
+        start = clock()
+        run(one)
+        times.append(clock() - start - clock_ns)
+    return times
 
 
 def clock_cost_ns() -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from _common import clock_cost_ns
+from _common import clock_cost_ns, readings_ns, singles_ns
 from pages_floor import copies, files, map_memory
 from pages_job import PUT_BATCH, Contender, Setup
 from pages_lmdb import lmdbs, open_lmdb
@@ -64,14 +64,10 @@ class Worker:
         contender.renew((batches + warm) * size)
         which = self._rng.integers(0, self._setup.pages, (batches + warm, size))
         prepared = [contender.prepare(one) for one in which]
-        run, clock = contender.run, time.perf_counter_ns
         for one in prepared[:warm]:
-            run(one)
+            contender.run(one)
         cpu = time.process_time_ns()
-        times = [clock()]
-        for one in prepared[warm:]:
-            run(one)
-            times.append(clock())
+        times = readings_ns(contender.run, prepared[warm:])
         cpu = time.process_time_ns() - cpu
         pages = batches * size
         return Block((np.diff(times) / size).tolist(), (times[-1] - times[0]) / pages, cpu / pages)
@@ -83,12 +79,7 @@ class Worker:
             return []
         contender.renew(count)
         prepared = [contender.prepare(which) for which in self._rng.integers(0, self._setup.pages, (count, 1))]
-        run, clock, times = contender.run, time.perf_counter_ns, []
-        for one in prepared:
-            start = clock()
-            run(one)
-            times.append(clock() - start - self._clock_ns)
-        return times
+        return singles_ns(contender.run, prepared, self._clock_ns)
 
     def sync(self) -> float:
         """Nanoseconds until what was written behind is in the file."""

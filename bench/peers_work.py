@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from _common import clock_cost_ns
+from _common import clock_cost_ns, readings_ns, singles_ns
 from peers_blackboard import Blackboard
 from peers_clients import Pylibmc, Pymemcache, Redis
 from peers_local import DiskCache, File, Lmdb, MappedFile
@@ -157,11 +157,8 @@ class Worker:
         way = self._ways[operation, name]
         size = self._place.batch
         prepared = [way.prepare(which) for which in self._batches(size, pages)]
-        run, clock, cpu_ns = way.run, time.perf_counter_ns, time.process_time_ns()
-        times = [clock()]
-        for one in prepared:
-            run(one)
-            times.append(clock())
+        cpu_ns = time.process_time_ns()
+        times = readings_ns(way.run, prepared)
         cpu_ns = time.process_time_ns() - cpu_ns
         return Block(
             len(prepared) * size, float(times[-1] - times[0]), float(np.median(np.diff(times))) / size, float(cpu_ns)
@@ -174,12 +171,7 @@ class Worker:
             return []
         size = self._size(operation)
         prepared = [way.prepare(which) for which in self._batches(size, calls * size)]
-        run, clock, times = way.run, time.perf_counter_ns, []
-        for one in prepared:
-            start = clock()
-            run(one)
-            times.append(clock() - start - self._clock_ns)
-        return times
+        return singles_ns(way.run, prepared, self._clock_ns)
 
     def _size(self, operation: str) -> int:
         return self._place.batch if operation in (LOAD_MANY, STORE_MANY) else 1
