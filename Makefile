@@ -27,7 +27,7 @@ lint: all
 
 types: all
 	$(BIN)/mypy -p gcma_shm
-	$(BIN)/mypy tests bench
+	$(BIN)/mypy tests bench examples
 
 check: lint types test
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from gcma_shm._core import Span
+from gcma_shm._core import Exporter, Span
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.errors import StaleHandle
 
@@ -17,9 +17,15 @@ if TYPE_CHECKING:
 
     from gcma_shm.clients.allocator import Allocator
 
+DLPACK_CPU = (1, 0)  # kDLCPU, its only device
 
-class Buffer:
+
+class Buffer(Exporter):
     """A contiguous range of an arena, this client's until `free`.
+
+    It exports its memory, all of it as writable bytes: by the buffer protocol (`memoryview(buf)`, `np.asarray(buf)`,
+    `pyarrow.py_buffer(buf)`) and, where numpy is installed, by DLPack (`torch.from_dlpack(buf)`). What lies on it keeps the memory,
+    and `free` is refused meanwhile.
 
     Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
     that nothing refers to any more, neither this object nor a view or array of it, is given back. Pickled and loaded in
@@ -54,7 +60,7 @@ class Buffer:
     @property
     def view(self) -> memoryview:
         """A new writable memoryview of all bytes. Raises StaleHandle after `free`."""
-        return memoryview(self._living())
+        return memoryview(self)
 
     def numpy(self, shape: int | Sequence[int], dtype: npt.DTypeLike = "uint8") -> np.ndarray[Any, Any]:
         """A writable array over the same memory, from its first byte; it keeps the memory. Needs numpy.
@@ -72,9 +78,22 @@ class Buffer:
             raise ValueError(
                 f"an array of {wanted} bytes, shape {dimensions} of {of_type}: the buffer has {self.nbytes}"
             )
-        # frombuffer keeps the memoryview, and with it the export; ndarray(buffer=…) would keep the memory, but not be
-        # counted.
         return np.frombuffer(self.view, np.uint8)[:wanted].view(of_type).reshape(dimensions)
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        """All bytes. NumPy asks by the buffer protocol first; that of a freed buffer raises, which NumPy ignores, and it would make an
+        array of one object, this buffer, if there were not this call, which raises again.
+        """
+        import numpy as np
+
+        return np.array(self.numpy(self.nbytes), dtype, copy=copy)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        """All bytes, for `from_dlpack` of NumPy, PyTorch, JAX. Raises StaleHandle after `free`."""
+        return self.numpy(self.nbytes).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return DLPACK_CPU
 
     def free(self) -> None:
         """Gives the memory back; a second time has no effect. Raises BufferError while a view or array of it is

@@ -80,6 +80,9 @@ class Span:
     def unseal(self) -> None: ...
     def zero(self) -> None: ...
 
+class Exporter:
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
 class Slots:
     write_through: bool
     share: int

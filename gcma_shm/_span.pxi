@@ -72,3 +72,18 @@ cdef class Span:
         self.plane.populate(self.first, self.nbytes)
         with nogil:
             memset(self.start, 0, self.nbytes)
+
+
+cdef class Exporter:
+    """What exports the memory of the Span that its `_living` gives. A base for classes written in Python, which can export nothing
+    themselves before Python 3.12.
+    """
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        # Of a memoryview of its own: who keeps view.obj, and gives the view itself back at once (torch.frombuffer), keeps the
+        # memory, and is counted by the span.
+        PyObject_GetBuffer(memoryview(self._living()), view, flags)
+
+    def __releasebuffer__(self, Py_buffer *view):
+        # Never called, as view.obj is the memoryview. That it is there tells NumPy to keep a view, not just a reference to us.
+        pass
