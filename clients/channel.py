@@ -36,7 +36,7 @@ from gcma_shm.messages import Frame, Reply, Request
 RECONNECT_MS = 20
 SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
 PROBE_S = 0.1  # between two questions whether we are known still
-ONCE = {"store", "store_many", "invalidate_page", "invalidate_area", "hand_over"}  # not to be done twice
+ONCE = {"store", "store_many", "invalidate_page", "invalidate_area", "hand_over", "unlink"}  # not to be done twice
 BATCHES = {"store_many", "load_many"}  # of each kind messages.BATCHES may be under way
 # ... and of these together, `window`. All others are answered at once.
 SINGLES = {"store", "load", "invalidate_page", "contains", "count", "swap_init", "invalidate_area", "sync"}
