@@ -348,6 +348,11 @@ class Channel:
                 self.request("bye")
         self.drop()
 
+    def rest(self) -> None:
+        """Closes the socket until the next request."""
+        with self.lock:
+            self._close()
+
     def disown(self) -> None:
         """In a forked child that is no client: nothing of this channel is to be used; its lock is held, for ever."""
         if self._is_open:
