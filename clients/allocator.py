@@ -151,9 +151,14 @@ class Allocator:
             results = self._channel.request("names", after).results
             found += [
                 NameInfo(
-                    told["name"], told["area"], told["offset"], told["nbytes"], told["holders"], "reservation" in told,
+                    told["name"],
+                    told["area"],
+                    told["offset"],
+                    told["nbytes"],
+                    told["holders"],
+                    "reservation" in told,
                     tuple(told.get("kept_by", ())),
-                )  # fmt: skip
+                )
                 for told in results["names"]
             ]
             more = results["more"]

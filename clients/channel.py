@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -91,7 +92,11 @@ class Channel:
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket and lock are of no use."""
-        self._close()  # pyzmq knows that this is not the process that opened it, and touches nothing
+        if self._is_open:
+            self._close()  # pyzmq knows that this is not the process that opened it, and touches nothing
+            with warnings.catch_warnings():  # nor does it take it for closed, and warns when it is collected: here
+                warnings.simplefilter("ignore", ResourceWarning)
+                del self._socket, self._context
         self._begin()
 
     def _close(self) -> None:

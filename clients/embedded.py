@@ -16,8 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import posix_ipc
+
 from gcma_shm.areas import AreaSpec, parse_area
-from gcma_shm.arena import remove_dead
+from gcma_shm.arena import end_dead, lock_dead
 from gcma_shm.clients.client import Client
 from gcma_shm.endpoint import arena_name, default_spill_dir, socket_path
 from gcma_shm.errors import ArenaError
@@ -122,16 +124,26 @@ def embedded(
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What a broker that was killed could not remove; its names are random, so no other broker would find it."""
+    """What a broker that was killed could not remove. Its names are random, or those of one tree of processes, so hardly another
+    broker would find it; one that has is left alone.
+    """
 
     arena: str
     directories: tuple[Path, ...]
 
     def remove(self) -> None:
         """Removes what is left. The broker is dead."""
-        remove_dead(self.arena)
-        for directory in self.directories:
-            shutil.rmtree(directory, ignore_errors=True)
+        try:
+            fd = lock_dead(self.arena)
+        except ArenaError:  # another one serves there, and was perhaps why ours did not
+            return
+        try:
+            end_dead(self.arena, fd)
+            for directory in self.directories:
+                shutil.rmtree(directory, ignore_errors=True)
+            posix_ipc.unlink_shared_memory(self.arena)
+        finally:
+            os.close(fd)
 
 
 def _start(command: list[str], leftovers: Leftovers, owner_pid: int) -> subprocess.Popen[bytes]:

@@ -15,7 +15,7 @@ import errno
 import hashlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from functools import partial
 from multiprocessing import managers
@@ -37,9 +37,18 @@ if TYPE_CHECKING:
     _USE_POSIX: bool
 
     def _make_filename() -> str: ...
+    def _dispatch(connection: Any, ident: None, method: str, arguments: tuple[Any, ...]) -> Any: ...
+
+    class _StdlibTracker:
+        shared_memory_context_name: str
+        segment_names: list[str]
+
+        def __init__(self, name: str, segment_names: list[str]) -> None: ...
 
 else:
-    from multiprocessing.shared_memory import _SHM_NAME_PREFIX, _USE_POSIX, _make_filename
+    from multiprocessing.managers import _SharedMemoryTracker as _StdlibTracker
+    from multiprocessing.managers import dispatch as _dispatch
+    from multiprocessing.shared_memory import _SHM_NAME_PREFIX, _USE_POSIX, _make_filename  # noqa: F401 - code that looks for these
 
     # A copy of the module for this one's own use: its list makes its segments by the name `SharedMemory`, which is given to it below.
     _copy = importlib.util.module_from_spec(importlib.util.find_spec("multiprocessing.shared_memory"))
@@ -205,8 +214,12 @@ class ShareableList(_StdlibList[_Item]):
 if not TYPE_CHECKING:
     _copy.SharedMemory = SharedMemory
 
+# In the manager, these names are methods.
+_Segment = SharedMemory
+_List = ShareableList
 
-class _Tracker(managers._SharedMemoryTracker):
+
+class _Tracker(_StdlibTracker):
     """Of the segments of one manager, in its server's process."""
 
     def __init__(self, name: str, segment_names: list[str], client: Allocator) -> None:
@@ -221,6 +234,8 @@ class _Tracker(managers._SharedMemoryTracker):
 
 
 class _Server(managers.SharedMemoryServer):
+    shared_memory_context: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         name = self.shared_memory_context.shared_memory_context_name
@@ -231,39 +246,44 @@ class SharedMemoryManager(managers.SharedMemoryManager):
     """The standard library's, whose segments are in the arena of `using(client)` or `default_client()`."""
 
     _Server = _Server
+    _Client: Any
+    _address: Any
+    _authkey: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         managers.BaseManager.__init__(self, *args, **kwargs)  # the one in between starts a resource tracker
         self._client = _client.get() or default_client()
 
-    def start(self, initializer: Callable[..., object] | None = None, initargs: tuple[Any, ...] = ()) -> None:
+    def start(self, initializer: Callable[..., object] | None = None, initargs: Iterable[Any] = ()) -> None:
         """As BaseManager's; the server's process uses the same arena."""
         super().start(_begin, (self._client.endpoint, self._client.arena_id, initializer, initargs))
 
-    def SharedMemory(self, size: int) -> SharedMemory:  # noqa: N802 - the standard library's name
+    def SharedMemory(self, size: int) -> _Segment:  # noqa: N802 - the standard library's name
         """A new segment that is unlinked when the manager shuts down."""
         with using(self._client):
-            segment = SharedMemory(create=True, size=size)
+            segment = _Segment(create=True, size=size)
         self._track(segment)
         return segment
 
-    def ShareableList(self, sequence: Any) -> ShareableList[Any]:  # noqa: N802 - the standard library's name
+    def ShareableList(self, sequence: Any) -> _List[Any]:  # noqa: N802 - the standard library's name
         """A new list that is unlinked when the manager shuts down."""
         with using(self._client):
-            made: ShareableList[Any] = ShareableList(sequence)
+            made: _List[Any] = _List(sequence)
         self._track(made.shm)
         return made
 
-    def _track(self, segment: SharedMemory) -> None:
+    def _track(self, segment: _Segment) -> None:
         try:
             with self._Client(self._address, authkey=self._authkey) as connection:
-                managers.dispatch(connection, None, "track_segment", (segment.name,))
+                _dispatch(connection, None, "track_segment", (segment.name,))
         except BaseException:
             segment.unlink()
             raise
 
 
-def _begin(endpoint: str, arena_id: bytes, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+def _begin(
+    endpoint: str, arena_id: bytes, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]
+) -> None:
     """In a manager's server process, before it serves."""
     _client.set(client_of(endpoint, arena_id))
     if initializer is not None:

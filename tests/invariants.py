@@ -88,7 +88,9 @@ class Snapshot:
             guest for number in range(1, g.allocations_max + 1) if (guest := self._guest(number)) is not None
         ]
         records = {n: g.clients_at + 512 * n for n in range(2, g.clients_max + 1)}
-        self.keepers = {n for n, at in records.items() if self._words(at + 0x1D8, 1)[0] and self._words(at, 1)[0] & 0xFF == 3}
+        self.keepers = {
+            n for n, at in records.items() if self._words(at + 0x1D8, 1)[0] and self._words(at, 1)[0] & 0xFF == 3
+        }
         self.guest_of = {page: guest for guest in self.guests for page in range(guest.first, guest.end)}
 
     def _words(self, at: int, count: int) -> tuple[int, ...]:

@@ -28,7 +28,9 @@ CLASS = "WithProcessesTestSharedMemory"
 METHODS = ("fork", "spawn", "forkserver")
 RUN_S = 600.0
 HAS_TRACK = sys.version_info >= (3, 13)
-_LEAKED = r'\s*b?"resource_tracker: There appear to be 1 leaked "\s*b?"shared_memory objects to clean up at shutdown", err\)'
+_LEAKED = (
+    r'\s*b?"resource_tracker: There appear to be 1 leaked "\s*b?"shared_memory objects to clean up at shutdown", err\)'
+)
 
 
 @dataclass(frozen=True)
