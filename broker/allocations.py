@@ -80,11 +80,7 @@ class Allocations:
     def check(self, client: int, wanted: Wanted, name: str | None) -> None:
         """Raises BufferExists, QuotaExceeded, or ArenaExhausted for a request that no waiting would help."""
         if name is not None:
-            layout.refuse_name("buffer", name)
-            if name in self._by_name:
-                raise BufferExists(
-                    f"there is a buffer or reservation {name!r} already: attach to it, or take another name"
-                )
+            self._refuse_name(name)
         self.holders.check_quota(client, wanted.pages)
         self._table.check_room()
         if not any(area.could_ever(wanted) for area in wanted.areas):
@@ -110,9 +106,7 @@ class Allocations:
         """`client` holds the buffer, or reservation, no longer; the last one's free gives the memory back. Raises
         NoSuchBuffer.
         """
-        allocation = self._by_number.get(number)
-        if allocation is None or client not in allocation.holders:
-            raise NoSuchBuffer(f"buffer {number} is not held by this client: freed before, or never allocated by it")
+        allocation = self._held(client, number)
         self.claims.meet(allocation)
         self.claims.end_own(allocation, client)  # its part in a claim that others share is another matter
         allocation.holders.discard(client)
@@ -149,6 +143,46 @@ class Allocations:
         if allocation is None:
             raise NoSuchBuffer(f"there is no buffer or reservation {name[:80]!r}")
         return self.attach(client, allocation.number)
+
+    def keep(self, client: int, number: int, name: str, keeper: int) -> None:
+        """Gives a buffer of `client` that name, and has `keeper` hold it, until `unlink` or that one's end. BROKER: until `unlink`
+        alone. Done a second time it has no effect.
+
+        Raises NoSuchBuffer, BufferExists, ValueError, QuotaExceeded: the keeper holds too much.
+        """
+        allocation = self._held(client, number)
+        if allocation.is_reservation or allocation.name not in (None, name):
+            what = "is a reservation" if allocation.is_reservation else f"has the name {allocation.name!r} already"
+            raise ValueError(f"buffer {number} {what}: it cannot be kept under the name {name!r}")
+        if allocation.name is None:
+            self._refuse_name(name)
+        if keeper in allocation.holders:
+            return
+        self.holders.check_quota(keeper, allocation.place.pages)
+        # The name first: should we die in between, its holders have it as before, and nobody keeps what nobody could unlink.
+        if allocation.name is None:
+            self._table.write_name(allocation, name)
+            allocation.name = name
+            self._by_name[name] = allocation
+        self._hold(allocation, keeper)
+
+    def unlink(self, name: str, keepers: Collection[int]) -> None:
+        """Takes the name off a buffer, and ends its being kept: `keepers` and BROKER hold it no longer. Others do. Raises
+        NoSuchBuffer.
+        """
+        allocation = self._by_name.get(name)
+        if allocation is None or allocation.is_reservation:
+            raise NoSuchBuffer(f"there is no buffer {name[:80]!r}")
+        # The keepers first: should we die in between, it has its name for as long as others hold it, and not a keeper without one.
+        for keeper in sorted(allocation.holders & {*keepers, layout.BROKER}):
+            allocation.holders.discard(keeper)
+            self._table.write_holder(allocation, keeper)
+            self.holders.discard(keeper, allocation)
+        self._table.remove_name(allocation)
+        allocation.name = None
+        del self._by_name[name]
+        if not allocation.is_held:
+            self._release(allocation)
 
     def hand_over(self, client: int, number: int, timeout_s: float, claim: int = 0) -> int:
         """A token that holds it until somebody attaches with it, or for that long. Raises NoSuchBuffer, StaleHandle,
@@ -352,13 +386,18 @@ class Allocations:
             )
         return infos
 
-    def names(self, after: str = "") -> tuple[list[dict[str, Any]], bool]:
-        """The named buffers and reservations behind that name, in order, and whether there are more."""
+    def names(self, after: str = "", keepers: Collection[int] = ()) -> tuple[list[dict[str, Any]], bool]:
+        """The named buffers and reservations behind that name, in order, and whether there are more. `keepers`: who of the holders
+        are no clients but, like the broker, keep it.
+        """
+        keeping = {*keepers, layout.BROKER}
         behind = islice(self._by_name.irange(after, inclusive=(False, True)), NAMES_PAGE + 1)
         found = [self._by_name[name] for name in behind]
         page = found[:NAMES_PAGE]
         return [
-            self.place(allocation) | {"name": allocation.name or "", "holders": len(allocation.holders)}
+            self.place(allocation)
+            | {"name": allocation.name or "", "holders": len(allocation.holders - keeping)}
+            | ({"kept_by": kept_by} if (kept_by := sorted(allocation.holders & keeping)) else {})
             for allocation in page
         ], len(found) > NAMES_PAGE
 
@@ -404,6 +443,19 @@ class Allocations:
         return ArenaExhausted(f"no room for {told}: {why}", requested, largest, holders)
 
     # --- inside
+
+    def _held(self, client: int, number: int) -> Allocation:
+        """What `client` holds under that number. Raises NoSuchBuffer."""
+        allocation = self._by_number.get(number)
+        if allocation is None or client not in allocation.holders:
+            raise NoSuchBuffer(f"buffer {number} is not held by this client: freed before, or never allocated by it")
+        return allocation
+
+    def _refuse_name(self, name: str) -> None:
+        """Raises ValueError for what is no name, BufferExists for one that is in use."""
+        layout.refuse_name("buffer", name)
+        if name in self._by_name:
+            raise BufferExists(f"there is a buffer or reservation {name!r} already: attach to it, or take another name")
 
     def _enter(self, allocation: Allocation) -> None:
         self._by_number[allocation.number] = allocation
@@ -465,6 +517,9 @@ class Allocations:
             held[place.part.index] += place.pages * (not allocation.is_reservation)
             assert place.part.guests.get(place.first) == place.pages, "an allocation that its area does not know"
             assert allocation.is_held, "an allocation that nobody holds"
+            assert layout.BROKER not in allocation.holders or (allocation.name and not allocation.is_reservation), (
+                "an allocation that is kept, and could not be unlinked"
+            )
             assert allocation.name is None or self._by_name[allocation.name] is allocation, (
                 "a name that leads elsewhere"
             )

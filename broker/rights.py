@@ -23,7 +23,7 @@ _ANSWER = {"yes": True, "no": False}
 ALWAYS = {"hello", "bye", "ping", "stats", "areas", "names"}
 ON_TYPES = {name for name, operation in messages.OPERATIONS.items() if "type" in operation.parameters}
 ALLOCATION = {
-    "alloc_contig", "reserve", "collect", "free_contig", "attach", "attach_name", "hand_over", "free_claim",
+    "alloc_contig", "reserve", "collect", "free_contig", "attach", "attach_name", "hand_over", "free_claim", "keep", "unlink",
 }  # fmt: skip
 ADMIN = {"area_drain", "area_resume", "area_resize"}
 QUOTA = {"quota"}  # one's own may be read

@@ -119,6 +119,8 @@ class Service:
             "attach_name": self._attach_name,
             "hand_over": self._hand_over,
             "free_claim": self._free_claim,
+            "keep": self._keep,
+            "unlink": self._unlink,
             "names": self._names,
             "stats": lambda _client, _request: self.stats(),
         }
@@ -418,8 +420,22 @@ class Service:
         self.allocations.free_claim(client.number, request.parameters["buffer"], request.parameters["claim"])
         return {}
 
+    def _keep(self, client: Client, request: Request) -> dict[str, Any]:
+        _refuse_unmapped(client)
+        p = request.parameters
+        if ("pid" in p) != ("start" in p):
+            raise ProtocolError("keep: expected both pid and start, of a process, or neither")
+        keeper = self.sessions.keeper(client, p["pid"], p["start"]).number if "pid" in p else layout.BROKER
+        self.allocations.keep(client.number, p["buffer"], p["name"], keeper)
+        return {"keeper": keeper}
+
+    def _unlink(self, client: Client, request: Request) -> dict[str, Any]:
+        _refuse_unmapped(client)
+        self.allocations.unlink(request.parameters["name"], self.sessions.keepers())
+        return {}
+
     def _names(self, _client: Client, request: Request) -> dict[str, Any]:
-        names, more = self.allocations.names(request.parameters.get("after", ""))
+        names, more = self.allocations.names(request.parameters.get("after", ""), self.sessions.keepers())
         return {"names": names, "more": more}
 
     def _quota(self, client: Client | None, request: Request) -> dict[str, Any]:

@@ -3,6 +3,10 @@
 Pure of sockets. A session belongs to a client record and through it to a process, watched by a pidfd. A record without
 a session is that of a forked child that has not said hello (it needs not: the data plane asks nobody); it is watched
 like the others.
+
+A *keeper* stands for a process too, but not for its session: it holds what is kept until that process ends, whichever of the
+process's children asked for that. It has a record of its own, made like a client's and watched and buried like one, so a broker that
+takes over finds it by the same means.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.broker.rights import Sender
 from gcma_shm.broker.window import Window
-from gcma_shm.errors import ProtocolError, QuotaExceeded
+from gcma_shm.errors import ArenaError, ProtocolError, QuotaExceeded
 from gcma_shm.presence import Presence
 from gcma_shm.process import open_pidfd, pid_namespace, start_time
 from gcma_shm.records import Record, Records, State
@@ -47,6 +51,7 @@ class Client:
     window: Window = field(default_factory=Window)
     sender: Sender = NOBODY  # who said hello
     heard_at: float = 0.0  # of a remote one
+    keeps: bool = False  # a keeper: nobody's session
 
 
 class Sessions:
@@ -73,6 +78,7 @@ class Sessions:
         self._unwatched: set[int] = set()  # numbers of local clients without a pidfd
         self.clients: dict[int, Client] = {}
         self._by_peer: dict[bytes, Client] = {}
+        self._keepers: dict[tuple[int, int], Client] = {}  # by pid and start, as we see them
         self.by_pidfd: dict[int, Client] = {}
 
     def restore(self) -> list[int]:
@@ -87,8 +93,11 @@ class Sessions:
                 if record.parent == layout.BROKER:  # for a hello that was never answered
                     self._records.free(record.number)
             elif record.parent == layout.BROKER or record.has_inherited:
-                self.clients[record.number] = client = Client(record.number, 0, known_at=time.monotonic())
+                client = Client(record.number, 0, known_at=time.monotonic(), keeps=record.keeps)
+                self.clients[record.number] = client
                 self._unwatched.add(record.number)
+                if record.keeps:
+                    self._keepers[record.pid, record.start] = client
                 if record.state is State.ALIVE and record.pidns in (0, self._pidns):
                     self._complete(client, record)
         return burying
@@ -160,6 +169,7 @@ class Sessions:
         found = (record.pid, record.start, record.pidns or self._pidns, generation)
         if (
             client is None
+            or client.keeps
             or record.state is not State.ALIVE
             or found != identity
             or (seen and client.pid and seen != client.pid)
@@ -169,7 +179,33 @@ class Sessions:
             raise ProtocolError(f"client {number} is not process {identity[0]}; say hello without a number")
         return client
 
-    def _enter(self, pid: int, start: int, pidns: int, seen: int) -> Client:
+    def keeper(self, client: Client, pid: int, start: int) -> Client:
+        """Who holds what is kept until that process ends, at the wish of `client`, in whose PID namespace it is. When we do not see
+        it, or it has ended already, until the client's own process does.
+
+        Raises QuotaExceeded: no record is free; ArenaError: nor do we see the client.
+        """
+        own = (client.pid, start_time(client.pid) or 0)
+        there = (pid, start) if self._records.read(client.number).pidns in (0, self._pidns) else own
+        if there not in self._keepers:
+            if not there[0]:
+                raise ArenaError(
+                    f"the broker sees no process of client {client.number}, which is in another PID namespace: what it makes can be "
+                    "kept until it is unlinked, but not until a process ends"
+                )
+            try:
+                self._keepers[there] = self._enter(*there, self._pidns, there[0], keeps=True)
+            except ProtocolError:  # it has ended
+                if there == own:
+                    raise
+                return self.keeper(client, *own)
+        return self._keepers[there]
+
+    def keepers(self) -> set[int]:
+        """The numbers of all of them."""
+        return {keeper.number for keeper in self._keepers.values()}
+
+    def _enter(self, pid: int, start: int, pidns: int, seen: int, keeps: bool = False) -> Client:
         if pidns == self._pidns:
             seen, seen_start = pid, start
         else:
@@ -183,8 +219,10 @@ class Sessions:
             if pidfd >= 0:
                 os.close(pidfd)
             raise
+        if keeps:  # before it is alive: a broker that dies in between leaves a record that is taken, for nobody
+            self._plane.write(self._geometry.client_at(number) + layout.CLIENT_KEEPS_AT, 1)
         self._records.fill(number, State.ALIVE, pid, start, pidns)
-        client = self.clients[number] = Client(number, seen, known_at=time.monotonic())
+        client = self.clients[number] = Client(number, seen, known_at=time.monotonic(), keeps=keeps)
         self._unwatched.add(number)
         if pidfd >= 0:
             self._watch(client, pidfd)
@@ -283,6 +321,8 @@ class Sessions:
                 self._records.free(record.number)  # it died on its way to a fork
         self._records.mark(client.number, State.DEAD)
         del self.clients[client.number]
+        if client.keeps:
+            self._keepers = {process: other for process, other in self._keepers.items() if other is not client}
         self._unwatched.discard(client.number)
         if client.peer is not None:
             self._by_peer.pop(client.peer, None)
@@ -316,6 +356,9 @@ class Sessions:
         local = [client for client in self.clients.values() if not client.sender.remote]
         assert self._unwatched == {client.number for client in local if client.pidfd < 0}, (
             "a client that is not looked at"
+        )
+        assert {id(client) for client in self._keepers.values()} == {id(c) for c in self.clients.values() if c.keeps}, (
+            "a keeper that is not found by its process"
         )
         assert {client.number for client in self._by_peer.values()} <= set(self.clients), "a session without a client"
         for client in self.clients.values():

@@ -73,7 +73,8 @@ def _holders(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> in
         print(json.dumps(figures))
         return 0
     clients = [
-        (one["client"], one["pid"] or "", one["buffers"], one["reservations"], format_size(one["held"]), _LIVES[one["lives"]])
+        (one["client"], one["pid"] or "", one["buffers"], one["reservations"], format_size(one["held"]),
+         _LIVES[one["lives"]] or ("keeps it until it ends" if one["keeper"] else ""))
         for one in figures["clients"]
     ]  # fmt: skip
     print_table(("client", "process", "buffers", "reservations", "held", ""), clients)
@@ -81,7 +82,8 @@ def _holders(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> in
         print()
     guests = [
         (one["name"] or "", one["kind"], one["area"], format_size(one["offset"]), format_size(one["size"]),
-         ", ".join(map(str, one["holders"])) or "a handle", f"claimed by {one['claimed_by']}" if one["claimed_by"] else "")
+         ", ".join(map(str, one["holders"])) or ("" if one["kept"] else "a handle"),
+         f"claimed by {one['claimed_by']}" if one["claimed_by"] else _KEPT[one["kept"]])
         for one in figures["guests"]
     ]  # fmt: skip
     if guests:
@@ -89,6 +91,7 @@ def _holders(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> in
     return 0
 
 
+_KEPT = {None: "", "process": "kept", "unlink": "kept until unlinked"}
 _LIVES = {True: "", False: "has died", None: "cannot be seen from here"}
 
 
@@ -154,6 +157,7 @@ def _holders_figures(inspected: Inspected, geometry: Geometry, areas: list[Area]
     page, parts = geometry.page_size, {area.index: area for area in areas}
     guests = [guest for guest in read_guests(inspected.memory, geometry) if guest.area in parts]
     clients = [one for one in read_clients(inspected.memory, geometry).values() if one.state != State.TAKEN]
+    keepers = {one.number for one in clients if one.keeps}
     return {
         "clients": [_client_figures(client, guests, page, standing) for client in clients],
         "guests": [
@@ -165,6 +169,7 @@ def _holders_figures(inspected: Inspected, geometry: Geometry, areas: list[Area]
                 "size": guest.pages * page,
                 "holders": sorted(guest.holders | guest.claimers - {layout.BROKER}),
                 "claimed_by": guest.claimant,
+                "kept": "unlink" if layout.BROKER in guest.holders else "process" if guest.holders & keepers else None,
             }
             for guest in guests
         ],
@@ -178,6 +183,7 @@ def _client_figures(client: ClientEntry, guests: Sequence[Guest], page: int, sta
         "client": client.number,
         "pid": client.pid,
         "lives": standing.lives(client),
+        "keeper": client.keeps,
         "buffers": len(mine) - reservations,
         "reservations": reservations,
         "held": sum(guest.pages for guest in mine) * page,

@@ -33,7 +33,9 @@ class HandOver:
 
 @dataclass(eq=False)
 class Allocation:
-    """A buffer or a reservation. `holders` are client numbers; `claimers` those that share the claim of `claim_generation`."""
+    """A buffer or a reservation. `holders` are client numbers, among them who keeps it (the broker's: until it is unlinked);
+    `claimers` those that share the claim of `claim_generation`.
+    """
 
     index: int
     generation: int
@@ -153,7 +155,8 @@ class Table:
                 f"{first + pages}, which are in no area, or another's"
             )
         allocation = Allocation(index, state >> KIND_BITS, kind, place, name or None)
-        allocation.holders = {c for c in self._clients_in(self._geometry.holders_at, index) if c in clients}
+        holders = self._clients_in(self._geometry.holders_at, index)
+        allocation.holders = {c for c in holders if c in clients or c == layout.BROKER}
         if deadline:
             allocation.handed_over[secrets.randbits(62) + 1] = HandOver(deadline / 1e9, 0, layout.NOBODY)
         return allocation
@@ -171,6 +174,14 @@ class Table:
         at = self._geometry.allocation_at(allocation.index)
         self._plane.write(at + layout.ALLOCATION_STATE_AT, allocation.generation << KIND_BITS)
         self._free.append(allocation.index)
+
+    def write_name(self, allocation: Allocation, name: str) -> None:
+        """Of an entry in use that has none. Its beginning last: whoever dies in between leaves an entry without a name."""
+        self._write_name(self._geometry.allocation_at(allocation.index) + layout.ALLOCATION_NAME_AT, name)
+
+    def remove_name(self, allocation: Allocation) -> None:
+        """In one step; what is left of it behind the first zero is nothing."""
+        self._plane.write(self._geometry.allocation_at(allocation.index) + layout.ALLOCATION_NAME_AT, 0)
 
     def write_holder(self, allocation: Allocation, client: int) -> None:
         """Writes the word of the entry's holders that `client` has a bit in."""
@@ -201,5 +212,5 @@ class Table:
 
     def _write_name(self, at: int, name: str) -> None:
         name_bytes = name.encode().ljust(layout.NAME_BYTES, b"\0")
-        for word in range(0, layout.NAME_BYTES, 8):
+        for word in reversed(range(0, layout.NAME_BYTES, 8)):
             self._plane.write(at + word, int.from_bytes(name_bytes[word : word + 8], "little"))

@@ -132,6 +132,16 @@ class Allocator:
                 return Reference(self.endpoint, self.arena_id, *span.held), at - begin
         return None
 
+    def unlink(self, name: str) -> None:
+        """Takes the name off a buffer, and ends its being kept (`Buffer.keep`). Who holds it goes on; the name is free at once, the
+        memory when the last one has freed it or died.
+
+        Raises NoSuchBuffer, ValueError, BrokerUnavailable: it may have been done.
+        """
+        layout.refuse_name("buffer", name)
+        self._refuse_unmapped()
+        self._channel.request("unlink", {"name": name})
+
     def names(self) -> list[NameInfo]:
         """The named buffers and reservations of the arena, in the order of their names."""
         found: list[NameInfo] = []
@@ -141,7 +151,13 @@ class Allocator:
             results = self._channel.request("names", after).results
             found += [
                 NameInfo(
-                    told["name"], told["area"], told["offset"], told["nbytes"], told["holders"], "reservation" in told
+                    told["name"],
+                    told["area"],
+                    told["offset"],
+                    told["nbytes"],
+                    told["holders"],
+                    "reservation" in told,
+                    tuple(told.get("kept_by", ())),
                 )
                 for told in results["names"]
             ]
@@ -230,6 +246,11 @@ class Allocator:
         )
         token = self._channel.request("hand_over", wanted).results["token"]
         return Handle(Reference(self.endpoint, self.arena_id, number, claim, token), reservation)
+
+    def _keep(self, number: int, name: str, process: tuple[int, int] | None) -> None:
+        layout.refuse_name("buffer", name)
+        until = {} if process is None else {"pid": process[0], "start": process[1]}
+        self._channel.request("keep", {"buffer": number, "name": name} | until)
 
     def _refuse_unmapped(self) -> None:
         if self._plane is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gcma_shm._core import Exporter, Span
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.errors import StaleHandle
+from gcma_shm.process import start_time
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,6 +109,19 @@ class Buffer(Exporter):
             )
         self._freed = True
         self._free()
+
+    def keep(self, name: str, process: int | None = None) -> None:
+        """Gives it that name, unless it has it already, and has it kept: also when nobody holds it any more, it is there to be
+        attached to, until `client.unlink(name)`. `process`: or until the process of that number has ended; until this one has, when
+        that is over, or the broker does not see it (another container's).
+
+        Raises BufferExists, StaleHandle after `free`, QuotaExceeded (what is kept until one process ends may be as much as a client
+        may hold, and what is kept until it is unlinked as much as that together), ValueError, BrokerUnavailable.
+        """
+        self._living()
+        known = None if process is None else (process, start_time(process) or 0)
+        self._client._keep(self._number, name, known)
+        self.name = name
 
     def hand_over(self, timeout: float = 60) -> Handle:
         """A handle that holds the memory until a process has attached with it, or for `timeout` seconds: this one may free its

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -36,7 +37,7 @@ from gcma_shm.messages import Frame, Reply, Request
 RECONNECT_MS = 20
 SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
 PROBE_S = 0.1  # between two questions whether we are known still
-ONCE = {"store", "store_many", "invalidate_page", "invalidate_area", "hand_over"}  # not to be done twice
+ONCE = {"store", "store_many", "invalidate_page", "invalidate_area", "hand_over", "unlink"}  # not to be done twice
 BATCHES = {"store_many", "load_many"}  # of each kind messages.BATCHES may be under way
 # ... and of these together, `window`. All others are answered at once.
 SINGLES = {"store", "load", "invalidate_page", "contains", "count", "swap_init", "invalidate_area", "sync"}
@@ -91,7 +92,11 @@ class Channel:
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket and lock are of no use."""
-        self._close()  # pyzmq knows that this is not the process that opened it, and touches nothing
+        if self._is_open:
+            self._close()  # pyzmq knows that this is not the process that opened it, and touches nothing
+            with warnings.catch_warnings():  # nor does it take it for closed, and warns when it is collected: here
+                warnings.simplefilter("ignore", ResourceWarning)
+                del self._socket, self._context
         self._begin()
 
     def _close(self) -> None:
@@ -347,6 +352,11 @@ class Channel:
             if self._greeted:
                 self.request("bye")
         self.drop()
+
+    def rest(self) -> None:
+        """Closes the socket until the next request."""
+        with self.lock:
+            self._close()
 
     def disown(self) -> None:
         """In a forked child that is no client: nothing of this channel is to be used; its lock is held, for ever."""

@@ -1,7 +1,8 @@
 """The client of a program that names none: what an import that was changed, and nothing else, works with.
 
-One client a process. It is connected to `$GCMA_ENDPOINT`, or to this user's default endpoint when a broker serves there; else it owns an
-embedded broker, and children find that by `$GCMA_ENDPOINT`, which is set for them.
+One client a process. It is connected to `$GCMA_ENDPOINT`, or to this user's default endpoint when a broker serves there; else to the
+embedded broker of its tree of processes (tree.py), which whoever comes first starts. That broker ends with the tree's root. Whoever of
+the tree comes later finds it by an endpoint that follows from the root, other programs by `$GCMA_ENDPOINT`, which is set for them.
 """
 
 from __future__ import annotations
@@ -9,9 +10,12 @@ from __future__ import annotations
 import os
 import threading
 
+from gcma_shm.arena import SHM_DIR
 from gcma_shm.clients.client import Client, connect
-from gcma_shm.clients.embedded import embedded
-from gcma_shm.errors import BrokerUnavailable
+from gcma_shm.clients.embedded import START_S, embedded
+from gcma_shm.clients.tree import Process, root
+from gcma_shm.endpoint import arena_name, runtime_dir
+from gcma_shm.errors import ArenaError, BrokerUnavailable
 
 ENDPOINT = "GCMA_ENDPOINT"
 SIZE = "GCMA_SIZE"  # of the arena of an embedded broker
@@ -40,9 +44,24 @@ def _make() -> Client:
     except BrokerUnavailable:
         if os.environ.get(ENDPOINT):
             raise
-    owner = embedded(os.environ.get(SIZE, SIZE_DEFAULT))
-    os.environ[ENDPOINT] = owner.endpoint
-    return owner
+    client = _client_of_tree(root())
+    os.environ[ENDPOINT] = client.endpoint
+    return client
+
+
+def _client_of_tree(owner: Process) -> Client:
+    endpoint = f"ipc://{runtime_dir() / f'tree-{owner.pid}-{owner.start}' / 'broker'}"
+    try:
+        return connect(endpoint, mapped=True)
+    except BrokerUnavailable:
+        pass
+    try:
+        return embedded(os.environ.get(SIZE, SIZE_DEFAULT), endpoint=endpoint, owner=owner.pid)
+    except ArenaError:
+        # Another of the tree may have been first: its broker has the arena's name, and may take a while to serve.
+        if not (SHM_DIR / arena_name(endpoint).removeprefix("/")).exists():
+            raise
+    return connect(endpoint, mapped=True, wait_for_broker=START_S)
 
 
 def _after_fork_in_child() -> None:

@@ -16,8 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import posix_ipc
+
 from gcma_shm.areas import AreaSpec, parse_area
-from gcma_shm.arena import remove_dead
+from gcma_shm.arena import end_dead, lock_dead
 from gcma_shm.clients.client import Client
 from gcma_shm.endpoint import arena_name, default_spill_dir, socket_path
 from gcma_shm.errors import ArenaError
@@ -32,10 +34,16 @@ class EmbeddedClient(Client):
     """The client of the process that owns an embedded broker; `close` stops the broker as well."""
 
     def __init__(
-        self, endpoint: str, broker: subprocess.Popen[bytes], leftovers: Leftovers, prefault: bool, timeout: float
+        self,
+        endpoint: str,
+        broker: subprocess.Popen[bytes],
+        leftovers: Leftovers,
+        prefault: bool,
+        timeout: float,
+        owner_pid: int,
     ) -> None:
         self.broker_pid = broker.pid
-        self._owner_pid = os.getpid()
+        self._owner_pid = owner_pid
         # Also at interpreter exit; after SIGKILL the broker sees by its pidfd that the owner has gone.
         self._stop_broker = weakref.finalize(self, _stop, broker, self._owner_pid, leftovers)
         try:
@@ -45,8 +53,8 @@ class EmbeddedClient(Client):
             raise
 
     def close(self) -> None:
-        """As `Client.close`; in the process that started it, stops the broker too, which ends every other client's
-        types and buffers.
+        """As `Client.close`; in the process that owns it, stops the broker too, which ends every other client's types and
+        buffers.
         """
         super().close()
         self._stop_broker()
@@ -65,6 +73,8 @@ def embedded(
     policy: str = "s3fifo",
     prefault: bool = False,
     timeout: float = 5.0,
+    endpoint: str | None = None,
+    owner: int | None = None,
 ) -> EmbeddedClient:
     """Starts a private broker and connects to it. Workers connect to `client.endpoint`; forked ones just go on using
     the client.
@@ -72,14 +82,17 @@ def embedded(
     `size` of the arena, tables included; `areas`: name to size, or to text such as `"512M,cache=off,align=2M,share=75"`, by
     default one called `default`; `slots`: of all swap types together, by default four per page; `clients`: how many at
     once; `quota`: what each may hold in buffers and reservations, by default without bound; `spill_dir`: on a disk, by default in the
-    user's cache directory; `spill_io` and `policy`: as `gcma broker --spill-io` and `--policy`.
+    user's cache directory; `spill_io` and `policy`: as `gcma broker --spill-io` and `--policy`; `endpoint`: by default one that nobody
+    guesses; `owner`: the process with which the broker ends, by default this one.
 
     Raises ArenaError when there is too little memory or the broker cannot start, ValueError for what is no size.
     """
     specs = {name: parse_area(spec) for name, spec in (areas or {}).items()}
     size_bytes, page_bytes = parse_size(size), parse_size(page_size)
     plan(size_bytes, page_bytes, specs, slots, clients, policy, spill_io)  # refuses here what the broker would refuse
-    endpoint = f"ipc://{tempfile.gettempdir()}/gcma-{os.getuid()}-{secrets.token_hex(8)}/broker"
+    if endpoint is None:
+        endpoint = f"ipc://{tempfile.gettempdir()}/gcma-{os.getuid()}-{secrets.token_hex(8)}/broker"
+    owner_pid = os.getpid() if owner is None else owner
     command = [
         sys.executable,
         "-P",
@@ -106,27 +119,37 @@ def embedded(
     name = arena_name(endpoint)
     spill_files = default_spill_dir(endpoint) if spill_path is None else spill_path / name.removeprefix("/")
     leftovers = Leftovers(name, (socket_path(endpoint).parent, spill_files))
-    return EmbeddedClient(endpoint, _start(command, leftovers), leftovers, prefault, timeout)
+    return EmbeddedClient(endpoint, _start(command, leftovers, owner_pid), leftovers, prefault, timeout, owner_pid)
 
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What a broker that was killed could not remove; its names are random, so no other broker would find it."""
+    """What a broker that was killed could not remove. Its names are random, or those of one tree of processes, so hardly another
+    broker would find it; one that has is left alone.
+    """
 
     arena: str
     directories: tuple[Path, ...]
 
     def remove(self) -> None:
         """Removes what is left. The broker is dead."""
-        remove_dead(self.arena)
-        for directory in self.directories:
-            shutil.rmtree(directory, ignore_errors=True)
+        try:
+            fd = lock_dead(self.arena)
+        except ArenaError:  # another one serves there, and was perhaps why ours did not
+            return
+        try:
+            end_dead(self.arena, fd)
+            for directory in self.directories:
+                shutil.rmtree(directory, ignore_errors=True)
+            posix_ipc.unlink_shared_memory(self.arena)
+        finally:
+            os.close(fd)
 
 
-def _start(command: list[str], leftovers: Leftovers) -> subprocess.Popen[bytes]:
+def _start(command: list[str], leftovers: Leftovers, owner_pid: int) -> subprocess.Popen[bytes]:
     """Runs the broker until it serves. Raises ArenaError with the broker's own words when it does not."""
     read_end, write_end = (_above_standard(fd) for fd in os.pipe())
-    owner = _above_standard(os.pidfd_open(os.getpid()))
+    owner = _above_standard(os.pidfd_open(owner_pid))
     # The package by the path that this process found it by, whatever the working directory.
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path)}
     try:

@@ -6,6 +6,7 @@ loads uses its client of that arena, or connects.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import weakref
 from dataclasses import dataclass
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 clients: weakref.WeakSet[Client] = weakref.WeakSet()  # of this process
 connecting = threading.Lock()
+
+
+def _rest() -> None:
+    """At the interpreter's exit: a socket that is open when it is collected would be warned of. Whoever comes later opens it again."""
+    for client in list(clients):
+        client._channel.rest()
+
+
+atexit.register(_rest)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ class NameInfo:
     nbytes: int
     holders: int  # clients
     reservation: bool
+    kept_by: tuple[
+        int, ...
+    ] = ()  # numbers of those that keep it and are no clients: 1 until it is unlinked, others until they end
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,12 @@ def _check_holders(view: View, guest: Guest) -> None:
     known = view.clients.keys()
     if not (guest.holders or guest.claimers or guest.deadline):
         view.at_rest("allocation", f"{guest}: nobody holds it")
-    for client in sorted(guest.holders - known):
+    keepers = {client.number for client in view.clients.values() if client.keeps and client.state == State.ALIVE}
+    keeping = sorted(guest.holders & (keepers | {layout.BROKER}))
+    if keeping and (guest.kind == layout.RESERVATION or not guest.name):
+        what = "a reservation" if guest.kind == layout.RESERVATION else "without a name"
+        view.always("allocation", f"{guest}: kept by client {keeping[0]}, and {what}")
+    for client in sorted(guest.holders - known - {layout.BROKER}):
         view.at_rest("allocation", f"{guest}: held by client {client}, which is not there")
     for client in sorted(guest.claimers - known - {layout.BROKER}):
         view.at_rest("allocation", f"{guest}: its claim is shared by client {client}, which is not there")

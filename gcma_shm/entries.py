@@ -47,7 +47,9 @@ class TypeEntry:
 
 @dataclass(frozen=True)
 class ClientEntry:
-    """A client record that is not free. `state`: a number of `records.State`; `pid`: in the namespace `pidns`."""
+    """A client record that is not free. `state`: a number of `records.State`; `pid`: in the namespace `pidns`; `keeps`: it is no
+    client, but a process for as long as which something is kept.
+    """
 
     number: int
     state: int
@@ -56,6 +58,7 @@ class ClientEntry:
     start: int
     pidns: int
     is_locked: bool
+    keeps: bool
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,14 @@ def read_clients(memory: memoryview, geometry: Geometry) -> dict[int, ClientEntr
         at = geometry.client_at(number)
         for _ in range(READS_MAX):
             state, pid, start, _tag, pidns = _CLIENT.unpack_from(memory, at)
-            locked = word(memory, at + layout.CLIENT_LOCKED_AT)
+            locked, keeps = (word(memory, at + offset) for offset in (layout.CLIENT_LOCKED_AT, layout.CLIENT_KEEPS_AT))
             if word(memory, at) == state:
                 break
         if state & _STATE_MASK:
             parent = state >> 8 & 0xFFFF
-            found[number] = ClientEntry(number, state & _STATE_MASK, parent, pid, start, pidns, bool(locked))
+            found[number] = ClientEntry(
+                number, state & _STATE_MASK, parent, pid, start, pidns, bool(locked), bool(keeps)
+            )
     return found
 
 

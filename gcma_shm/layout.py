@@ -102,6 +102,7 @@ CLIENT_LOCKED_AT = 0x1C0  # 1: its process holds a lock on the record, see prese
 CLIENT_INHERITS_AT = 0x1C8  # 1: of a forked child: the broker has let it inherit
 CLIENT_QUOTA_AT = 0x1D0  # 0: the default; NO_QUOTA; or bytes
 NO_QUOTA = (1 << 64) - 1
+CLIENT_KEEPS_AT = 0x1D8  # 1: no client, but a process for as long as which something is kept
 NOBODY = 0
 BROKER = 1
 

@@ -144,6 +144,15 @@ OPERATIONS: dict[str, Operation] = {
     "attach_name": Operation({"name": _NAME}),
     "hand_over": Operation(_BUFFER | _CLAIM | {"timeout_ms": _integer(0, 2**40)}),
     "free_claim": Operation(_BUFFER | {"claim": _integer(1, NUMBER_MAX)}),
+    "keep": Operation(
+        _BUFFER
+        | {
+            "name": _NAME,
+            "pid": _integer(1, 2**31 - 1, required=False),
+            "start": _integer(0, NUMBER_MAX, required=False),
+        }
+    ),
+    "unlink": Operation({"name": _NAME}),
     "names": Operation({"after": _text(layout.NAME_BYTES, required=False)}),
     "quota": Operation(
         {"client": _integer(2, layout.CLIENTS_MAX, required=False), "nbytes": _integer(0, 2**62, required=False)}

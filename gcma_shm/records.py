@@ -24,7 +24,7 @@ from gcma_shm.presence import Presence
 
 _PARENT_SHIFT = 8
 GENERATION_SHIFT = 24
-_OWN = (layout.CLIENT_LOCKED_AT, layout.CLIENT_INHERITS_AT, layout.CLIENT_QUOTA_AT)
+_OWN = (layout.CLIENT_LOCKED_AT, layout.CLIENT_INHERITS_AT, layout.CLIENT_QUOTA_AT, layout.CLIENT_KEEPS_AT)
 
 
 class State(IntEnum):
@@ -41,7 +41,7 @@ class State(IntEnum):
 @dataclass(frozen=True)
 class Record:
     """What a record says just now. `pid`: in the namespace `pidns`; 0: a forked child that has not begun yet. `is_locked`: its
-    process took its lock, see presence.py.
+    process took its lock, see presence.py. `keeps`: it is no client, but a process for as long as which something is kept.
     """
 
     number: int
@@ -53,6 +53,7 @@ class Record:
     pidns: int
     is_locked: bool
     has_inherited: bool
+    keeps: bool
 
 
 class Records:
@@ -79,6 +80,7 @@ class Records:
             self._plane.read(at + layout.CLIENT_PIDNS_AT),
             bool(self._plane.read(at + layout.CLIENT_LOCKED_AT)),
             bool(self._plane.read(at + layout.CLIENT_INHERITS_AT)),
+            bool(self._plane.read(at + layout.CLIENT_KEEPS_AT)),
         )
 
     def used(self) -> Iterator[Record]:

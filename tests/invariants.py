@@ -54,6 +54,7 @@ class Guest:
     lent: int
     holders: frozenset[int]
     claimers: frozenset[int]  # that share its claim; the broker stands for handles under way
+    has_name: bool
 
     @property
     def is_claimed(self) -> bool:
@@ -86,6 +87,10 @@ class Snapshot:
         self.guests = [
             guest for number in range(1, g.allocations_max + 1) if (guest := self._guest(number)) is not None
         ]
+        records = {n: g.clients_at + 512 * n for n in range(2, g.clients_max + 1)}
+        self.keepers = {
+            n for n, at in records.items() if self._words(at + 0x1D8, 1)[0] and self._words(at, 1)[0] & 0xFF == 3
+        }
         self.guest_of = {page: guest for guest in self.guests for page in range(guest.first, guest.end)}
 
     def _words(self, at: int, count: int) -> tuple[int, ...]:
@@ -94,11 +99,13 @@ class Snapshot:
     def _guest(self, number: int) -> Guest | None:
         g, index = self.geometry, number - 1
         state, first, pages, area, _client, _request, claim, deadline = self._words(g.allocations_at + 128 * index, 8)
+        (name,) = self._words(g.allocations_at + 128 * index + 0x40, 1)
         (lent,) = self._words(g.allocations_at + 128 * index + 0x70, 1)
         if not state & 0xFF:
             return None
         holders, claimers = (self._clients(at + index * g.holder_bytes) for at in (g.holders_at, g.claimers_at))
-        return Guest(number, state & 0xFF, first, first + pages, area, claim, deadline, lent, holders, claimers)
+        end, has_name = first + pages, bool(name & 0xFF)
+        return Guest(number, state & 0xFF, first, end, area, claim, deadline, lent, holders, claimers, has_name)
 
     def _clients(self, at: int) -> frozenset[int]:
         words = self._words(at, self.geometry.holder_bytes // 8)
@@ -206,7 +213,10 @@ def _check_guests(s: Snapshot) -> None:
         taken.update(pages)
         assert guest.holders or guest.claimers or guest.deadline, f"{guest}: nobody holds it"
         assert not guest.claimers or guest.claim >> 16 & 1, f"{guest}: a claim shared, and not said so"
-        assert not guest.holders & {0, _BROKER}, f"{guest}: held by who is no client"
+        assert 0 not in guest.holders, f"{guest}: held by nobody"
+        if guest.holders & ({_BROKER} | s.keepers):
+            assert guest.kind == _BUFFER_KIND, f"{guest}: kept, and no buffer"
+            assert guest.has_name, f"{guest}: kept, and could not be unlinked"
         if guest.kind == _RESERVATION_KIND:
             _check_reservation(s, guest)
 

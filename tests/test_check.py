@@ -359,6 +359,10 @@ DAMAGE: dict[str, tuple[Callable[[Copy], None], str, str]] = {
     "client-nobody": (of_client(2, 8, lambda _: 0), "client", "alive, and no process"),
     "guest-kind": (word_of("buffer 2", 0, lambda _, v: v & ~0xFF | 7), "allocation", "of kind 7"),
     "guest-outside": (word_of("buffer 2", 8, lambda c, _: c.g.pages - 1), "allocation", "not within area 'a'"),
+    "guest-kept-without-a-name": (
+        both(word_of("buffer 2", 0x40, lambda *_: 0), bits_of("buffer 2", "holders_at", lambda v: v | 2)),
+        "allocation", "kept by client 1, and without a name",
+    ),
     "guest-no-area": (word_of("buffer 2", 0x18, lambda *_: 9), "allocation", "not within any area"),
     "guest-over-another": (over_another, "allocation", "buffer in entry . 'buffer .' and buffer in entry . 'buffer .' share pages"),
     "guests-named-alike": (named_alike, "allocation", "named like the buffer"),
@@ -393,7 +397,6 @@ AT_REST: dict[str, tuple[Callable[[Copy], None], str, str]] = {
     "client-taken": (of_client(9, 0, lambda v: v | layout.BROKER << 8 | 1), "client", "taken by the broker"),
     "guest-without-holders": (bits_of("buffer 2", "holders_at", lambda _: 0), "allocation", "nobody holds it"),
     "guest-held-by-stranger": (bits_of("buffer 2", "holders_at", lambda v: v | 1 << 9), "allocation", "held by client 9"),
-    "guest-held-by-broker": (bits_of("buffer 2", "holders_at", lambda v: v | 2), "allocation", "held by client 1,"),
     "claim-shared-by-stranger": (
         both(word_of("claimed", 0x30, lambda _, v: v | 1 << 16), bits_of("claimed", "claimers_at", lambda _: 1 << 9)),
         "allocation", "shared by client 9",

@@ -59,7 +59,7 @@ def test_with_and_without_a_broker(capsys: pytest.CaptureFixture[str]) -> None:
             number = mine["client"]
             assert frame == {
                 "name": "frame", "kind": "buffer", "area": "b", "offset": buffer.offset, "size": 3 * PAGE, "holders": [number],
-                "claimed_by": 0,
+                "claimed_by": 0, "kept": None,
             }  # fmt: skip
             assert (promised["kind"], promised["name"], promised["claimed_by"]) == ("reservation", None, number)
             assert main(["holders", *at]) == 0

@@ -1,0 +1,82 @@
+"""The tree of processes that this one is part of: a program, and what it started by multiprocessing.
+
+Owns the answer to one question: which process is the root, at whose end the program is over. It is this one, unless multiprocessing (or
+something on top of it) started it; then it is known by inheritance: over a fork by memory, else by `$GCMA_ROOT`, which a root sets for
+its children, and the forkserver for its own. A program that is started by `subprocess` is a root of its own.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from dataclasses import dataclass
+
+from gcma_shm.process import start_time
+
+ROOT = "GCMA_ROOT"  # "pid:start", set by this module alone
+
+
+@dataclass(frozen=True)
+class Process:
+    """`start`: in clock ticks from boot."""
+
+    pid: int
+    start: int
+
+    @property
+    def lives(self) -> bool:
+        """Whether it is there."""
+        return start_time(self.pid) == self.start
+
+
+def root() -> Process:
+    """The root of this process's tree; when that cannot be told, or is over, the parent or this process itself."""
+    global _root  # noqa: PLW0603 - one a process, inherited over a fork
+    if _root is None or not _root.lives:
+        _root = _inherited()
+        os.environ[ROOT] = f"{_root.pid}:{_root.start}"
+    return _root
+
+
+def _inherited() -> Process:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        for found in (_named(os.environ.get(ROOT, "")), _process(parent.pid or 0)):
+            if found is not None and found.lives:
+                return found
+    return _this()
+
+
+def _this() -> Process:
+    return Process(os.getpid(), start_time(os.getpid()) or 0)
+
+
+def _process(pid: int) -> Process | None:
+    start = start_time(pid)
+    return None if start is None else Process(pid, start)
+
+
+def _named(text: str) -> Process | None:
+    pid, separator, start = text.partition(":")
+    return Process(int(pid), int(start)) if separator and pid.isdecimal() and start.isdecimal() else None
+
+
+def _is_started_by_multiprocessing() -> bool:
+    """While a child imports its main module it knows no parent yet; the command line of its interpreter tells, and so does
+    multiprocessing's own mark for that time, which libraries on top of it set as well.
+    """
+    words = " ".join(sys.orig_argv)
+    return (
+        multiprocessing.parent_process() is not None
+        or "--multiprocessing-fork" in words
+        or "multiprocessing.forkserver" in words
+        or bool(getattr(multiprocessing.current_process(), "_inheriting", False))
+    )
+
+
+# A root says so when it is imported: a forkserver that is started later has it for all of its children.
+_root: Process | None = None
+if not _is_started_by_multiprocessing():
+    _root = _this()
+    os.environ[ROOT] = f"{_root.pid}:{_root.start}"

@@ -1,0 +1,1 @@
+"""CPython's own tests of `multiprocessing.shared_memory`, pointed at ours."""
