@@ -141,7 +141,7 @@ def test_a_worker_sees_the_memory_itself_and_may_not_write(pool: ArenaExecutor) 
 
 
 def test_small_ones_do_not_go_there(pool: ArenaExecutor) -> None:
-    array = np.ones(THRESHOLD // 8 - 1)
+    array = np.ones(THRESHOLD // 8 - 50)  # its pickle is smaller than the threshold as well
     assert pool.submit(looked_at, array).result() == (False, True, array.size)
     assert pool.copied == 0
 
@@ -221,12 +221,12 @@ def test_without_room_it_goes_through_the_pipe_and_says_so(
     with caplog.at_level(logging.WARNING):
         results = [pool.submit(twice, array).result() for _ in range(2)]
     assert all(np.array_equal(result, array * 2) for result in results)
-    assert pool.fallbacks == 2
+    assert pool.fallbacks == 4  # two arguments, two results
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "through the pipe" in caplog.text
     guest.free()
     assert pool.submit(looked_at, array).result()[0]
-    assert pool.fallbacks == 2
+    assert pool.fallbacks == 4  # two arguments, two results
 
 
 # --- what becomes of the memory
