@@ -113,6 +113,9 @@ class ArenaExecutor(ProcessPoolExecutor):
                 future.cancel()
         super().shutdown(wait)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an executor cannot be pickled: make another one in the other process")
+
 
 class _Shipment:
     """What a task is given. Packed when it is pickled; keeps what its parcel refers to until the task is done."""

@@ -39,15 +39,13 @@ def large_in(value: Any, threshold: int) -> list[Any]:
     list or dict, or several in each other: in the first ITEMS_MAX that are met.
     """
     found = []
-    ahead, looked_at = [value], 0
-    while ahead and looked_at < ITEMS_MAX:
-        item = ahead.pop()
-        kind = type(item)
-        looked_at += 1
+    items = [value]
+    for item in items:  # while it grows
+        kind, room = type(item), ITEMS_MAX - len(items)
         if kind is tuple or kind is list:
-            ahead += item[:ITEMS_MAX]
+            items += item[:room]
         elif kind is dict:
-            ahead += itertools.islice(item.values(), ITEMS_MAX)
+            items += itertools.islice(item.values(), room)
         elif kind is bytes or kind is bytearray:
             if len(item) >= threshold:
                 found.append(item)
@@ -104,18 +102,18 @@ class Packer(ABC):
                 located = client.locate(address_of(memory), memory.nbytes)
                 if located is not None:
                     reference, start = located
-                    return Piece(self._lasting(client, reference), start, memory.nbytes, memory.readonly), given
+                    # Built there, to be shared: who gets it may write as its maker may.
+                    return Piece(reference, start, memory.nbytes, memory.readonly), given
                 return self._copy(client, memory, None if alone else given)
             except (ArenaExhausted, QuotaExceeded) as error:
                 self._refusal = error
             except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
-                self._refusal = error
-                self._ask_again_at = time.monotonic() + RETRY_S
+                self._ask_later(error)
         return None
 
-    @abstractmethod
-    def _lasting(self, client: Client, reference: Reference) -> Reference:
-        """What a receiver will find what lies in the arena by. It was built there to be shared: who gets it may write as its maker may."""
+    def _ask_later(self, error: Exception) -> None:
+        self._refusal = error
+        self._ask_again_at = time.monotonic() + RETRY_S
 
     @abstractmethod
     def _copy(self, client: Client, memory: memoryview, original: PickleBuffer | None) -> Placed:
@@ -156,9 +154,6 @@ class Sharing(Packer):
         with self._lock:
             return self._copies.setdefault(place, Copy())
 
-    def _lasting(self, client: Client, reference: Reference) -> Reference:
-        return reference  # of what is kept here
-
     def _copy(self, client: Client, memory: memoryview, original: PickleBuffer | None) -> Placed:
         copy = Copy() if original is None else self._copy_of((address_of(memory), memory.nbytes))
         with copy.making:  # of threads that pack the same at once one copies it
@@ -176,12 +171,21 @@ class Giving(Packer):
         super().__init__(client, threshold)
         self._after_end = after_end
 
-    def _lasting(self, client: Client, reference: Reference) -> Reference:
-        return client.hand_over(reference, HOLD_S, self._after_end).reference
+    def pack(self, what: Any, large: Iterable[Any] = ()) -> tuple[Parcel, list[object]]:
+        """As any packer; what is to be kept may be dropped at once."""
+        parcel, kept = super().pack(what, large)
+        try:  # only now: were it given away while the rest cannot be pickled, it would be nobody's
+            return parcel.by(self._give), kept
+        except (BrokerUnavailable, QuotaExceeded) as error:
+            self._ask_later(error)
+        return super().pack(what, large)
+
+    def _give(self, reference: Reference) -> Reference:
+        return self._client().hand_over(reference, HOLD_S, self._after_end).reference
 
     def _copy(self, client: Client, memory: memoryview, _original: PickleBuffer | None) -> Placed:
         buffer = self._make_copy(client, memory)
-        return Piece(self._lasting(client, buffer.reference), 0, memory.nbytes, memory.readonly), buffer
+        return Piece(buffer.reference, 0, memory.nbytes, memory.readonly), buffer
 
 
 class _Packing:

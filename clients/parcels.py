@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, cast
 
 from gcma_shm.clients import reducer
 from gcma_shm.clients.handles import Reference, load_buffer
+from gcma_shm.errors import GcmaError
 
 PROTOCOL = 5  # of pickle: buffers out of band (PEP 574)
 
@@ -51,16 +52,42 @@ class Parcel:
         self._blobs = blobs
         self.in_pipe = in_pipe
 
+    def by(self, way: Callable[[Reference], Reference]) -> Parcel:
+        """The same, whose pieces are reached by other references."""
+
+        def led(piece: Piece) -> Piece:
+            return replace(piece, reference=way(piece.reference))
+
+        data = led(self._data) if isinstance(self._data, Piece) else self._data
+        blobs = [(kind, led(piece)) for kind, piece in self._blobs]
+        return Parcel(data, [led(piece) for piece in self._buffers], blobs, self.in_pipe)
+
     def open(self) -> Any:
-        """The object. Raises what unpickling it raises, StaleHandle when its sender has died, BrokerUnavailable."""
-        data = self._data.open() if isinstance(self._data, Piece) else self._data
-        buffers = [piece.open() for piece in self._buffers]
-        if self._blobs:
-            return _BlobUnpickler(data, buffers, self._blobs).load()
+        """The object. Raises what unpickling it raises, StaleHandle when its sender has died, QuotaExceeded, BrokerUnavailable."""
+        pickled = [self._data] if isinstance(self._data, Piece) else []
+        opened = _open_all([*self._buffers, *(piece for _, piece in self._blobs), *pickled])
+        data: bytes | memoryview = opened.pop() if pickled else cast(bytes, self._data)
+        buffers, blobs = opened[: len(self._buffers)], opened[len(self._buffers) :]
+        if blobs:
+            return _BlobUnpickler(data, buffers, [kind for kind, _ in self._blobs], blobs).load()
         return pickle.loads(data, buffers=buffers)  # noqa: S301 - from a process of our own pool
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Parcel, (self._data, self._buffers, self._blobs, self.in_pipe)
+
+
+def _open_all(pieces: Sequence[Piece]) -> list[memoryview]:
+    """All of them are tried, should one fail: what a handle holds is free when somebody has come for it."""
+    views: list[memoryview] = []
+    failed: Exception | None = None
+    for piece in pieces:
+        try:
+            views.append(piece.open())
+        except GcmaError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return views
 
 
 class Pickler(ForkingPickler):
@@ -91,14 +118,14 @@ class BlobPickler(Pickler):
 
 class _BlobUnpickler(pickle.Unpickler):
     def __init__(
-        self, data: bytes | memoryview, buffers: list[memoryview], blobs: Sequence[tuple[type[Blob], Piece]]
+        self, data: bytes | memoryview, buffers: list[memoryview], kinds: list[type[Blob]], blobs: list[memoryview]
     ) -> None:
         super().__init__(io.BytesIO(data), buffers=buffers)
+        self._kinds = kinds
         self._blobs = blobs
         self._opened: dict[int, Blob] = {}
 
     def persistent_load(self, number: int) -> Blob:
         if number not in self._opened:  # the same object wherever it is referred to
-            kind, piece = self._blobs[number]
-            self._opened[number] = kind(piece.open())
+            self._opened[number] = self._kinds[number](self._blobs[number])
         return self._opened[number]
