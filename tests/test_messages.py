@@ -45,7 +45,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "free_contig": {"buffer": 1},
     "attach": {"buffer": 1, "claim": 1, "token": 2**63 - 1},
     "attach_name": {"name": "n"},
-    "hand_over": {"buffer": 1, "claim": 1, "timeout_ms": 0},
+    "hand_over": {"buffer": 1, "claim": 1, "timeout_ms": 0, "after_end_ms": 0},
     "free_claim": {"buffer": 1, "claim": 1},
     "keep": {"buffer": 1, "name": "n", "pid": 1, "start": 0},
     "unlink": {"name": "n"},
