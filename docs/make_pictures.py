@@ -1,10 +1,11 @@
-"""Draws docs/arena.svg, the picture of the README: run it again after changing it."""
+"""Draws docs/arena.svg and docs/adapters.svg, pictures of the README: run it again after changing it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 WIDTH, HEIGHT = 860, 330
+ADAPTERS_HEIGHT = 250
 INK, PALE = "#1f2933", "#7b8794"
 BUFFER, CACHE, NURSERY, FREE = "#f0b429", "#8ed1b2", "#a3c8f0", "#eef1f4"
 
@@ -25,11 +26,23 @@ def arrow(x1: float, y1: float, x2: float, y2: float, dashed: bool = False) -> s
     return f'<line x1="{x1}" y1="{y1}" x2="{x2}" y2="{y2}" stroke="{INK}" stroke-width="1.5"{dash} marker-end="url(#tip)"/>'
 
 
-def picture() -> str:
+def sheet(height: int, parts: list[str]) -> str:
+    return (
+        "\n".join(
+            [
+                f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="system-ui, sans-serif">',
+                f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0 0 8 4 0 8z" fill="{INK}"/></marker></defs>',
+                f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+                *parts,
+                "</svg>",
+            ]
+        )
+        + "\n"
+    )
+
+
+def arena() -> str:
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="system-ui, sans-serif">',
-        f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto"><path d="M0 0 8 4 0 8z" fill="{INK}"/></marker></defs>',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         *(box(40 + 150 * n, 20, 120, 40, "white", f"worker {n + 1}") for n in range(3)),
         box(660, 20, 160, 40, "white", "broker"),
         arrow(460, 40, 660, 40, dashed=True),
@@ -62,10 +75,34 @@ def picture() -> str:
         ),
         arrow(205, 224, 205, 260),
         text(214, 248, "written through, or behind in batches", 12, PALE, "start"),
-        "</svg>",
     ]
-    return "\n".join(parts) + "\n"
+    return sheet(HEIGHT, parts)
+
+
+def adapters() -> str:
+    """One array for three workers: through pipes, and through the arena."""
+    workers = (320, 500, 680)
+    parts = [
+        text(430, 24, "one array, a task for each of three workers", 13, PALE),
+        text(20, 66, "ProcessPoolExecutor", 13, INK, "start", "bold"),
+        box(30, 80, 150, 34, BUFFER, "array"),
+        arrow(180, 97, 318, 97),
+        text(249, 89, "3 × pickle, pipe", 11, PALE),
+        *(box(x, 46, 150, 28, "white", f"worker {n + 1}") for n, x in enumerate(workers)),
+        *(box(x, 80, 150, 34, BUFFER, "a copy of its own", 12) for x in workers),
+        f'<line x1="20" y1="136" x2="840" y2="136" stroke="{FREE}" stroke-width="2"/>',
+        text(20, 172, "ArenaExecutor", 13, INK, "start", "bold"),
+        box(30, 196, 150, 34, BUFFER, "array"),
+        arrow(180, 213, 318, 213),
+        text(249, 205, "1 × copied,", 11, PALE),
+        text(249, 230, "or built there", 11, PALE),
+        *(box(x, 150, 150, 28, "white", f"worker {n + 1}") for n, x in enumerate(workers)),
+        *(arrow(x + 75, 178, x + 75, 196) for x in workers),
+        box(320, 196, 510, 34, BUFFER, "the same memory, in the arena"),
+    ]
+    return sheet(ADAPTERS_HEIGHT, parts)
 
 
 if __name__ == "__main__":
-    (Path(__file__).parent / "arena.svg").write_text(picture())
+    for name, picture in (("arena", arena), ("adapters", adapters)):
+        (Path(__file__).parent / f"{name}.svg").write_text(picture())

@@ -85,7 +85,7 @@ def main() -> None:
                 answers = list(users.map(functools.partial(ask, port), [f"item-{n}" for n in range(24)]))
                 workers = {answer["worker"] for answer in answers}
                 cached = sum(answer["cached"] for answer in answers)
-                print(f"sweep {sweep}: {len(workers)} workers answered; {cached} of {len(answers)} were cached")
+                print(f"sweep {sweep}, answered by workers {sorted(workers)}: {cached} of {len(answers)} were cached")
                 os.kill(min(workers), signal.SIGKILL)  # gunicorn starts another one; the cache does not notice
 
 

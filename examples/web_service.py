@@ -1,7 +1,8 @@
 """An asyncio web service that hands its uploads to a process pool, without a copy.
 
-A request's body is received into a buffer of the arena; the worker computes on that very memory. Buffers are also the limit of
-how much is under way: an upload that finds no room waits in line for a moment, and then is told to come again (503).
+A request's body is received into a buffer of the arena, by the asyncio client; the worker gets a handle, and computes on that very
+memory. Buffers are also the limit of how much is under way: an upload that finds no room waits in line for a moment, and then
+is told to come again (503).
 
     python examples/web_service.py           needs aiohttp and numpy; asks itself some questions, and ends
     python examples/web_service.py 8080      serves until it is interrupted (0: a port that the system chooses):
@@ -20,19 +21,25 @@ import numpy.typing as npt
 from aiohttp import ClientSession, web
 
 import gcma_shm
+import gcma_shm.aio
 from gcma_shm.clients.executor import ArenaExecutor
 
 UPLOAD_MAX = 4 << 20  # bytes
 WAIT_S = 10  # for room in the arena
 
-CLIENT = web.AppKey("client", gcma_shm.Client)
+CLIENT = web.AppKey("client", gcma_shm.aio.Client)
 POOL = web.AppKey("pool", ArenaExecutor)
 
 
 def histogram(pixels: npt.NDArray[np.uint8]) -> list[int]:
-    """In a worker: how many pixels have each of 16 brightnesses."""
+    """How many pixels have each of 16 brightnesses."""
     counts, _ = np.histogram(pixels, bins=16, range=(0, 256))
     return [int(count) for count in counts]
+
+
+def work(buffer: gcma_shm.Buffer | gcma_shm.aio.Buffer, length: int) -> list[int]:
+    """In a worker: of what was received into a buffer, which is pickled as a handle and comes as a `gcma_shm.Buffer`."""
+    return histogram(buffer.numpy(length))
 
 
 async def upload(request: web.Request) -> web.Response:
@@ -41,15 +48,16 @@ async def upload(request: web.Request) -> web.Response:
     if not length or length > UPLOAD_MAX:
         raise web.HTTPRequestEntityTooLarge(UPLOAD_MAX, length or 0)
     try:
-        buffer = await asyncio.to_thread(request.app[CLIENT].alloc_contig, length, timeout=WAIT_S)
+        buffer = await request.app[CLIENT].alloc_contig(length, timeout=WAIT_S)
     except gcma_shm.ArenaExhausted:
         raise web.HTTPServiceUnavailable(headers={"Retry-After": "1"}) from None
-    pixels, received = buffer.numpy(length), 0
-    async for piece in request.content.iter_any():
-        pixels[received : received + len(piece)] = np.frombuffer(piece, np.uint8)
-        received += len(piece)
-    counts = await asyncio.get_running_loop().run_in_executor(request.app[POOL], histogram, pixels)
-    return web.json_response({"pixels": length, "histogram": counts})  # the buffer goes with `pixels`
+    async with buffer:  # freed with the answer, also when the client goes away
+        received = 0
+        async for piece in request.content.iter_any():
+            buffer.view[received : received + len(piece)] = piece
+            received += len(piece)
+        counts = await asyncio.get_running_loop().run_in_executor(request.app[POOL], work, buffer, length)
+    return web.json_response({"pixels": length, "histogram": counts})
 
 
 async def ask(session: ClientSession, url: str, seed: int) -> str:
@@ -66,8 +74,8 @@ async def main(port: int | None = None) -> None:
     app = web.Application()
     app.router.add_post("/histogram", upload)
     spawn = multiprocessing.get_context("spawn")  # a forked worker would hold the buffers that there are just then
-    with gcma_shm.embedded("16M") as client, ArenaExecutor(2, spawn, client=client) as pool:
-        app[CLIENT], app[POOL] = client, pool
+    with gcma_shm.embedded("16M") as owner, ArenaExecutor(2, spawn, client=owner) as pool:
+        app[CLIENT], app[POOL] = await gcma_shm.aio.connect(owner.endpoint), pool
         runner = web.AppRunner(app)
         await runner.setup()
         try:
@@ -81,6 +89,7 @@ async def main(port: int | None = None) -> None:
                     print(line)
         finally:
             await runner.cleanup()
+            await app[CLIENT].close()
 
 
 if __name__ == "__main__":
