@@ -19,7 +19,7 @@ from gcma_shm.process import start_time
 from gcma_shm.records import Records, State
 from tests.conftest import Bare
 from tests.invariants import check_at_rest
-from tests.processes import Said, broker, eventually, forked
+from tests.processes import WAIT_S, Said, broker, eventually, forked
 from tests.test_protocol import Stranger
 
 PAGE = 4096
@@ -180,7 +180,7 @@ def test_a_takeover() -> None:
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
     with (
         broker(endpoint) as first,
-        gcma_shm.connect(endpoint, timeout=1.0) as client,
+        gcma_shm.connect(endpoint, timeout=WAIT_S) as client,
         forked(waits) as dies,
         forked(waits) as lives,
     ):

@@ -430,7 +430,7 @@ sys.stdin.read()
 
 def test_what_is_kept_is_kept_by_the_next_broker() -> None:
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
-    with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=1.0) as client, using(client):
+    with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=WAIT_S) as client, using(client):
         mine = SharedMemory("mine", create=True, size=PAGE)
         SharedMemory("closed", create=True, size=PAGE).close()
         SharedMemory("unlinked", create=True, size=PAGE).unlink()
@@ -451,12 +451,13 @@ def test_what_is_kept_is_kept_by_the_next_broker() -> None:
             client.unlink("track=False")
             assert eventually(lambda: not held(client))
             check_at_rest(arena_name(endpoint))
+            client.close()  # while somebody listens
 
 
 def test_a_broker_is_killed_during_unlink() -> None:
     """Whether it was done, nobody can say; what is not done can be done again, and it is never kept without its name."""
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
-    with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=1.0) as client, using(client):
+    with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=WAIT_S) as client, using(client):
         segment = SharedMemory("mine", create=True, size=PAGE)
         segment.close()
         os.kill(first.pid, signal.SIGSTOP)
@@ -479,6 +480,7 @@ def test_a_broker_is_killed_during_unlink() -> None:
             segment.unlink()
             assert not names(client)
             assert not held(client)
+            client.close()  # while somebody listens
 
 
 def test_an_arena_that_has_ended() -> None:
