@@ -106,7 +106,7 @@ def test_what_is_refused(client: EmbeddedClient) -> None:
     )
     for name in ("n", "r"):
         with pytest.raises(BufferExists):
-            other.keep(name)
+            other.keep(name, ME)
     with pytest.raises(ValueError, match="has the name 'n' already"):
         named.keep("m")
     for name in ("", "x" * 49, "a\nb"):
@@ -133,6 +133,7 @@ def test_what_is_refused(client: EmbeddedClient) -> None:
     assert told.holders == 1
     with gcma_shm.connect(client.endpoint, mapped=False) as unmapped, pytest.raises(ArenaError, match="does not map"):
         unmapped.unlink("n")
+    assert not [one for one in client.stats()["clients"] if int(one) > client.number], "a record for what was refused"
     claimed.free()
     promised.release()
     named.free()

@@ -130,13 +130,14 @@ def _knows_no_keepers() -> None:
 def _names_and_unlinks_in_other_orders() -> None:
     """Serves like that from the first takeover on: a keeper is written before the name, and goes after it."""
 
-    def keep(self: Allocations, client: int, number: int, name: str, keeper: int) -> None:
-        allocation = self._held(client, number)
+    def keep(self: Allocations, client: int, number: int, name: str, keeper_for: Callable[[], int]) -> int:
+        allocation, keeper = self._held(client, number), keeper_for()
         self._hold(allocation, keeper)
         if allocation.name is None:
             self._table.write_name(allocation, name)
             allocation.name = name
             self._by_name[name] = allocation
+        return keeper
 
     unlink, remove_name = Allocations.unlink, Table.remove_name
 
