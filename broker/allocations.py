@@ -145,9 +145,9 @@ class Allocations:
             raise NoSuchBuffer(f"there is no buffer or reservation {name[:80]!r}")
         return self.attach(client, allocation.number)
 
-    def keep(self, client: int, number: int, name: str, keeper: int) -> None:
-        """Gives a buffer of `client` that name, and has `keeper` hold it, until `unlink` or that one's end. BROKER: until `unlink`
-        alone. Done a second time it has no effect.
+    def keep(self, client: int, number: int, name: str, keeper_for: Callable[[], int]) -> int:
+        """Gives a buffer of `client` that name, and has the keeper that is asked for hold it, until `unlink` or that one's end; BROKER:
+        until `unlink` alone. Done a second time it has no effect. Returns the keeper, which is asked for last: it may have to be made.
 
         Raises NoSuchBuffer, BufferExists, ValueError, QuotaExceeded: the keeper holds too much.
         """
@@ -157,8 +157,9 @@ class Allocations:
             raise ValueError(f"buffer {number} {what}: it cannot be kept under the name {name!r}")
         if allocation.name is None:
             self._refuse_name(name)
+        keeper = keeper_for()
         if keeper in allocation.holders:
-            return
+            return keeper
         self.holders.check_quota(keeper, allocation.place.pages)
         # The name first: should we die in between, its holders have it as before, and nobody keeps what nobody could unlink.
         if allocation.name is None:
@@ -166,6 +167,7 @@ class Allocations:
             allocation.name = name
             self._by_name[name] = allocation
         self._hold(allocation, keeper)
+        return keeper
 
     def unlink(self, name: str, keepers: Collection[int]) -> None:
         """Takes the name off a buffer, and ends its being kept: `keepers` and BROKER hold it no longer. Others do. Raises

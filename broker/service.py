@@ -429,9 +429,11 @@ class Service:
         p = request.parameters
         if ("pid" in p) != ("start" in p):
             raise ProtocolError("keep: expected both pid and start, of a process, or neither")
-        keeper = self.sessions.keeper(client, p["pid"], p["start"]).number if "pid" in p else layout.BROKER
-        self.allocations.keep(client.number, p["buffer"], p["name"], keeper)
-        return {"keeper": keeper}
+
+        def keeper() -> int:
+            return self.sessions.keeper(client, p["pid"], p["start"]).number if "pid" in p else layout.BROKER
+
+        return {"keeper": self.allocations.keep(client.number, p["buffer"], p["name"], keeper)}
 
     def _unlink(self, client: Client, request: Request) -> dict[str, Any]:
         _refuse_unmapped(client)

@@ -27,7 +27,7 @@ from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.default import default_client
 from gcma_shm.clients.handles import client_of
 from gcma_shm.clients.tree import root
-from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchBuffer, QuotaExceeded, StaleHandle
+from gcma_shm.errors import ArenaExhausted, BufferExists, Closed, NoSuchBuffer, QuotaExceeded, StaleHandle
 from gcma_shm.layout import NAME_BYTES
 
 if TYPE_CHECKING:
@@ -186,13 +186,16 @@ class SharedMemory(_stdlib.SharedMemory):
 
     def unlink(self) -> None:
         """Takes the name off the segment. Whoever has it open goes on; the name may be used again at once, the memory when all of
-        them have closed it or ended. Raises FileNotFoundError: it was unlinked before.
+        them have closed it or ended. Raises FileNotFoundError: it was unlinked before, or its arena has ended; BrokerUnavailable: it may
+        have been done.
         """
         if self._name:
             try:
                 self._client.unlink(buffer_name(self._name))
-            except NoSuchBuffer as error:
-                raise _error(errno.ENOENT, self._name) from error
+            except (NoSuchBuffer, Closed) as error:
+                if isinstance(error, Closed) and self._client.closed:
+                    raise
+                raise _error(errno.ENOENT, self._name) from error  # or the arena has ended with all that was in it
 
     def __del__(self) -> None:
         """Nothing: the memory is given back when this object and the last view of it are gone, also where those are not dropped yet."""

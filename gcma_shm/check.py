@@ -14,7 +14,7 @@ At every instant it holds that
 - a slot word has a state, is DIRTY only on a nursery page, and has a payload only where that says something; a word of a living type
   is not closed; the nursery page that it names has its key, and is published or granted;
 - a nursery page is nobody's but for whom it is granted, and no buffer's; a page in no area holds nothing;
-- a place in a file is claimed, and a page granted, by clients that there are; names are one guest's;
+- a place in a file is claimed, and a page granted, by clients that there are; names are one guest's; what is kept has one;
 - a living type has the file that its life began with, no longer than its slots; a clean value is in it, and fits its checksum, and the
   page in memory.
 

@@ -360,7 +360,7 @@ DAMAGE: dict[str, tuple[Callable[[Copy], None], str, str]] = {
     "guest-kind": (word_of("buffer 2", 0, lambda _, v: v & ~0xFF | 7), "allocation", "of kind 7"),
     "guest-outside": (word_of("buffer 2", 8, lambda c, _: c.g.pages - 1), "allocation", "not within area 'a'"),
     "guest-kept-without-a-name": (
-        both(word_of("buffer 2", 0x40, lambda *_: 0), bits_of("buffer 2", "holders_at", lambda v: v | 2)),
+        both(bits_of("buffer 2", "holders_at", lambda v: v | 2), word_of("buffer 2", 0x40, lambda *_: 0)),
         "allocation", "kept by client 1, and without a name",
     ),
     "guest-no-area": (word_of("buffer 2", 0x18, lambda *_: 9), "allocation", "not within any area"),

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,20 @@ def test_an_owner_without_standard_streams() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "1"
+
+
+def test_a_broker_of_another_owner_and_at_a_known_place() -> None:
+    endpoint = f"ipc://{tempfile.gettempdir()}/known/broker"
+    with forked(lambda said: said.hear()) as owner:
+        client = gcma_shm.embedded("16M", endpoint=endpoint, owner=owner.pid)
+        with pytest.raises(ArenaError, match="another broker"):
+            gcma_shm.embedded("16M", endpoint=endpoint)
+        assert client.endpoint == endpoint
+        with gcma_shm.connect(endpoint) as other:
+            assert other.alloc_contig(1).nbytes == 4096, "whoever comes second removes nothing of the first one's"
+        client.close()
+        gcma_shm.connect(endpoint).close()
+        owner.kill()
+        assert eventually(lambda: not (arenas.SHM_DIR / arena_name(endpoint)[1:]).exists())
+    os.waitpid(client.broker_pid, 0)
+    assert not Path(endpoint.removeprefix("ipc://")).parent.exists()

@@ -6,6 +6,7 @@ To be called in a broker's own process, before anything else.
 from __future__ import annotations
 
 from collections.abc import Callable, Container
+from dataclasses import replace
 from typing import Any
 
 from gcma_shm import layout
@@ -15,7 +16,7 @@ from gcma_shm.broker.allocations import Allocations
 from gcma_shm.broker.claims import Claims
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.sessions import Sessions
-from gcma_shm.broker.table import Allocation
+from gcma_shm.broker.table import Allocation, Table
 from gcma_shm.records import Record, Records
 from tests.faults.crash_broker import put
 
@@ -109,6 +110,45 @@ def _tells_of_the_heir_first() -> None:
     put(Sessions, "_adopt", other_order)
 
 
+def _knows_nothing_for_good() -> None:
+    restore = Table.restore
+
+    def without(self: Table, *arguments: Any) -> list[Allocation]:
+        restored = restore(self, *arguments)
+        for allocation in restored:
+            allocation.holders.discard(layout.BROKER)
+        return restored
+
+    put(Table, "restore", without)
+
+
+def _knows_no_keepers() -> None:
+    read = Records.read
+    put(Records, "read", lambda self, number: replace(read(self, number), keeps=False))
+
+
+def _names_and_unlinks_in_other_orders() -> None:
+    """Serves like that from the first takeover on: a keeper is written before the name, and goes after it."""
+
+    def keep(self: Allocations, client: int, number: int, name: str, keeper_for: Callable[[], int]) -> int:
+        allocation, keeper = self._held(client, number), keeper_for()
+        self._hold(allocation, keeper)
+        if allocation.name is None:
+            self._table.write_name(allocation, name)
+            allocation.name = name
+            self._by_name[name] = allocation
+        return keeper
+
+    unlink, remove_name = Allocations.unlink, Table.remove_name
+
+    def name_first(self: Allocations, name: str, keepers: Any) -> None:
+        remove_name(self._table, self._by_name[name])
+        unlink(self, name, keepers)
+
+    put(Allocations, "keep", keep)
+    put(Allocations, "unlink", name_first)
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "filling": _forgets_nothing,
     "claims": lambda: _plane(_NoClaims),
@@ -123,4 +163,7 @@ FAULTS: dict[str, Callable[[], None]] = {
     "burying": _buries_nobody,
     "forks": _adopts_nobody,
     "heirs": _tells_of_the_heir_first,
+    "for good": _knows_nothing_for_good,
+    "keepers": _knows_no_keepers,
+    "names": _names_and_unlinks_in_other_orders,
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 from gcma_shm import layout
 from gcma_shm.arena import remove_dead
 from gcma_shm.errors import ArenaError
-from tests.faults import crash_guests, crash_pages  # noqa: F401 - the scenes
+from tests.faults import crash_guests, crash_kept, crash_pages  # noqa: F401 - the scenes
 from tests.faults.crash_broker import Broker, BrokerDied, Site
 from tests.faults.crash_clients import PAGE
 from tests.faults.crash_faults import FAULTS
@@ -36,6 +36,9 @@ TAKEOVERS = {
     "share_a_claim_and_leave_it": (0.8,),
     "bury": (0.3, 0.8),
     "inherit": (0.5,),
+    "keep_until_a_process_ends": (0.6,),
+    "unlink_the_last": (0.5,),
+    "a_keeper_ends": (0.5,),
     "drain_parts": (0.3,),
     "invalidate_area": (0.5,),
     "swap_init": (0.5,),

@@ -56,6 +56,10 @@ def test_a_broker_killed_at_every_change(core: Path) -> None:
         ("burying", "lend_after_a_dead_claimer", "State.DEAD"),
         ("forks", "inherit", "is not process"),
         ("heirs", "inherit", "holders"),
+        ("for good", "a_keeper_ends", "holders"),
+        ("keepers", "unlink_what_others_hold", "kept"),
+        ("names", "keep_until_it_is_unlinked", "kept"),
+        ("names", "unlink_what_others_hold", "kept"),
     ],
 )
 def test_a_recovery_that_leaves_something_out_is_found(fault: str, scene: str, expected: str, core: Path) -> None:
