@@ -296,7 +296,37 @@ def test_a_broker_that_has_gone_for_good(tmp_path: Path, monkeypatch: pytest.Mon
 # --- all at once
 
 
-@pytest.mark.timeout(60 + 3 * STRESS_S)
+def _round(pool: ArenaExecutor, chance: random.Random) -> tuple[int, int]:
+    """Tasks of all sizes, and perhaps a killed worker; how many results were returned, all of them right, and how many lost."""
+    shared = np.full(chance.randrange(1, LARGE), 1.0)
+    tasks: list[tuple[int, Future[Any]]] = []
+    with contextlib.suppress(BrokenProcessPool):
+        for n in range(chance.randrange(10, 60)):
+            array = shared if chance.random() < 0.3 else np.full(chance.randrange(1, LARGE), float(n % 50))
+            tasks.append((array.size, pool.submit(checked, int(array[0]), array)))
+            if chance.random() < 0.05:
+                tasks[-1][1].cancel()
+    if chance.random() < 0.7:
+        time.sleep(chance.random() * 0.3)
+        with contextlib.suppress(ProcessLookupError, IndexError):  # the pool is broken already
+            os.kill(chance.choice([*pool._processes]), signal.SIGKILL)
+    returned = broken = 0
+    for size, future in tasks:
+        if future.cancelled():
+            continue
+        try:
+            n, doubled, text = future.result(WAIT_S)
+        except BrokenProcessPool:
+            broken += 1
+            continue
+        assert doubled.shape == (size,)
+        assert (doubled == 2 * n).all()
+        assert text == bytes([n]) * (size // 2)
+        returned += 1
+    return returned, broken
+
+
+@pytest.mark.timeout(120 + 3 * STRESS_S)
 def test_workers_are_killed_at_random(client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every result that was returned is right, and in the end nothing is held. GCMA_SOAK_S: for so many seconds."""
     monkeypatch.setattr(executor_module, "AFTER_END_S", 0.2)
@@ -306,30 +336,7 @@ def test_workers_are_killed_at_random(client: EmbeddedClient, monkeypatch: pytes
     returned = broken = 0
     while time.monotonic() < ends or not broken or not returned:
         with ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as pool:
-            shared = np.full(chance.randrange(1, LARGE), 1.0)
-            tasks: list[tuple[int, Future[Any]]] = []
-            with contextlib.suppress(BrokenProcessPool):
-                for n in range(chance.randrange(10, 60)):
-                    array = shared if chance.random() < 0.3 else np.full(chance.randrange(1, LARGE), float(n % 50))
-                    tasks.append((array.size, pool.submit(checked, int(array[0]), array)))
-                    if chance.random() < 0.05:
-                        tasks[-1][1].cancel()
-            if chance.random() < 0.7:
-                time.sleep(chance.random() * 0.3)
-                with contextlib.suppress(ProcessLookupError, IndexError):
-                    os.kill(chance.choice([*pool._processes]), signal.SIGKILL)
-            for size, future in tasks:
-                if future.cancelled():
-                    continue
-                try:
-                    n, doubled, text = future.result(WAIT_S)
-                except BrokenProcessPool:
-                    broken += 1
-                    continue
-                assert doubled.shape == (size,)
-                assert (doubled == 2 * n).all()
-                assert text == bytes([n]) * (size // 2)
-                returned += 1
-            del tasks, future
+            more, lost = _round(pool, chance)
+        returned, broken = returned + more, broken + lost
     print(f"{returned} returned, {broken} broken")
     assert nothing_held(client)
