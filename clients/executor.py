@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ProcessPoolExecutor
 from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -174,7 +174,13 @@ class _Opening(Future[Any]):
 
     def set_exception(self, exception: BaseException | None) -> None:
         self.shipment.end()
-        super().set_exception(exception)
+        try:
+            super().set_exception(exception)
+        except InvalidStateError:
+            # A pool that breaks fails the tasks that were cancelled, too; up to Python 3.12 its thread died of that, and the tasks
+            # behind them were never done.
+            if not self.cancelled():
+                raise
 
     def cancel(self) -> bool:
         cancelled = super().cancel()

@@ -7,6 +7,7 @@ with gaps). What lies in a buffer of the arena already is not copied. What finds
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
 import logging
@@ -21,9 +22,9 @@ from typing import Any
 from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.client import Client
-from gcma_shm.clients.handles import Reference
+from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.clients.parcels import Blob, BlobPickler, Parcel, Pickler, Piece
-from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, QuotaExceeded
+from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,10 @@ class Packer(ABC):
         self._refusal = error
         self._ask_again_at = time.monotonic() + RETRY_S
 
+    def give(self, buffer: Buffer) -> Handle | Buffer:
+        """What is pickled for a Buffer."""
+        return buffer
+
     @abstractmethod
     def _copy(self, client: Client, memory: memoryview, original: PickleBuffer | None) -> Placed:
         """Places what lies elsewhere. `original`: of memory that other parcels may refer to as well."""
@@ -173,12 +178,17 @@ class Giving(Packer):
 
     def pack(self, what: Any, large: Iterable[Any] = ()) -> tuple[Parcel, list[object]]:
         """As any packer; what is to be kept may be dropped at once."""
-        parcel, kept = super().pack(what, large)
-        try:  # only now: were it given away while the rest cannot be pickled, it would be nobody's
+        try:
+            parcel, kept = super().pack(what, large)
+            # Only now: were it given away while the rest cannot be pickled, it would be nobody's.
             return parcel.by(self._give), kept
         except (BrokerUnavailable, QuotaExceeded) as error:
             self._ask_later(error)
         return super().pack(what, large)
+
+    def give(self, buffer: Buffer) -> Handle | Buffer:
+        """A handle, or it would be gone with this process's own hold."""
+        return buffer.hand_over(HOLD_S, self._after_end)
 
     def _give(self, reference: Reference) -> Reference:
         return self._client().hand_over(reference, HOLD_S, self._after_end).reference
@@ -199,13 +209,21 @@ class _Packing:
         self._numbers: dict[int, int | None] = {}
         self._buffers: list[Piece] = []
         self._blobs: list[tuple[type[Blob], Piece]] = []
+        self._given: list[Handle] = []
         self._refused = 0
         self.kept: list[object] = []
 
     def pack(self, what: Any) -> Parcel:
         stream = io.BytesIO()
         pickler = BlobPickler(stream, self._in_band, self._number_of) if self._large else Pickler(stream, self._in_band)
-        pickler.dump(what)
+        pickler.dispatch_table[Buffer] = self._reduce_buffer
+        try:
+            pickler.dump(what)
+        except BaseException:
+            for given in self._given:  # nobody will come for it
+                with contextlib.suppress(GcmaError):
+                    load_buffer(given.reference).free()
+            raise
         data = stream.getvalue()
         refused = self._refused  # they are in the pickle now, which is large for that
         placed = self._place(PickleBuffer(data), alone=True) if len(data) >= self._threshold else None
@@ -224,6 +242,12 @@ class _Packing:
             return True
         self._buffers.append(placed)
         return False
+
+    def _reduce_buffer(self, buffer: Buffer) -> tuple[Any, ...]:
+        given = self._packer.give(buffer)
+        if isinstance(given, Handle):
+            self._given.append(given)
+        return load_buffer, (given.reference,)
 
     def _number_of(self, value: object) -> int | None:
         key = id(value)

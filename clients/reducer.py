@@ -9,6 +9,7 @@ from __future__ import annotations
 from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any
 
+from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.handles import Reference, clients, load_buffer
 from gcma_shm.sizes import check_seconds
@@ -33,6 +34,7 @@ def register(timeout: float = TIMEOUT_S, after_end: float = AFTER_END_S) -> None
     global _timeout, _after_end
     _timeout, _after_end = check_seconds("timeout", timeout), check_seconds("after_end", after_end)
     ForkingPickler.register(Buffer, _reduce_buffer)
+    ForkingPickler.register(memoryview, _reduce_view)
     try:
         import numpy as np
     except ImportError:
@@ -45,19 +47,39 @@ def _reduce_buffer(buffer: Buffer) -> tuple[Any, ...]:
     return buffer.hand_over(_timeout, _after_end).__reduce__()
 
 
+def _locate(address: int, nbytes: int) -> tuple[Reference, int] | None:
+    """A handle of the buffer in which this memory lies, and where; None: in none."""
+    for client in list(clients):
+        located = None if client.closed or not nbytes else client.locate(address, nbytes)
+        if located is not None:
+            reference, start = located
+            return client.hand_over(reference, _timeout, _after_end).reference, start
+    return None
+
+
+def _reduce_view(view: memoryview) -> tuple[Any, ...]:
+    located = _locate(address_of(view), view.nbytes) if view.c_contiguous else None
+    if located is None:
+        return view.__reduce_ex__(4)  # type: ignore[return-value] # raises: elsewhere they cannot be pickled
+    return _load_view, (*located, view.nbytes, view.format, view.shape, view.readonly)
+
+
+def _load_view(
+    reference: Reference, start: int, nbytes: int, kind: str, shape: tuple[int, ...], readonly: bool
+) -> memoryview:
+    view: memoryview = load_buffer(reference).view[start : start + nbytes].cast(kind, shape)  # type: ignore[call-overload] # any kind
+    return view.toreadonly() if readonly else view
+
+
 def _reduce_array(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
     """For pickle: a handle, and how the array lies on it; or what it always was."""
     begin, end = _bounds(array)
-    for client in list(clients):
-        located = None if client.closed or not array.size else client.locate(begin, end - begin)
-        if located is not None:
-            reference, at = located
-            start = at + array.__array_interface__["data"][0] - begin
-            handle = client.hand_over(reference, _timeout, _after_end)
-            return load_array, (
-                handle.reference, start, array.dtype, array.shape, array.strides, array.flags.writeable
-            )  # fmt: skip
-    return array.__reduce_ex__(4)  # type: ignore[return-value] # as multiprocessing does
+    located = _locate(begin, end - begin) if array.size else None
+    if located is None:
+        return array.__reduce_ex__(4)  # type: ignore[return-value] # as multiprocessing does
+    reference, at = located
+    start = at + array.__array_interface__["data"][0] - begin
+    return _load_array, (reference, start, array.dtype, array.shape, array.strides, array.flags.writeable)
 
 
 def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
@@ -71,7 +93,7 @@ def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     return begin, end + array.itemsize
 
 
-def load_array(
+def _load_array(
     reference: Reference,
     start: int,
     dtype: npt.DTypeLike,

@@ -55,14 +55,11 @@ def cases(suite: unittest.TestSuite, method: str) -> Iterator[unittest.TestCase]
             yield from cases(item, method)
             continue
         name = item._testMethodName
+        is_debians = str(sys.modules[type(item).__module__].__file__).startswith(DEBIAN)
         wanted = getattr(item, "ctx", None) == method and name not in TASKS_FAIL_ALONE
         once = method == "fork" or not any(part in item.id() for part in ONCE)
         # The program that this one runs has worker processes that import the tests, and would not find Debian's.
-        found = (
-            method == "fork"
-            or name != "test_interpreter_shutdown"
-            or DEBIAN not in sys.modules[type(item).__module__].__file__
-        )
+        found = method == "fork" or name != "test_interpreter_shutdown" or not is_debians
         if wanted and once and found:
             yield item
 

@@ -1,0 +1,55 @@
+"""Runs CPython's own tests of what multiprocessing pickles, with the reducer registered: nothing may change. A program, for test_cpython_pools.
+
+Its argument is a start method. Prints what unittest prints; exits with ABSENT when there are no such tests.
+"""
+
+from __future__ import annotations
+
+import sys
+import unittest
+
+import test
+
+from gcma_shm.clients import reducer
+
+ABSENT = 77
+# What goes through ForkingPickler: what is sent by queues, pipes, pools and managers, and the arguments of processes. The others are about
+# locks, signals, logging, the heap, and shared memory, which pickle nothing of a user's.
+CHOSEN = (
+    "TestQueue", "TestPool", "TestPoolWorkerErrors", "TestConnection", "TestListenerClient", "TestPicklingConnections",
+    "TestSharedCTypes", "TestContainers", "TestMyManager", "TestRemoteManager", "TestSubclassingProcess",
+)  # fmt: skip
+SLEEPS = (
+    "test_pool_worker_lifetime",
+    "test_timeout",
+    "test_qsize",
+    "test_make_pool",
+)  # for seconds, and send next to nothing
+
+test.__path__.append(f"/usr/lib/python{sys.version_info.major}.{sys.version_info.minor}/test")
+reducer.register()  # in worker processes that import this program as well
+
+try:
+    from test import _test_multiprocessing as tests
+except ModuleNotFoundError as missing:
+    print(missing)
+    sys.exit(ABSENT)
+
+METHOD = sys.argv[1] if len(sys.argv) > 1 else "spawn"
+tests.install_tests_in_module_dict(globals(), METHOD)
+
+
+def load() -> unittest.TestSuite:
+    """The chosen tests, of real processes and managers."""
+    suite = unittest.TestSuite()
+    for name, kind in sorted(globals().items()):
+        if name in {f"With{how}{chosen}" for how in ("Processes", "Manager") for chosen in CHOSEN}:
+            loaded = unittest.defaultTestLoader.loadTestsFromTestCase(kind)
+            suite.addTests(case for case in loaded if case._testMethodName not in SLEEPS)  # type: ignore[union-attr]
+    return suite
+
+
+if __name__ == "__main__":
+    found = load()
+    done = unittest.TextTestRunner(verbosity=2).run(found)
+    sys.exit(0 if found.countTestCases() and done.wasSuccessful() else 1)

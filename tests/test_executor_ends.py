@@ -1,0 +1,343 @@
+"""ArenaExecutor when something ends: workers, pools, the parent, the broker. Nothing stays held, no result is lost that was had."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import Future, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import gcma_shm
+from gcma_shm.clients import executor as executor_module
+from gcma_shm.clients import executor_worker
+from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.executor import ArenaExecutor
+
+from .processes import WAIT_S, broker, eventually, run_python, start_python
+
+Array = npt.NDArray[np.float64]
+THRESHOLD = 4096
+LARGE = 100_000  # floats
+STRESS_S = float(os.environ.get("GCMA_SOAK_S", "4"))
+
+
+@pytest.fixture
+def pool(client: EmbeddedClient) -> Iterator[ArenaExecutor]:
+    with ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as executor:
+        yield executor
+
+
+def held(client: gcma_shm.Client) -> int:
+    return sum(area.held for area in client.areas())
+
+
+def nothing_held(client: gcma_shm.Client) -> bool:
+    return eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+# --- what workers do
+
+
+def twice(array: Array) -> Array:
+    return array * 2
+
+
+def total(array: Array) -> float:
+    return float(array.sum())
+
+
+def nap(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def pid(_: object = None) -> int:
+    return os.getpid()
+
+
+def give_away_and_die(size: int) -> Array:
+    """Dies when its result has been given away, and before the pool has it."""
+    result = np.ones(size)
+    parcel = executor_worker._results.pack(result)[0]
+    assert parcel is not None
+    os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+
+def half_pickled(size: int) -> list[object]:
+    return [np.ones(size), lambda: None]
+
+
+def cannot_connect() -> None:
+    """As an initializer: this worker gets no client."""
+
+    def refuse(*_: object) -> gcma_shm.Client:
+        raise gcma_shm.ArenaError(1, "planted: this process may not map the arena")
+
+    setattr(executor_worker, "client_of", refuse)  # noqa: B010 - a name that the module does not export
+
+
+class Unpicklable:
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise ZeroDivisionError("planted in pickling")
+
+
+def checked(seed: int, array: Array) -> tuple[int, Array, bytes]:
+    """What the stress asks for."""
+    assert (array == seed).all()
+    if seed % 3 == 0:
+        time.sleep(0.002)
+    return seed, array * 2, bytes([seed % 256]) * (array.size // 2)
+
+
+# --- workers
+
+
+def test_a_result_that_its_worker_could_not_send_is_freed_soon_after_it(
+    client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor_module, "AFTER_END_S", 0.05)
+    with ArenaExecutor(1, multiprocessing.get_context("spawn"), client=client, threshold=THRESHOLD) as pool:
+        assert pool.submit(total, np.ones(LARGE)).result() == LARGE
+        with pytest.raises(BrokenProcessPool):
+            pool.submit(give_away_and_die, LARGE).result()
+    assert nothing_held(client)
+
+
+def test_a_result_of_which_a_part_cannot_be_pickled_leaves_nothing(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    with pytest.raises(Exception, match="pickle"):
+        pool.submit(half_pickled, LARGE).result()
+    assert pool.submit(total, np.ones(LARGE)).result() == LARGE
+    assert nothing_held(client)
+
+
+def test_workers_that_end_after_each_task_lose_no_result(
+    client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = multiprocessing.get_context("forkserver")
+    with ArenaExecutor(2, context, client=client, threshold=THRESHOLD, max_tasks_per_child=1) as pool:
+        futures = [pool.submit(twice, np.full(LARGE, float(n))) for n in range(8)]
+        assert [future.result()[-1] for future in futures] == [2.0 * n for n in range(8)]
+    del futures
+    assert nothing_held(client)
+
+
+def test_a_worker_that_cannot_connect_sends_its_results_through_the_pipe(client: EmbeddedClient) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ArenaExecutor(1, context, cannot_connect, client=client, threshold=THRESHOLD) as pool:
+        assert pool.submit(np.ones, LARGE).result().sum() == LARGE
+        assert pool.fallbacks == 1
+
+
+def test_workers_end_with_a_parent_that_is_killed(client: EmbeddedClient) -> None:
+    """The standard library's would wait for ever; and forked ones would hold their parent's buffers meanwhile."""
+    for method in ("fork", "spawn", "forkserver"):
+        code = f"""
+import multiprocessing, os, sys
+import numpy as np, gcma_shm
+from gcma_shm.clients.executor import ArenaExecutor
+if __name__ == "__main__":
+    client = gcma_shm.connect({client.endpoint!r})
+    buffer = client.alloc_contig(1 << 20)
+    pool = ArenaExecutor(2, multiprocessing.get_context({method!r}), client=client, threshold=4096)
+    futures = [pool.submit(np.ones, 100_000) for _ in range(4)]
+    results = [future.result() for future in futures]
+    print(*pool._processes, flush=True)
+    sys.stdin.read()
+"""
+        parent = start_python(code)
+        try:
+            assert parent.stdout is not None
+            workers = [int(word) for word in parent.stdout.readline().split()]
+            assert len(workers) == 2
+            assert held(client) >= 1 << 20
+        finally:
+            parent.kill()
+            parent.wait(WAIT_S)
+            parent.stdin.close()  # type: ignore[union-attr]
+            parent.stdout.close()  # type: ignore[union-attr]
+        assert eventually(functools.partial(_all_ended, workers)), method
+        assert nothing_held(client)
+
+
+def _all_ended(processes: list[int]) -> bool:
+    return not any(_runs(process) for process in processes)
+
+
+def _runs(process: int) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+# --- pools
+
+
+def test_tasks_that_cannot_be_pickled_and_a_shutdown_that_cancels(client: EmbeddedClient) -> None:
+    """The standard library's pool waits for ever for a task that its feeder cannot pickle after `cancel_futures`."""
+    for seconds in (0.0, 0.05, 0.2):
+        pool = ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD)
+        futures: list[Future[Any]] = [pool.submit(nap, 0.2)]
+        futures += [pool.submit(nap, Unpicklable()) for _ in range(5)]  # type: ignore[arg-type]
+        futures += [pool.submit(twice, np.ones(LARGE)) for _ in range(5)]
+        time.sleep(seconds)
+        ended = threading.Thread(target=pool.shutdown, kwargs={"cancel_futures": True}, daemon=True)
+        ended.start()
+        ended.join(WAIT_S)
+        assert not ended.is_alive()
+        assert wait(futures, WAIT_S).not_done == set()
+        del futures
+    assert nothing_held(client)
+
+
+def test_a_pool_that_breaks_with_cancelled_tasks_fails_all_others(client: EmbeddedClient) -> None:
+    """The standard library's thread dies of a cancelled one (Python 3.11), and the others are never done."""
+    with ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as pool:
+        futures: list[Future[Any]] = [pool.submit(nap, 60.0), *(pool.submit(twice, np.ones(LARGE)) for _ in range(10))]
+        assert [future.cancel() for future in futures[-5:-1]] == [True] * 4
+        (worker,) = pool._processes
+        os.kill(worker, signal.SIGKILL)
+        assert isinstance(futures[-1].exception(WAIT_S), BrokenProcessPool)
+        assert all(future.cancelled() or isinstance(future.exception(), BrokenProcessPool) for future in futures)
+    del futures
+    assert nothing_held(client)
+
+
+def test_a_pool_that_was_shut_down_keeps_no_results(client: EmbeddedClient) -> None:
+    pool = ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD)
+    futures = [pool.submit(twice, np.ones(LARGE)) for _ in range(10)]
+    futures[0].result()
+    pool.shutdown(cancel_futures=True)
+    assert any(future.cancelled() for future in futures)
+    del futures
+    assert nothing_held(client)
+    assert pool.fallbacks == 0, "and is still here"
+
+
+def test_a_pool_that_nobody_refers_to_ends(client: EmbeddedClient) -> None:
+    pool = ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD)
+    result = pool.submit(twice, np.ones(LARGE)).result()
+    late = pool.submit(total, np.ones(LARGE))
+    (worker,) = pool._processes
+    gone = weakref.ref(pool)
+    del pool
+    assert late.result() == LARGE
+    assert eventually(lambda: gc.collect() >= 0 and gone() is None)
+    assert eventually(lambda: not _runs(worker))
+    assert result[0] == 2
+    del result, late
+    assert nothing_held(client)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_an_interpreter_that_exits_with_tasks_under_way_does_them(method: str) -> None:
+    code = f"""
+import multiprocessing, os, numpy as np
+from gcma_shm.clients.executor import ArenaExecutor
+if __name__ == "__main__":
+    os.environ["GCMA_SIZE"] = "32M"
+    pool = ArenaExecutor(2, multiprocessing.get_context({method!r}), threshold=4096)
+    for n in range(4):
+        pool.submit(np.full, 10_000, n).add_done_callback(lambda future: print(future.result().sum(), flush=True))
+"""
+    assert sorted(run_python(code).split()) == ["0", "10000", "20000", "30000"]
+
+
+# --- the broker
+
+
+def test_a_broker_that_is_killed_and_another_one_takes_over(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/b"
+    with contextlib.ExitStack() as brokers, contextlib.ExitStack() as stack:
+        first = brokers.enter_context(broker(endpoint, size="32M"))
+        client = stack.enter_context(gcma_shm.connect(endpoint, timeout=30, wait_for_broker=30))
+        context = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(ArenaExecutor(2, context, client=client, threshold=THRESHOLD))
+        futures = [pool.submit(twice, np.full(LARGE, float(n))) for n in range(30)]
+        assert futures[3].result()[0] == 6
+        first.stop(signal.SIGKILL)
+        brokers.enter_context(broker(endpoint, size="32M"))
+        assert [future.result()[-1] for future in futures] == [2.0 * n for n in range(30)]
+        del futures
+
+
+def test_a_broker_that_has_gone_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = f"ipc://{tmp_path}/b"
+    with broker(endpoint, size="32M") as served:
+        client = gcma_shm.connect(endpoint, timeout=0.3)
+        context = multiprocessing.get_context("spawn")
+        with ArenaExecutor(1, context, client=client, threshold=THRESHOLD) as pool:
+            array = np.ones(LARGE)
+            assert pool.submit(total, array).result() == LARGE
+            served.stop(signal.SIGKILL)
+            assert [pool.submit(twice, array).result()[0] for _ in range(3)] == [2, 2, 2]
+            assert pool.fallbacks == 6
+        with contextlib.suppress(gcma_shm.GcmaError):
+            client.close()
+    with broker(endpoint, size="32M"):
+        pass  # takes over what is left, and removes it
+
+
+# --- all at once
+
+
+def _round(pool: ArenaExecutor, chance: random.Random) -> tuple[int, int]:
+    """Tasks of all sizes, and perhaps a killed worker; how many results were returned, all of them right, and how many lost."""
+    shared = np.full(chance.randrange(1, LARGE), 1.0)
+    tasks: list[tuple[int, Future[Any]]] = []
+    with contextlib.suppress(BrokenProcessPool):
+        for n in range(chance.randrange(10, 60)):
+            array = shared if chance.random() < 0.3 else np.full(chance.randrange(1, LARGE), float(n % 50))
+            tasks.append((array.size, pool.submit(checked, int(array[0]), array)))
+            if chance.random() < 0.05:
+                tasks[-1][1].cancel()
+    if chance.random() < 0.7:
+        time.sleep(chance.random() * 0.3)
+        with contextlib.suppress(ProcessLookupError, IndexError):  # the pool is broken already
+            os.kill(chance.choice([*pool._processes]), signal.SIGKILL)
+    returned = broken = 0
+    for size, future in tasks:
+        if future.cancelled():
+            continue
+        try:
+            n, doubled, text = future.result(WAIT_S)
+        except BrokenProcessPool:
+            broken += 1
+            continue
+        assert doubled.shape == (size,)
+        assert (doubled == 2 * n).all()
+        assert text == bytes([n]) * (size // 2)
+        returned += 1
+    return returned, broken
+
+
+@pytest.mark.timeout(120 + 3 * STRESS_S)
+def test_workers_are_killed_at_random(client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every result that was returned is right, and in the end nothing is held. GCMA_SOAK_S: for so many seconds."""
+    monkeypatch.setattr(executor_module, "AFTER_END_S", 0.2)
+    seed = int(os.environ.get("GCMA_SEED", time.time_ns() % 10**9))
+    print(f"GCMA_SEED={seed}")
+    chance, ends = random.Random(seed), time.monotonic() + STRESS_S
+    returned = broken = 0
+    while time.monotonic() < ends or not broken or not returned:
+        with ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as pool:
+            more, lost = _round(pool, chance)
+        returned, broken = returned + more, broken + lost
+    print(f"{returned} returned, {broken} broken")
+    gc.collect()  # a future's exception has the frame that it was raised in, and that has results
+    assert nothing_held(client)
