@@ -7,6 +7,7 @@ client, a claimer, or a handle under way.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import Counter
@@ -27,7 +28,7 @@ from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchBuffer, QuotaExc
 from gcma_shm.layout import BUFFER
 from gcma_shm.sizes import format_size
 
-HAND_OVER_MAX_S = 3600.0  # what a handle may hold an allocation for
+HAND_OVER_MAX_S = 86400.0  # what a handle may hold an allocation for
 HAND_OVERS_MAX = 1024  # of one allocation, under way at the same time
 NAMES_PAGE = 1000  # names in one answer
 
@@ -150,9 +151,11 @@ class Allocations:
             raise NoSuchBuffer(f"there is no buffer or reservation {name[:80]!r}")
         return self.attach(client, allocation.number)
 
-    def hand_over(self, client: int, number: int, timeout_s: float, claim: int = 0) -> int:
-        """A token that holds it until somebody attaches with it, or for that long. Raises NoSuchBuffer, StaleHandle,
-        QuotaExceeded.
+    def hand_over(
+        self, client: int, number: int, timeout_s: float, claim: int = 0, after_end_s: float = math.inf
+    ) -> int:
+        """A token that holds it until somebody attaches with it, or for `timeout_s`, and no longer than `after_end_s` after the
+        client has gone. Raises NoSuchBuffer, StaleHandle, QuotaExceeded.
         """
         allocation = self._by_number.get(number)
         if allocation is None or not allocation.is_known_to(client):
@@ -164,8 +167,9 @@ class Allocations:
         if claim:
             self.claims.join(allocation, claim)
         token = secrets.randbits(62) + 1
-        deadline = time.monotonic() + min(timeout_s, HAND_OVER_MAX_S)
-        allocation.handed_over[token] = HandOver(deadline, claim, client)
+        now = time.monotonic()
+        deadline = now + min(timeout_s, HAND_OVER_MAX_S)
+        allocation.handed_over[token] = HandOver(deadline, claim, client, after_end_s, now + after_end_s)
         self._hand_overs[token] = allocation
         self._table.write_deadline(allocation)
         if claim:
@@ -194,7 +198,9 @@ class Allocations:
             self.claims.end(allocation, client)
             allocation.holders.discard(client)
             for one in allocation.handed_over.values():  # they hold on, at nobody's charge
-                one.giver = 0 if one.giver == client else one.giver
+                if one.giver == client:
+                    one.outlive_giver(time.monotonic())
+            self._table.write_deadline(allocation)
             self._let_go(allocation, client)
         return len(self.holders.of(client))
 

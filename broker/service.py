@@ -9,6 +9,7 @@ registry; syncs on one.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import Counter, deque
@@ -411,7 +412,10 @@ class Service:
 
     def _hand_over(self, client: Client, request: Request) -> dict[str, Any]:
         p = request.parameters
-        token = self.allocations.hand_over(client.number, p["buffer"], p["timeout_ms"] / 1000, p.get("claim", 0))
+        after_end_s = p["after_end_ms"] / 1000 if "after_end_ms" in p else math.inf
+        token = self.allocations.hand_over(
+            client.number, p["buffer"], p["timeout_ms"] / 1000, p.get("claim", 0), after_end_s
+        )
         return {"token": token}
 
     def _free_claim(self, client: Client, request: Request) -> dict[str, Any]:

@@ -6,6 +6,7 @@ taken is found.
 
 from __future__ import annotations
 
+import math
 import secrets
 import struct
 from collections.abc import Container, Iterator
@@ -29,6 +30,13 @@ class HandOver:
     deadline: float  # time.monotonic()
     claim: int
     giver: int  # the client that is charged with it meanwhile; 0: it is gone
+    after_end_s: float = math.inf  # of the giver: it holds no longer than that without him
+    unattended: float = math.inf  # the deadline, had the giver gone at once
+
+    def outlive_giver(self, now: float) -> None:
+        """The giver has gone, and is charged no longer."""
+        self.giver = layout.NOBODY
+        self.deadline = min(self.deadline, now + self.after_end_s)
 
 
 @dataclass(eq=False)
@@ -194,8 +202,10 @@ class Table:
         self._plane.write(table_at + index * self._geometry.holder_bytes + 8 * word, bits)
 
     def write_deadline(self, allocation: Allocation) -> None:
-        """Until when it may be held by handles alone, in nanoseconds of CLOCK_MONOTONIC."""
-        latest = max((one.deadline for one in allocation.handed_over.values()), default=0.0)
+        """Until when it may be held by handles alone, in nanoseconds of CLOCK_MONOTONIC. A broker that takes over knows no givers, so
+        those that end with theirs count as if he had gone at once.
+        """
+        latest = max((min(one.deadline, one.unattended) for one in allocation.handed_over.values()), default=0.0)
         at = self._geometry.allocation_at(allocation.index) + layout.ALLOCATION_DEADLINE_AT
         self._plane.write(at, int(latest * 1e9))
 

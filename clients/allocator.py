@@ -32,7 +32,7 @@ class Allocator:
     _channel: Channel
     _plane: Plane | None
     _claims: Claims | None
-    _spans: weakref.WeakSet[Span]
+    _spans: weakref.WeakValueDictionary[int, Span]  # by identity
 
     @property
     def number(self) -> int:
@@ -126,7 +126,7 @@ class Allocator:
         if plane is None or at < 0:
             return None
         claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
-        for span in (*self._spans, *claimed):
+        for span in (*self._living_spans(), *claimed):
             begin = 0 if span is None else span.first * plane.page_size
             if span is not None and begin <= at and at + nbytes <= begin + span.nbytes:
                 return Reference(self.endpoint, self.arena_id, *span.held), at - begin
@@ -188,9 +188,9 @@ class Allocator:
         """16 bytes that no other arena has."""
         return bytes(self._channel.greeting["arena_id"])
 
-    def hand_over(self, reference: Reference, timeout: float) -> Handle:
+    def hand_over(self, reference: Reference, timeout: float, after_end: float | None = None) -> Handle:
         """For what this client holds, as `Buffer.hand_over`."""
-        return self._hand_over(reference.number, reference.claim, timeout)
+        return self._hand_over(reference.number, reference.claim, timeout, after_end)
 
     def attach_handle(self, reference: Reference) -> Buffer:
         """For `Handle`. Raises StaleHandle."""
@@ -240,10 +240,14 @@ class Allocator:
         taken: tuple[dict[str, Any], Span] = self._channel.request("attach_name", {"name": name}, then=self._take)
         return taken
 
-    def _hand_over(self, number: int, claim: int, timeout: float, reservation: bool = False) -> Handle:
-        wanted = {"buffer": number, "timeout_ms": int(check_seconds("timeout", timeout) * 1000)} | (
-            {"claim": claim} if claim else {}
-        )
+    def _hand_over(
+        self, number: int, claim: int, timeout: float, after_end: float | None = None, reservation: bool = False
+    ) -> Handle:
+        wanted = {"buffer": number, "timeout_ms": int(check_seconds("timeout", timeout) * 1000)}
+        if claim:
+            wanted["claim"] = claim
+        if after_end is not None:
+            wanted["after_end_ms"] = int(check_seconds("after_end", after_end) * 1000)
         token = self._channel.request("hand_over", wanted).results["token"]
         return Handle(Reference(self.endpoint, self.arena_id, number, claim, token), reservation)
 
@@ -341,8 +345,12 @@ class Allocator:
         def free() -> None:
             channel.free(number, claim, hold)
 
-        self._spans.add(span)
+        self._spans[id(span)] = span
         return Buffer(span, place, self, number, free, claim)
+
+    def _living_spans(self) -> list[Span]:
+        """Taken at once: another thread may be about to add one."""
+        return [span for reference in self._spans.valuerefs() if (span := reference()) is not None]
 
     def _give_up(self, number: int, claim: int, hold: Hold) -> None:
         self._channel.give_up(number, claim, hold)

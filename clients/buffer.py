@@ -90,15 +90,16 @@ class Buffer:
         self._freed = True
         self._free()
 
-    def hand_over(self, timeout: float = 60) -> Handle:
-        """A handle that holds the memory until a process has attached with it, or for `timeout` seconds: this one may free its
-        buffer, or end, meanwhile. Pickle it to another process of the arena; loading it there gives a Buffer.
+    def hand_over(self, timeout: float = 60, after_end: float | None = None) -> Handle:
+        """A handle that holds the memory until a process has attached with it, or for `timeout` seconds, at most a day: this one may
+        free its buffer, or end, meanwhile. `after_end`: and for no more than that many seconds after this process has ended,
+        or its client closed. Pickle it to another process of the arena; loading it there gives a Buffer.
 
         (A pickled Buffer is a handle that holds nothing: its maker has to keep the buffer until it is loaded.) Raises StaleHandle
         after `free`, QuotaExceeded, BrokerUnavailable, ValueError.
         """
         self._living()
-        return self._client._hand_over(self._number, self._claim, timeout)
+        return self._client._hand_over(self._number, self._claim, timeout, after_end)
 
     @property
     def reference(self) -> Reference:

@@ -55,7 +55,7 @@ class Client(Allocator):
         self._greeted_pid = 0
         self._generation = 0  # of the record, while the arena is mapped
         # The memory and not the Buffer: an array that outlives its Buffer keeps the memory.
-        self._spans: weakref.WeakSet[Span] = weakref.WeakSet()
+        self._spans: weakref.WeakValueDictionary[int, Span] = weakref.WeakValueDictionary()
         self._swaps: weakref.WeakSet[MappedSwap | MessageSwap] = weakref.WeakSet()
         owner = weakref.ref(self)
         self._channel = Channel(
@@ -202,7 +202,7 @@ class Client(Allocator):
         """No view of a buffer can be made any more; all of them that were not sealed before. Raises BufferError when there is one."""
         claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
         sealed: list[Span] = []
-        for span in (*self._spans, *claimed):
+        for span in (*self._living_spans(), *claimed):
             if span is None or span.sealed:
                 continue
             if not span.seal():

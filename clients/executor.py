@@ -1,41 +1,45 @@
 """`ArenaExecutor`: a process pool whose large arguments and results travel through the arena.
 
 It is the standard library's ProcessPoolExecutor in all but this: what a task is given is packed where the pool pickles it (in its feeder
-thread, a few tasks ahead), and unpacked inside the task; what it returns is packed there, and unpacked when the future has it.
+thread, a few tasks ahead), and unpacked inside the task; what it returns is packed there, and unpacked before the future has it.
 """
 
 from __future__ import annotations
 
-import functools
+import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar, cast
 
+from gcma_shm.clients import executor_worker
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import default_client
-from gcma_shm.clients.handles import client_of
-from gcma_shm.clients.parcels import Packer, Parcel, wrap
+from gcma_shm.clients.packers import Sharing, large_in
+from gcma_shm.clients.parcels import Parcel
 
 THRESHOLD = 256 << 10  # bytes: below, a pipe is quicker than the requests for a buffer
-_PLAIN = (type(None), bool, int, float, complex, str)
+# How long a result waits for a pool that is stopped or busy, after its worker has ended. While that lives it waits for a day.
+AFTER_END_S = 60.0  # a worker was killed, so the pool is broken
+AFTER_END_OF_MANY_S = 600.0  # workers end in the ordinary course, by max_tasks_per_child
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class ArenaExecutor(ProcessPoolExecutor):
-    """A `concurrent.futures.ProcessPoolExecutor` whose large buffers travel through an arena.
+    """A `concurrent.futures.ProcessPoolExecutor` whose large arguments and results travel through an arena.
 
-    Arrays of NumPy, Arrow and pandas, PickleBuffer, and arguments and results that are bytes or bytearray: each buffer of `threshold`
-    bytes or more is copied once into the arena, and the other side works on that memory.
+    Of an argument or a result, each buffer of `threshold` bytes or more (of an array of NumPy, Arrow or pandas, a PickleBuffer, bytes, a
+    bytearray) is copied once into the arena, and the other side works on that memory; so is the rest of its pickle, if it is large.
 
-    A task's arrays are read-only: an array that is given to many tasks, while they are under way, is copied once, and all of them
-    see that copy. So it must not be changed until they are done. Arrays on a Buffer (`buf.numpy(...)`) are passed as they are, without a
-    copy, writable. Results are the caller's alone, and writable. Memory is free again when the last array on it is gone, on both
-    sides, or the process is.
+    A task's arrays are read-only: an array that is given to many tasks is copied once for all that are submitted and not done, and all
+    of them see that copy. So it must not be changed until they are done. Arrays on a Buffer (`buf.numpy(...)`) are passed as they are,
+    without a copy, writable; `share` makes some that are read-only. Results are the caller's alone, and writable, but for
+    what lies on an argument's memory still. Memory is free again when the last array on it is gone, on both sides, or the process is.
 
-    When the arena has no room, a buffer goes through the pipe; `fallbacks` counts these, of arguments, and a warning is logged once.
+    When the arena has no room, or cannot be reached, what is large goes through the pipe; `fallbacks` counts that, and a warning is logged once.
     """
 
     def __init__(
@@ -52,17 +56,24 @@ class ArenaExecutor(ProcessPoolExecutor):
         """As ProcessPoolExecutor's. `client`: of the arena, mapped; by default this process's, see `default_client`."""
         if threshold < 1:
             raise ValueError(f"threshold {threshold}: expected at least 1 byte")
-        self._client = client or default_client()
-        if not self._client.mapped:
+        if initializer is not None and not callable(initializer):
+            raise TypeError("initializer must be a callable")
+        client = client or default_client()
+        if not client.mapped:
             raise ValueError("the executor needs a client that maps the arena; connect with mapped=True")
         self._threshold = threshold
-        self._packer = Packer(lambda: self._client, threshold, shared=True)
-        self._desk = _Desk(self._client.endpoint, self._client.arena_id, threshold)
-        super().__init__(max_workers, mp_context, initializer, initargs, max_tasks_per_child=max_tasks_per_child)
+        self._packer = Sharing(lambda: client, threshold)
+        self._submitted: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
+        self._submitting = threading.Lock()
+        after_end = AFTER_END_S if max_tasks_per_child is None else AFTER_END_OF_MANY_S
+        started = (client.endpoint, client.arena_id, threshold, after_end, initializer, initargs)
+        super().__init__(
+            max_workers, mp_context, executor_worker.begin, started, max_tasks_per_child=max_tasks_per_child
+        )
 
     @property
     def fallbacks(self) -> int:
-        """How many large buffers of arguments went through the pipe, for want of room in the arena."""
+        """How many large arguments and results went through the pipe, for want of room in the arena."""
         return self._packer.fallbacks
 
     @property
@@ -70,89 +81,103 @@ class ArenaExecutor(ProcessPoolExecutor):
         """How many bytes of arguments were copied into the arena."""
         return self._packer.copied
 
+    def share(self, value: T) -> T:
+        """An equal object, whose large buffers lie in the arena, read-only: tasks are given it without a copy, as long as it lives.
+
+        For what is given to one task after another. Where the arena has no room the buffers are copies elsewhere. Raises what
+        pickling raises.
+        """
+        parcel, kept = self._packer.pack(value, large_in(value, self._threshold))
+        try:
+            return cast(T, parcel.open())
+        finally:
+            del kept
+
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """As `Executor.submit`."""
-        given = [wrap(value, self._threshold) for value in args]
-        named = {name: wrap(value, self._threshold) for name, value in kwargs.items()}
-        shipment = _Shipment(self._packer, (fn, given, named))
-        future = super().submit(_work, cast(Parcel, shipment), self._desk)  # a parcel is what the worker gets
-        future.__class__ = _Opening
-        future.add_done_callback(shipment.end)
+        shipment = _Shipment(self._packer, self._threshold, fn, args, kwargs)
+        with self._submitting:
+            future = super().submit(executor_worker.work, cast(Parcel, shipment))  # a parcel is what the worker gets
+            shipment.is_for(future)
+            self._submitted.add(future)
         return cast("Future[T]", future)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As `Executor.shutdown`."""
-        super().shutdown(wait, cancel_futures=cancel_futures)
-        if (
-            wait
-        ):  # after cancel_futures the standard library's pool would keep the last tasks, and with them their results
-            self._pending_work_items: dict[int, Any] = {}
+        if cancel_futures:
+            # Not by the standard library's pool, which hides its tasks from its own feeder thread then: when one of them cannot be pickled
+            # it waits for it for ever. And it keeps the tasks, with their results, as long as the pool.
+            with self._submitting:
+                submitted = list(self._submitted)
+            for future in submitted:
+                future.cancel()
+        super().shutdown(wait)
 
-
-class _Opening(Future[Any]):
-    """A future whose result may be a parcel. Opened by its pool's thread, or by whoever is quicker to ask."""
-
-    def result(self, timeout: float | None = None) -> Any:
-        super().exception(timeout)  # waits
-        self.open()
-        return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        super().exception(timeout)
-        self.open()
-        return super().exception(timeout)
-
-    def open(self) -> None:
-        """Puts what the parcel holds in its place; what that raises becomes the future's exception."""
-        with self._condition:
-            if isinstance(self._result, Parcel):
-                parcel, self._result = self._result, None
-                try:
-                    self._result = parcel.open()
-                except BaseException as error:
-                    self._exception = error
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("an executor cannot be pickled: make another one in the other process")
 
 
 class _Shipment:
-    """What a task is given, packed when it is pickled; keeps what its parcel refers to until the task's future is done."""
+    """What a task is given. Packed when it is pickled; keeps what its parcel refers to until the task is done."""
 
-    def __init__(self, packer: Packer, what: Any) -> None:
-        self._packer = packer
-        self._what = what
-        self._kept: list[object] = []
+    def __init__(
+        self, packer: Sharing, threshold: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.packer = packer
+        self._what: tuple[Any, ...] | None = (fn, args, kwargs)
+        self._large = large_in([args, kwargs], threshold)
+        self._kept = packer.expect(self._large)
+        self._done = False
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def is_for(self, future: Future[Any]) -> None:
+        """Makes the pool's future one that opens results. No result can be under way before."""
+        future.__class__ = _Opening
+        cast(_Opening, future).shipment = self
+        self._gate.release()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parcel, self._kept = self._packer.pack(self._what)
-        return Parcel, (parcel.data, parcel.pieces)
+        with self._gate:
+            parcel, kept = self.packer.pack(self._what, self._large)
+        self._kept += kept
+        if self._done:  # meanwhile, since the pool is broken
+            self._kept.clear()
+        return parcel.__reduce__()
 
-    def end(self, future: Future[Any]) -> None:
-        """The future is done. Not left to the pool, which may keep the tasks that it has cancelled."""
-        self._what, self._kept = None, []
-        cast(_Opening, future).open()
-
-
-class _Desk:
-    """Where a worker packs its results."""
-
-    def __init__(self, endpoint: str, arena_id: bytes, threshold: int) -> None:
-        self._where = (endpoint, arena_id, threshold)
-
-    def pack(self, result: Any) -> Any:
-        """A parcel, or a result that needs none."""
-        if type(result) in _PLAIN:
-            return result
-        return _packer(*self._where).pack(wrap(result, self._where[2]))[0]
+    def end(self) -> None:
+        """The task is done."""
+        self._done = True
+        self._what, self._large = None, []
+        self._kept.clear()
 
 
-@functools.cache
-def _packer(endpoint: str, arena_id: bytes, threshold: int) -> Packer:
-    """One a worker process and pool: it connects with its first large result."""
-    return Packer(lambda: client_of(endpoint, arena_id), threshold, shared=False)
+class _Opening(Future[Any]):
+    """A future that opens the parcel of its result before anybody can see it.
 
+    The pool makes its futures itself, so theirs becomes this class: it adds no state but an attribute, and overrides what executors call.
+    A task has ended before its future is done: who waits for that may change what the task was given.
+    """
 
-def _work(parcel: Parcel, desk: _Desk) -> Any:
-    """In a worker."""
-    fn, args, kwargs = parcel.open()
-    result = fn(*args, **kwargs)
-    del args, kwargs
-    return desk.pack(result)
+    shipment: _Shipment
+
+    def set_result(self, result: Any) -> None:
+        self.shipment.end()
+        if isinstance(result, Parcel):
+            self.shipment.packer.fell_back(result.in_pipe, "a worker's result found no room")
+            try:
+                result = result.open()
+            except BaseException as error:
+                super().set_exception(error)
+                return
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        self.shipment.end()
+        super().set_exception(exception)
+
+    def cancel(self) -> bool:
+        cancelled = super().cancel()
+        if cancelled:
+            self.shipment.end()
+        return cancelled

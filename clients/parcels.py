@@ -1,40 +1,30 @@
-"""Objects on their way to another process: pickled, with their large buffers in the arena.
+"""Objects on their way to another process of the arena: pickled, with what is large in them in the arena.
 
-Pickle's protocol 5 gives buffers out of band (PEP 574): arrays of NumPy, Arrow and pandas, PickleBuffer. One of `threshold` bytes or more is copied
-once, into a contiguous buffer of the arena, and the other process's object lies on that very memory. What lies in a buffer of the arena
-already is not copied at all. bytes and bytearrays travel so where they are arguments or results themselves; they are copied out again.
-
-When the arena has no room, a buffer goes with the rest, through the pipe; that is counted.
+A parcel says where its pieces lie; opening it gives the object, on that very memory where its kind allows that. What makes parcels, and
+holds the memory meanwhile, are packers.
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import pickle
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, cast
 
-from gcma_shm._core import address_of
-from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.client import Client
+from gcma_shm.clients import reducer
 from gcma_shm.clients.handles import Reference, load_buffer
-from gcma_shm.clients.reducer import reduce_array
-from gcma_shm.errors import ArenaExhausted, QuotaExceeded
+from gcma_shm.errors import GcmaError
 
-log = logging.getLogger(__name__)
+PROTOCOL = 5  # of pickle: buffers out of band (PEP 574)
 
-PROTOCOL = 5
-HAND_OVER_S = 60.0  # what is given away waits so long for its receiver to be taken up
+Blob = bytes | bytearray
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One buffer of a parcel: where in which allocation. Its sender holds that, or a handle that the reference tells of does."""
+    """A part of one allocation. Its sender holds that, or a handle that the reference tells of does."""
 
     reference: Reference
     start: int
@@ -42,133 +32,100 @@ class Piece:
     readonly: bool
 
     def open(self) -> memoryview:
-        """The memory, which is held as long as the view, or anything on it."""
+        """The memory, which is held as long as the view, or anything on it. Raises StaleHandle, BrokerUnavailable."""
         view = load_buffer(self.reference).view[self.start : self.start + self.nbytes]
         return view.toreadonly() if self.readonly else view
 
 
-@dataclass(frozen=True)
 class Parcel:
-    """A pickled object without its large buffers, and where those are."""
+    """A pickled object without what is large in it.
 
-    data: bytes
-    pieces: Sequence[Piece]
+    `data`: the pickle, in the arena when it is large itself. `buffers`: what was given out of band, in order. `blobs`: bytes and
+    bytearrays by the number that the pickle has for them. `in_pipe`: how many large ones found no place, and are in `data`.
+    """
+
+    def __init__(
+        self, data: bytes | Piece, buffers: Sequence[Piece], blobs: Sequence[tuple[type[Blob], Piece]], in_pipe: int
+    ) -> None:
+        self._data = data
+        self._buffers = buffers
+        self._blobs = blobs
+        self.in_pipe = in_pipe
+
+    def by(self, way: Callable[[Reference], Reference]) -> Parcel:
+        """The same, whose pieces are reached by other references."""
+
+        def led(piece: Piece) -> Piece:
+            return replace(piece, reference=way(piece.reference))
+
+        data = led(self._data) if isinstance(self._data, Piece) else self._data
+        blobs = [(kind, led(piece)) for kind, piece in self._blobs]
+        return Parcel(data, [led(piece) for piece in self._buffers], blobs, self.in_pipe)
 
     def open(self) -> Any:
-        """The object. Raises what unpickling it raises, and StaleHandle when its sender has died."""
-        return pickle.loads(self.data, buffers=[piece.open() for piece in self.pieces])  # noqa: S301 - from our own pool
-
-
-@dataclass(eq=False)
-class Copy:
-    """A copy of somebody's memory in the arena, as long as a parcel under way refers to it; and the original's export, so that nothing
-    else comes to lie there.
-    """
-
-    buffer: Buffer
-    original: pickle.PickleBuffer
-
-
-class Packer:
-    """Makes parcels. Safe across threads.
-
-    `client`: gives the client, when there is a buffer to place. `shared`: parcels under way at the same time have one copy of the same
-    memory, which is kept by the packer's process and which their receivers may only read. Otherwise each copy is given away:
-    it holds itself until its receiver has it.
-    """
-
-    def __init__(self, client: Callable[[], Client], threshold: int, shared: bool) -> None:
-        self._client = client
-        self._threshold = threshold
-        self._shared = shared
-        #: Buffers that went through the pipe, for want of room.
-        self.fallbacks = 0
-        #: Bytes that were copied into the arena.
-        self.copied = 0
-        self._copies: weakref.WeakValueDictionary[tuple[int, int], Copy] = weakref.WeakValueDictionary()
-        self._lock = threading.Lock()
-
-    def pack(self, what: Any) -> tuple[Parcel, list[object]]:
-        """The parcel, and what must be kept until it was opened. Raises what pickling raises."""
-        pieces: list[Piece] = []
-        kept: list[object] = []
-
-        def in_band(given: pickle.PickleBuffer) -> bool:
-            try:
-                memory = given.raw()
-            except BufferError:  # not contiguous
-                return True
-            with memory:
-                placed = self._place(memory, given) if memory.nbytes >= self._threshold else None
-            if placed is None:
-                return True
-            pieces.append(placed[0])
-            kept.append(placed[1])
-            return False
-
-        stream = io.BytesIO()
-        _Pickler(stream, PROTOCOL, True, in_band).dump(what)
-        return Parcel(stream.getvalue(), pieces), kept
-
-    def _place(self, memory: memoryview, given: pickle.PickleBuffer) -> tuple[Piece, object] | None:
-        client = self._client()
-        located = client.locate(address_of(memory), memory.nbytes)
-        if located is not None:  # built there, to be shared: whoever gets it may write as its maker may
-            reference, start = located
-            if not self._shared:
-                reference = client.hand_over(reference, HAND_OVER_S).reference
-            return Piece(reference, start, memory.nbytes, memory.readonly), given
-        if self._shared:
-            return self._share(client, memory, given)
-        buffer = self._copy(client, memory)
-        if buffer is None:
-            return None
-        return Piece(buffer.hand_over(HAND_OVER_S).reference, 0, memory.nbytes, memory.readonly), buffer
-
-    def _share(self, client: Client, memory: memoryview, given: pickle.PickleBuffer) -> tuple[Piece, object] | None:
-        place = (address_of(memory), memory.nbytes)
-        with self._lock:  # of threads that pack the same array at once one copies it
-            copy = self._copies.get(place)
-            if copy is None:
-                buffer = self._copy(client, memory)
-                if buffer is None:
-                    return None
-                copy = self._copies[place] = Copy(buffer, given)
-        return Piece(copy.buffer.reference, 0, memory.nbytes, True), copy
-
-    def _copy(self, client: Client, memory: memoryview) -> Buffer | None:
-        try:
-            buffer = client.alloc_contig(memory.nbytes)
-        except (ArenaExhausted, QuotaExceeded) as error:
-            if not self.fallbacks:
-                log.warning("a buffer of %d bytes goes through the pipe, as others may: %s", memory.nbytes, error)
-            self.fallbacks += 1
-            return None
-        with buffer.view as view:
-            view[: memory.nbytes] = memory
-        self.copied += memory.nbytes
-        return buffer
-
-
-class _Pickler(ForkingPickler):
-    """As multiprocessing's, but for arrays, whose buffers are to be given out of band."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        for kind in [kind for kind, how in self.dispatch_table.items() if how is reduce_array]:
-            del self.dispatch_table[kind]
-
-
-class Bytes:
-    """bytes or a bytearray, pickled out of band; unpickled it is what it was, a copy."""
-
-    def __init__(self, value: bytes | bytearray) -> None:
-        self._value = value
+        """The object. Raises what unpickling it raises, StaleHandle when its sender has died, QuotaExceeded, BrokerUnavailable."""
+        pickled = [self._data] if isinstance(self._data, Piece) else []
+        opened = _open_all([*self._buffers, *(piece for _, piece in self._blobs), *pickled])
+        data: bytes | memoryview = opened.pop() if pickled else cast(bytes, self._data)
+        buffers, blobs = opened[: len(self._buffers)], opened[len(self._buffers) :]
+        if blobs:
+            return _BlobUnpickler(data, buffers, [kind for kind, _ in self._blobs], blobs).load()
+        return pickle.loads(data, buffers=buffers)  # noqa: S301 - from a process of our own pool
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self._value), (pickle.PickleBuffer(self._value),)
+        return Parcel, (self._data, self._buffers, self._blobs, self.in_pipe)
 
 
-def wrap(value: Any, threshold: int) -> Any:
-    """`value`, or what stands for it in a pickle when it is a large bytes or bytearray."""
-    return Bytes(value) if type(value) in (bytes, bytearray) and len(value) >= threshold else value
+def _open_all(pieces: Sequence[Piece]) -> list[memoryview]:
+    """All of them are tried, should one fail: what a handle holds is free when somebody has come for it."""
+    views: list[memoryview] = []
+    failed: Exception | None = None
+    for piece in pieces:
+        try:
+            views.append(piece.open())
+        except GcmaError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return views
+
+
+class Pickler(ForkingPickler):
+    """As multiprocessing's, but for arrays, whose buffers are to be given out of band."""
+
+    def __init__(self, stream: io.BytesIO, in_band: Callable[[pickle.PickleBuffer], bool]) -> None:
+        super().__init__(stream, PROTOCOL, True, in_band)
+        for kind in reducer.array_kinds:
+            self.dispatch_table.pop(kind, None)
+
+
+class BlobPickler(Pickler):
+    """For what has large bytes in it. Apart from the other since it is slower: pickle calls it for each object."""
+
+    def __init__(
+        self,
+        stream: io.BytesIO,
+        in_band: Callable[[pickle.PickleBuffer], bool],
+        number_of: Callable[[object], int | None],
+    ) -> None:
+        super().__init__(stream, in_band)
+        self._number_of = number_of
+
+    def persistent_id(self, value: object) -> int | None:
+        """The number of a blob that is not in the pickle."""
+        return self._number_of(value)
+
+
+class _BlobUnpickler(pickle.Unpickler):
+    def __init__(
+        self, data: bytes | memoryview, buffers: list[memoryview], kinds: list[type[Blob]], blobs: list[memoryview]
+    ) -> None:
+        super().__init__(io.BytesIO(data), buffers=buffers)
+        self._kinds = kinds
+        self._blobs = blobs
+        self._opened: dict[int, Blob] = {}
+
+    def persistent_load(self, number: int) -> Blob:
+        if number not in self._opened:  # the same object wherever it is referred to
+            self._opened[number] = self._kinds[number](self._blobs[number])
+        return self._opened[number]

@@ -11,29 +11,41 @@ from typing import TYPE_CHECKING, Any
 
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.handles import Reference, clients, load_buffer
+from gcma_shm.sizes import check_seconds
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-HAND_OVER_S = 60.0  # what is sent and not received for so long is given up: StaleHandle
+TIMEOUT_S = 3600.0
+AFTER_END_S = 600.0
+
+array_kinds: list[type] = []  # of which this module reduces what lies in the arena
+_timeout, _after_end = TIMEOUT_S, AFTER_END_S
 
 
-def register() -> None:
-    """Makes multiprocessing send Buffers, and, where numpy is installed, arrays on them, as handles. A second time has no effect."""
+def register(timeout: float = TIMEOUT_S, after_end: float = AFTER_END_S) -> None:
+    """Makes multiprocessing send Buffers, and, where numpy is installed, arrays on them, as handles, in this process.
+
+    What is sent and not received holds its memory for `timeout` seconds, and for no more than `after_end` seconds after this process has
+    ended; whoever receives it later gets StaleHandle. Called again it changes these.
+    """
+    global _timeout, _after_end
+    _timeout, _after_end = check_seconds("timeout", timeout), check_seconds("after_end", after_end)
     ForkingPickler.register(Buffer, _reduce_buffer)
     try:
         import numpy as np
     except ImportError:
         return
-    ForkingPickler.register(np.ndarray, reduce_array)
+    ForkingPickler.register(np.ndarray, _reduce_array)
+    array_kinds[:] = [np.ndarray]
 
 
 def _reduce_buffer(buffer: Buffer) -> tuple[Any, ...]:
-    return buffer.hand_over(HAND_OVER_S).__reduce__()
+    return buffer.hand_over(_timeout, _after_end).__reduce__()
 
 
-def reduce_array(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+def _reduce_array(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
     """For pickle: a handle, and how the array lies on it; or what it always was."""
     begin, end = _bounds(array)
     for client in list(clients):
@@ -41,7 +53,7 @@ def reduce_array(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         if located is not None:
             reference, at = located
             start = at + array.__array_interface__["data"][0] - begin
-            handle = client.hand_over(reference, HAND_OVER_S)
+            handle = client.hand_over(reference, _timeout, _after_end)
             return load_array, (
                 handle.reference, start, array.dtype, array.shape, array.strides, array.flags.writeable
             )  # fmt: skip

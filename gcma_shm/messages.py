@@ -142,7 +142,7 @@ OPERATIONS: dict[str, Operation] = {
     "free_contig": Operation(_BUFFER),
     "attach": Operation(_BUFFER | _CLAIM | {"token": _integer(1, NUMBER_MAX, required=False)}),
     "attach_name": Operation({"name": _NAME}),
-    "hand_over": Operation(_BUFFER | _CLAIM | {"timeout_ms": _integer(0, 2**40)}),
+    "hand_over": Operation(_BUFFER | _CLAIM | {"timeout_ms": _integer(0, 2**40), "after_end_ms": _WAIT_MS}),
     "free_claim": Operation(_BUFFER | {"claim": _integer(1, NUMBER_MAX)}),
     "names": Operation({"after": _text(layout.NAME_BYTES, required=False)}),
     "quota": Operation(

@@ -993,6 +993,45 @@ def test_a_handle_whose_giver_has_died_expires_all_the_same(allocations: Allocat
         allocations.attach(2, buffer.number)
 
 
+def test_a_handle_may_end_with_its_giver(allocations: Allocations, bare: Bare, clock: Clock) -> None:
+    """As a task's result does: while the worker lives it waits for its pool for long, afterwards not."""
+    buffer = allocate(allocations, 2, PAGE)
+    at = bare.arena.geometry.allocation_at(buffer.index) + layout.ALLOCATION_DEADLINE_AT
+    allocations.hand_over(2, buffer.number, 7200, after_end_s=60)
+    assert bare.plane.read(at) == (clock.now + 60) * 10**9, "a broker that takes over will not know the giver"
+    allocations.free(2, buffer.number)
+    clock.now += 3600
+    allocations.expire()
+    token = allocations.hand_over(2, buffer.number, 7200, after_end_s=60)  # its giver may do so once more
+    assert len(buffer.handed_over) == 2
+    allocations.drop(2)
+    assert bare.plane.read(at) == (clock.now + 60) * 10**9
+    allocations._check()
+    clock.now += 59
+    allocations.expire()
+    allocations.attach(3, buffer.number, token=token)
+    assert len(buffer.handed_over) == 1
+    clock.now += 1
+    allocations.expire()
+    assert (buffer.holders, buffer.handed_over, bare.plane.read(at)) == ({3}, {}, 0)
+    allocations._check()
+    check_at_rest(bare.arena.name)
+
+
+def test_a_handle_does_not_outlast_its_time_with_its_giver(allocations: Allocations, clock: Clock) -> None:
+    buffer = allocate(allocations, 2, PAGE)
+    allocations.hand_over(2, buffer.number, 5, after_end_s=60)
+    allocations.hand_over(2, buffer.number, 9, after_end_s=0)
+    allocations.drop(2)
+    allocations.expire()
+    assert len(buffer.handed_over) == 1, "the second ends with him"
+    clock.now += 5
+    allocations.expire()
+    with pytest.raises(StaleHandle):
+        allocations.attach(3, buffer.number)
+    allocations._check()
+
+
 def test_a_handle_is_of_a_claim_or_of_a_reservation(allocations: Allocations, bare: Bare, clock: Clock) -> None:
     """Taken for the other, it would end what still holds the claim, or leave nobody who holds the reservation."""
     reservation = reserve(allocations, 2, PAGE)
@@ -1160,6 +1199,11 @@ class Token:
     deadline: float
     of_claim: bool
     giver: int
+    after_end: float
+
+    def lose(self, giver: int, now: float) -> None:
+        if self.giver == giver:
+            self.giver, self.deadline = 0, min(self.deadline, now + self.after_end)
 
 
 @dataclass
@@ -1299,8 +1343,14 @@ class Machine(RuleBasedStateMachine):
             known.holders.add(client)
 
     @precondition(lambda self: self.known)
-    @rule(client=clients, which=which, seconds=st.sampled_from([0, 1, 5, 10**9]), of_claim=st.booleans())
-    def hand_over(self, client: int, which: int, seconds: int, of_claim: bool) -> None:
+    @rule(
+        client=clients,
+        which=which,
+        seconds=st.sampled_from([0, 1, 5, 10**9]),
+        of_claim=st.booleans(),
+        after_end=st.sampled_from([0, 2, float("inf")]),
+    )
+    def hand_over(self, client: int, which: int, seconds: int, of_claim: bool, after_end: float) -> None:
         known = self._pick(which)
         claims = [(known, client) for known in self.known for client in sorted(known.claimers)]
         of_claim = of_claim and bool(claims)
@@ -1311,8 +1361,8 @@ class Machine(RuleBasedStateMachine):
             with pytest.raises(NoSuchBuffer):
                 self.allocations.hand_over(client, known.made.number, seconds, claim)
             return
-        token = self.allocations.hand_over(client, known.made.number, seconds, claim)
-        known.tokens[token] = Token(self.clock.now + min(seconds, HAND_OVER_MAX_S), of_claim, client)
+        token = self.allocations.hand_over(client, known.made.number, seconds, claim, after_end)
+        known.tokens[token] = Token(self.clock.now + min(seconds, HAND_OVER_MAX_S), of_claim, client, after_end)
         known.shared = known.shared or of_claim
 
     @precondition(lambda self: any(known.tokens for known in self.known))
@@ -1413,7 +1463,7 @@ class Machine(RuleBasedStateMachine):
         for known in self.known:
             known.holders.discard(client)
             for token in known.tokens.values():
-                token.giver = 0 if token.giver == client else token.giver
+                token.lose(client, self.clock.now)
             known.leave_claim(client)
         self._bury()
 

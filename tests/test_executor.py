@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, as_completed, wait
@@ -47,7 +49,7 @@ def twice(array: Array) -> Array:
     return array * 2
 
 
-def echo(value: object) -> object:
+def echo(value: Any) -> Any:
     return value
 
 
@@ -80,6 +82,33 @@ def die(_: object) -> None:
 def make_and_die(size: int) -> Array:
     """The process ends a moment after its result is on its way."""
     return np.full(size, 7.0)
+
+
+def lengths(*blobs: bytes | bytearray) -> list[int]:
+    return [len(blob) for blob in blobs]
+
+
+def upper(blob: bytes) -> bytes:
+    return blob.upper()
+
+
+def middle(array: Array) -> tuple[Array, Array]:
+    return array[10:20_010], array
+
+
+def carry(array: Array) -> None:
+    raise Carrying(array)
+
+
+class Carrying(Exception):
+    def __init__(self, array: Array) -> None:
+        super().__init__(array)
+
+
+def in_turn(array: Array) -> float:
+    """Has a pool of its own."""
+    with ArenaExecutor(1, multiprocessing.get_context("spawn"), threshold=THRESHOLD) as inner:
+        return float(inner.submit(twice, array).result().sum())
 
 
 def nap(seconds: float) -> float:
@@ -140,8 +169,56 @@ def test_a_worker_sees_the_memory_itself_and_may_not_write(pool: ArenaExecutor) 
     assert array[0] == 1.0
 
 
+def test_results_on_an_arguments_memory(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    array = np.arange(float(LARGE))
+    part, whole = pool.submit(middle, array).result()
+    assert in_arena(part)
+    assert in_arena(whole)
+    assert not part.flags.writeable
+    array[:] = 0
+    assert np.array_equal(part, np.arange(10.0, 20_010.0))
+    assert held(client) == -(-array.nbytes // 4096) * 4096  # there is one copy still
+    del whole
+    assert client.stats() is not None
+    assert held(client) > 0
+    del part
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_results_of_many_parts(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    value = (b"x" * LARGE, {"list": [bytearray(b"y" * LARGE), np.ones(LARGE)]}, "text" * LARGE)
+    got = pool.submit(echo, value).result()
+    np.testing.assert_equal(got, value)
+    del got
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_tables_and_frames(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    pandas, arrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    frame = pandas.DataFrame({"a": np.arange(LARGE), "b": np.ones(LARGE), "c": ["x", "yy"] * (LARGE // 2)})
+    got = pool.submit(echo, frame).result()
+    pandas.testing.assert_frame_equal(got, frame)
+    assert in_arena(got["b"].to_numpy())
+    table = arrow.table({"a": np.arange(LARGE), "t": ["x", "yy"] * (LARGE // 2)})
+    futures = [pool.submit(echo, table) for _ in range(4)]
+    assert all(future.result() == table for future in futures)
+    received = futures[0].result()
+    assert in_arena(received["a"].chunk(0).buffers()[1])
+    assert pool.fallbacks == 0
+    del got, received, futures
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_exceptions_that_carry_arrays(pool: ArenaExecutor) -> None:
+    array = np.arange(float(LARGE))
+    error = pool.submit(carry, array).exception()
+    assert isinstance(error, Carrying)
+    assert np.array_equal(error.args[0], array)
+    assert "carry" in str(error.__cause__)
+
+
 def test_small_ones_do_not_go_there(pool: ArenaExecutor) -> None:
-    array = np.ones(THRESHOLD // 8 - 1)
+    array = np.ones(THRESHOLD // 8 - 50)  # its pickle is smaller than the threshold as well
     assert pool.submit(looked_at, array).result() == (False, True, array.size)
     assert pool.copied == 0
 
@@ -175,10 +252,42 @@ def test_bytes_are_bytes_in_the_worker(pool: ArenaExecutor) -> None:
 
 def test_to_many_tasks_it_travels_once(pool: ArenaExecutor, client: EmbeddedClient) -> None:
     array = np.ones(LARGE)
-    assert {found[2] for found in pool.map(looked_at, [array] * 30)} == {LARGE}
-    assert array.nbytes <= pool.copied <= 3 * array.nbytes  # whenever none was under way it is copied anew
-    assert {found[2] for found in pool.map(looked_at, [array] * 30, chunksize=30)} == {LARGE}
+    futures: list[Future[Any]] = [pool.submit(nap, 0.3), *(pool.submit(looked_at, array) for _ in range(20))]
+    assert {future.result()[2] for future in futures[1:]} == {LARGE}
+    assert pool.copied == array.nbytes  # whatever was under way when: all of them were submitted
+    del futures
+    assert {found[2] for found in pool.map(looked_at, [array] * 30, chunksize=7)} == {LARGE}
+    assert pool.copied == 2 * array.nbytes
+    halves = [array[: LARGE // 2], array[LARGE // 2 :]] * 5
+    assert sum(found[2] for found in pool.map(looked_at, halves)) == 5 * LARGE
+    assert pool.copied == 3 * array.nbytes
     assert eventually(lambda: held(client) == 0)
+
+
+@pytest.mark.parametrize("chunksize", [1, 4])
+def test_bytes_in_a_map_travel_once(pool: ArenaExecutor, client: EmbeddedClient, chunksize: int) -> None:
+    blob, both = b"x" * LARGE, bytearray(b"y" * LARGE)
+    assert list(pool.map(lengths, [blob] * 12, [both] * 12, chunksize=chunksize)) == [[LARGE, LARGE]] * 12
+    assert pool.copied == 2 * LARGE
+    assert list(pool.map(upper, [blob[:-1]] * 3, chunksize=3)) == [b"X" * (LARGE - 1)] * 3
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_what_is_shared_is_given_to_one_task_after_another_without_a_copy(
+    pool: ArenaExecutor, client: EmbeddedClient
+) -> None:
+    array = np.ones(LARGE)
+    shared: dict[str, Any] = pool.share({"array": array, "text": "t"})
+    assert in_arena(shared["array"])
+    assert not shared["array"].flags.writeable
+    array[:] = 5  # no longer the same
+    for _ in range(3):
+        assert pool.submit(looked_at, shared["array"]).result() == (True, False, LARGE)
+    assert pool.submit(looked_at, shared["array"][5:]).result() == (True, False, LARGE - 5)
+    assert pool.copied == array.nbytes
+    assert held(client) > 0
+    del shared
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
 
 
 def test_what_was_changed_after_a_task_is_seen_by_the_next(pool: ArenaExecutor) -> None:
@@ -198,7 +307,7 @@ def test_an_array_that_was_built_in_the_arena_is_passed_as_it_is(pool: ArenaExec
     assert array[99] == 1
     assert set(part) == {5.0}
     assert pool.copied == 0
-    assert pool.submit(echo, part).result()[0] == 5.0  # type: ignore[index]
+    assert pool.submit(echo, part).result()[0] == 5.0
     del array, part
     assert eventually(lambda: buffer.exports == 0)
     buffer.free()
@@ -221,12 +330,12 @@ def test_without_room_it_goes_through_the_pipe_and_says_so(
     with caplog.at_level(logging.WARNING):
         results = [pool.submit(twice, array).result() for _ in range(2)]
     assert all(np.array_equal(result, array * 2) for result in results)
-    assert pool.fallbacks == 2
+    assert pool.fallbacks == 4  # two arguments, two results
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "through the pipe" in caplog.text
     guest.free()
     assert pool.submit(looked_at, array).result()[0]
-    assert pool.fallbacks == 2
+    assert pool.fallbacks == 4  # two arguments, two results
 
 
 # --- what becomes of the memory
@@ -287,6 +396,41 @@ def test_futures_are_futures(pool: ArenaExecutor) -> None:
     assert all(future.exception() is None and future.done() for future in futures)
     with pytest.raises(TimeoutError):
         pool.submit(nap, 5 * 0.1).result(timeout=0.001)
+    done, pending = wait(futures)
+    assert (len(done), pending) == (6, set())
+    assert not futures[0].cancel()
+
+
+def test_from_several_threads(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    array, found = np.ones(LARGE), []
+
+    def use(n: int) -> None:
+        result, seen = pool.submit(twice, np.full(LARGE, float(n))), pool.submit(looked_at, array)
+        found.append((float(result.result()[0]), seen.result()[2]))
+
+    threads = [threading.Thread(target=use, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == [(2.0 * n, float(LARGE)) for n in range(8)]
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_a_pool_in_a_pool(client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCMA_ENDPOINT", client.endpoint)
+    with ArenaExecutor(1, multiprocessing.get_context("spawn"), client=client, threshold=THRESHOLD) as outer:
+        assert outer.submit(in_turn, np.ones(LARGE)).result() == 2 * LARGE
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_a_pool_cannot_be_pickled(pool: ArenaExecutor) -> None:
+    with pytest.raises(TypeError, match="pickle"):
+        pickle.dumps(pool)
+    with pytest.raises(TypeError, match="pickle"):
+        pool.submit(echo, pool).result()
+    with pytest.raises(TypeError, match="memoryview"):
+        pool.submit(echo, memoryview(b"x" * LARGE)).result()
 
 
 def test_what_cannot_be_pickled(pool: ArenaExecutor) -> None:

@@ -45,7 +45,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "free_contig": {"buffer": 1},
     "attach": {"buffer": 1, "claim": 1, "token": 2**63 - 1},
     "attach_name": {"name": "n"},
-    "hand_over": {"buffer": 1, "claim": 1, "timeout_ms": 0},
+    "hand_over": {"buffer": 1, "claim": 1, "timeout_ms": 0, "after_end_ms": 0},
     "free_claim": {"buffer": 1, "claim": 1},
     "names": {"after": "n"},
     "quota": {"client": 2, "nbytes": 0, "arena_id": bytes(16)},

@@ -116,8 +116,8 @@ def test_parts_of_all_shapes(client: EmbeddedClient, part: Any) -> None:
         assert (sent == 7).all()
 
 
-def test_what_comes_too_late(client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reducer, "HAND_OVER_S", 0.0)
+def test_what_comes_too_late(client: EmbeddedClient) -> None:
+    reducer.register(timeout=0.0)
     sent = ForkingPickler.dumps(client.alloc_contig(4096))
     assert eventually(lambda: held(client) == 0)
     with pytest.raises(gcma_shm.StaleHandle):

@@ -1,0 +1,88 @@
+"""Runs CPython's own tests of concurrent.futures with ArenaExecutor in the place of ProcessPoolExecutor. A program, for test_cpython_pools.
+
+They are the running Python's, or those that Debian's package of this version installs (libpython3.X-testsuite). Its argument is a start method of
+multiprocessing. Prints what unittest prints; exits with ABSENT when there are no such tests.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import importlib
+import sys
+import unittest
+from collections.abc import Iterator
+from typing import Any
+
+import test
+from test.support import script_helper
+
+from gcma_shm.clients.executor import ArenaExecutor
+
+ABSENT = 77
+PARTS = ("process_pool", "shutdown", "wait", "as_completed", "init", "deadlock")  # of a package since 3.12
+DEBIAN = f"/usr/lib/python{sys.version_info.major}.{sys.version_info.minor}/test"
+
+# What fails while it is unpickled breaks the standard library's pool, whose queues cannot tell what failed. Here it is the task's
+# exception, and the pool goes on; tests/test_executor.py has that.
+TASKS_FAIL_ALONE = {
+    "test_error_at_task_unpickle",
+    "test_exit_at_task_unpickle",
+    "test_error_during_result_unpickle_in_result_handler",
+    "test_exit_during_result_unpickle_in_result_handler",
+}
+# Half of the time, in which they sleep; how workers start makes no difference to them.
+ONCE = ("WaitTest", "AsCompletedTest", "test_map_timeout")
+
+# Before the tests name it; in their worker processes too, which import this program.
+concurrent.futures.ProcessPoolExecutor = ArenaExecutor  # type: ignore[misc]
+test.__path__.append(DEBIAN)
+
+
+def _assert_python_ok(*arguments: str, **environment: str) -> Any:
+    """Some tests run a program that imports the executor by its name, and something of theirs."""
+    theirs, ours = "from concurrent.futures import Arena", "from gcma_shm.clients.executor import Arena"
+    found = f"import test; test.__path__.append({DEBIAN!r}); {ours}"
+    return _run(*(argument.replace(theirs, found) for argument in arguments), **environment)
+
+
+_run, script_helper.assert_python_ok = script_helper.assert_python_ok, _assert_python_ok
+
+
+def cases(suite: unittest.TestSuite, method: str) -> Iterator[unittest.TestCase]:
+    """Those with a process pool of this kind that are about nothing that is different here."""
+    for item in suite:
+        if isinstance(item, unittest.TestSuite):
+            yield from cases(item, method)
+            continue
+        name = item._testMethodName
+        wanted = getattr(item, "ctx", None) == method and name not in TASKS_FAIL_ALONE
+        once = method == "fork" or not any(part in item.id() for part in ONCE)
+        # The program that this one runs has worker processes that import the tests, and would not find Debian's.
+        found = (
+            method == "fork"
+            or name != "test_interpreter_shutdown"
+            or DEBIAN not in sys.modules[type(item).__module__].__file__
+        )
+        if wanted and once and found:
+            yield item
+
+
+def load(method: str) -> Iterator[unittest.TestCase]:
+    """Raises ModuleNotFoundError."""
+    package = importlib.import_module("test.test_concurrent_futures")
+    if hasattr(package, "__path__"):
+        modules = [importlib.import_module(f"{package.__name__}.test_{part}") for part in PARTS]
+    else:
+        modules = [package]
+    for module in modules:
+        yield from cases(unittest.defaultTestLoader.loadTestsFromModule(module), method)
+
+
+if __name__ == "__main__":
+    try:
+        found = list(load(sys.argv[1]))
+    except ModuleNotFoundError as error:
+        print(error)
+        sys.exit(ABSENT)
+    done = unittest.TextTestRunner(verbosity=2).run(unittest.TestSuite(found))
+    sys.exit(0 if found and done.wasSuccessful() else 1)
