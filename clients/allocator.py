@@ -340,7 +340,8 @@ class Allocator:
     def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
         number, channel = place["buffer"], self._channel
         hold = place["hold"]
-        channel.holds.note(number, claim, {name: value for name, value in place.items() if name != "hold"})
+        if not channel.holds.place_of(number, claim):
+            channel.holds.note(number, claim, {name: value for name, value in place.items() if name != "hold"})
 
         def free() -> None:
             channel.free(number, claim, hold)
