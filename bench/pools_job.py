@@ -19,7 +19,7 @@ JOBS = (EXCHANGE, FAN_OUT, WHOLE, SMALL, CHUNKS)
 CHUNK = 100  # tasks
 SLOW = (
     (5.0, 2),
-    (0.5, 4),
+    (2.0, 4),
 )  # a contender that takes longer than so many seconds does its job in so many of the rounds only
 NAN = float("nan")
 

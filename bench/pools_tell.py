@@ -93,7 +93,7 @@ def _memory_verdicts(grown: Memory, given: Given) -> Iterator[Verdict]:
 
 
 def _table(job: str, contenders: Sequence[Contender], given: Given) -> Section:
-    unit, factor = ("ms", 1e3) if job in (EXCHANGE, FAN_OUT) else ("µs a task", 1e6 / given.small)
+    unit, factor = ("ms", 1e3) if job in (EXCHANGE, FAN_OUT, WHOLE) else ("µs a task", 1e6 / given.small)
     by_name = {contender.name: contender for contender in contenders}
     columns = ["", unit, f"× “{ours.OURS}”", *([f"× {AGAINST[job]}"] if AGAINST[job] in by_name else []), "rounds"]
     rows = []
