@@ -23,7 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 RECORDS = "benchmarks"  # beneath docs/
 ORDER = (
     "pages", "peers", "requests", "scaling", "policy", "lent", "spill_io", "same_filled", "alloc", "fragmentation", "checksum",
-    "takeover", "adversity", "main_job", "stress",
+    "takeover", "adversity", "pools", "main_job", "stress",
 )  # fmt: skip
 ALL = "all"
 PUBLISHED = ("question", "machine", "command", "sections")

@@ -31,6 +31,7 @@ SET: dict[str, list[str]] = {
     "checksum": [],
     "takeover": ["--rounds", "5"],
     "adversity": [],
+    "pools": [],
     "main_job": ["--out", str(OUT / "main_job.json")],
     "stress": [],
 }

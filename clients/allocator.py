@@ -210,11 +210,27 @@ class Allocator:
 
     def attach_handle(self, reference: Reference) -> Buffer:
         """For `Handle`. Raises StaleHandle."""
-        return self._buffer(*self._attach_reference(reference), reference.claim)
+        taken = self._hold_again(reference) or self._attach_reference(reference)
+        return self._buffer(*taken, reference.claim)
 
     def attach_reservation_handle(self, reference: Reference) -> Reservation:
         """For a pickled reservation. Raises StaleHandle."""
         return Reservation(self, self._attach_reference(reference)[0])
+
+    def _hold_again(self, reference: Reference) -> tuple[dict[str, Any], Span] | None:
+        """What this process holds is held once more, without a word to the broker, which counts no more than one hold of a client. None:
+        it does not, or a hand-over's own hold is to be ended.
+
+        Under the channel's lock, under which the last hold ends as well: what is held here is held until it is given back.
+        """
+        if reference.token or self._plane is None or reference.arena_id != self.arena_id:
+            return None
+        with self._channel.lock:
+            place = None if self.closed else self._channel.holds.place_of(reference.number, reference.claim)
+            if place is None:
+                return None
+            taken = self._take(Reply(0, "ok", dict(place)), reference.claim)
+        return cast("tuple[dict[str, Any], Span]", taken)
 
     def _attach_reference(self, reference: Reference) -> tuple[dict[str, Any], Span]:
         self._refuse_unmapped()
@@ -345,6 +361,8 @@ class Allocator:
     def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
         number, channel = place["buffer"], self._channel
         hold = place["hold"]
+        if not channel.holds.place_of(number, claim):
+            channel.holds.note(number, claim, {name: value for name, value in place.items() if name != "hold"})
 
         def free() -> None:
             channel.free(number, claim, hold)

@@ -6,8 +6,8 @@ thread, a few tasks ahead), and unpacked inside the task; what it returns is pac
 
 from __future__ import annotations
 
+import itertools
 import threading
-import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError, ProcessPoolExecutor
 from multiprocessing.context import BaseContext
@@ -16,13 +16,14 @@ from typing import Any, ParamSpec, TypeVar, cast
 from gcma_shm.clients import executor_worker
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import default_client
-from gcma_shm.clients.packers import Sharing, large_in
+from gcma_shm.clients.packers import PLAIN_MAX, Sharing, large_in, plain_call
 from gcma_shm.clients.parcels import Parcel
 
 THRESHOLD = 256 << 10  # bytes: below, a pipe is quicker than the requests for a buffer
 # How long a result waits for a pool that is stopped or busy, after its worker has ended. While that lives it waits for a day.
 AFTER_END_S = 60.0  # a worker was killed, so the pool is broken
 AFTER_END_OF_MANY_S = 600.0  # workers end in the ordinary course, by max_tasks_per_child
+_numbers = itertools.count()  # of this process's pools
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,13 +64,14 @@ class ArenaExecutor(ProcessPoolExecutor):
             raise ValueError("the executor needs a client that maps the arena; connect with mapped=True")
         self._threshold = threshold
         self._packer = Sharing(lambda: client, threshold)
-        self._submitted: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
-        self._submitting = threading.Lock()
         after_end = AFTER_END_S if max_tasks_per_child is None else AFTER_END_OF_MANY_S
-        started = (client.endpoint, client.arena_id, threshold, after_end, initializer, initargs)
+        number = next(_numbers)
+        executor_worker.packers[number] = self._packer
+        started = (number, client.endpoint, client.arena_id, threshold, after_end, initializer, initargs)
         super().__init__(
             max_workers, mp_context, executor_worker.begin, started, max_tasks_per_child=max_tasks_per_child
         )
+        self._result_queue = executor_worker.Results(ctx=self._mp_context)
 
     @property
     def fallbacks(self) -> int:
@@ -95,11 +97,11 @@ class ArenaExecutor(ProcessPoolExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """As `Executor.submit`."""
+        if not kwargs and self._threshold >= PLAIN_MAX and plain_call(fn, args):
+            return super().submit(cast(Any, fn), *args)
         shipment = _Shipment(self._packer, self._threshold, fn, args, kwargs)
-        with self._submitting:
-            future = super().submit(executor_worker.work, cast(Parcel, shipment))  # a parcel is what the worker gets
-            shipment.is_for(future)
-            self._submitted.add(future)
+        future = super().submit(executor_worker.work, cast(Parcel, shipment))  # a parcel is what the worker gets
+        shipment.is_for(future)
         return cast("Future[T]", future)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -107,8 +109,8 @@ class ArenaExecutor(ProcessPoolExecutor):
         if cancel_futures:
             # Not by the standard library's pool, which hides its tasks from its own feeder thread then: when one of them cannot be pickled
             # it waits for it for ever. And it keeps the tasks, with their results, as long as the pool.
-            with self._submitting:
-                submitted = list(self._submitted)
+            with self._shutdown_lock:  # no task comes meanwhile
+                submitted = [item.future for item in list(self._pending_work_items.values())]
             for future in submitted:
                 future.cancel()
         super().shutdown(wait)
@@ -153,7 +155,7 @@ class _Shipment:
 
 
 class _Opening(Future[Any]):
-    """A future that opens the parcel of its result before anybody can see it.
+    """A future that ends its shipment before anybody can see its result.
 
     The pool makes its futures itself, so theirs becomes this class: it adds no state but an attribute, and overrides what executors call.
     A task has ended before its future is done: who waits for that may change what the task was given.
@@ -163,13 +165,6 @@ class _Opening(Future[Any]):
 
     def set_result(self, result: Any) -> None:
         self.shipment.end()
-        if isinstance(result, Parcel):
-            self.shipment.packer.fell_back(result.in_pipe, "a worker's result found no room")
-            try:
-                result = result.open()
-            except BaseException as error:
-                super().set_exception(error)
-                return
         super().set_result(result)
 
     def set_exception(self, exception: BaseException | None) -> None:

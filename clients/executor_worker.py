@@ -1,4 +1,8 @@
-"""What runs in the worker processes of an `ArenaExecutor`: tasks come as parcels, and results leave as such."""
+"""What runs in the worker processes of an `ArenaExecutor`: tasks that hold anything large come as parcels, and such results leave so.
+
+Results are packed by the queue that they leave through, and opened by the pool's thread when it reads them there: so a task whose
+arguments and result are small is to both sides what it is in the standard library's pool, and takes no longer.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +11,26 @@ import os
 import select
 import signal
 import threading
+import weakref
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures.process import _ResultItem
+from multiprocessing.queues import SimpleQueue
+from typing import Any, cast
 
 from gcma_shm.clients.handles import client_of
-from gcma_shm.clients.packers import Giving, large_in
+from gcma_shm.clients.packers import PLAIN_MAX, Giving, Packer, large_in, plainly_small
 from gcma_shm.clients.parcels import Parcel
 
-_SMALL = {type(None), bool, int, float, complex}  # results that need no parcel
+#: In the parent: of its pools, by number.
+packers: weakref.WeakValueDictionary[int, Packer] = weakref.WeakValueDictionary()
 
-_results: Giving  # this worker's packer
-_threshold: int
+_pool: int  # in a worker: the number of its pool,
+_results: Giving  # ... its packer,
+_threshold: int  # ... and what is large
 
 
 def begin(
+    pool: int,
     endpoint: str,
     arena_id: bytes,
     threshold: int,
@@ -29,21 +39,52 @@ def begin(
     initargs: tuple[Any, ...],
 ) -> None:
     """The pool's initializer, which calls its user's. Connects to nobody: that is left to the first parcel which needs it."""
-    global _results, _threshold
-    _results, _threshold = Giving(lambda: client_of(endpoint, arena_id), threshold, after_end), threshold
+    global _pool, _results, _threshold
+    _pool, _results, _threshold = pool, Giving(lambda: client_of(endpoint, arena_id), threshold, after_end), threshold
     _end_with_parent()
     if initializer is not None:
         initializer(*initargs)
 
 
 def work(parcel: Parcel) -> Any:
-    """Does a task; returns its result, or a parcel with it."""
+    """Does a task."""
     fn, args, kwargs = parcel.open()
-    result = fn(*args, **kwargs)
-    del args, kwargs  # before the memory of the result is asked for
-    if type(result) in _SMALL:
-        return result
-    return _results.pack(result, large_in(result, _threshold))[0]
+    return fn(*args, **kwargs)
+
+
+class Results(SimpleQueue[Any]):
+    """The way of results from the workers to their pool."""
+
+    def put(self, item: Any) -> None:
+        """In a worker. Raises what packing raises, which is sent in its place."""
+        if type(item) is not _ResultItem:  # the number of a worker that ends
+            super().put(item)
+            return
+        sent: Any = item
+        if sent.exception is None and not (_threshold >= PLAIN_MAX and plainly_small((sent.result,))):
+            parcel = _results.pack(sent.result, large_in(sent.result, _threshold))[0]
+            sent = _Arriving(_pool, sent.work_id, sent.exit_pid, parcel)
+        super().put(sent)
+
+
+class _Arriving:
+    """A result under way; unpickled it is what the pool expects."""
+
+    def __init__(self, *what: Any) -> None:
+        self._what = what
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrive, self._what
+
+
+def _arrive(pool: int, work_id: int, exit_pid: int | None, parcel: Parcel) -> _ResultItem:
+    """In the pool's thread."""
+    if (packer := packers.get(pool)) is not None:
+        packer.fell_back(parcel.in_pipe, "a worker's result found no room")
+    try:
+        return _ResultItem(work_id, result=parcel.open(), exit_pid=exit_pid)
+    except BaseException as error:
+        return _ResultItem(work_id, exception=cast(Exception, error), exit_pid=exit_pid)
 
 
 def _end_with_parent() -> None:

@@ -37,6 +37,7 @@ class Holds:
     def __init__(self) -> None:
         self._counted: Counter[tuple[int, int]] = Counter()
         self.claims: Mapping[int, Claimed] = {}  # what this process has claimed itself, by number; see Claims
+        self._places: dict[tuple[int, int], Mapping[str, Any]] = {}  # of what is counted, where it was told
         # Nobody refers to them any more, or nobody knows how their free ended.
         self._given_up: deque[tuple[int, int, Hold | None]] = deque()
 
@@ -47,6 +48,16 @@ class Holds:
     def add(self, number: int, claim: int) -> None:
         """Counts one more."""
         self._counted[number, claim] += 1
+
+    def note(self, number: int, claim: int, place: Mapping[str, Any]) -> None:
+        """Where something is that is held, as the broker told it. May be called without the lock, by who has a hold of it."""
+        self._places[number, claim] = place
+
+    def place_of(self, number: int, claim: int) -> Mapping[str, Any] | None:
+        """Where it is, if it is held and nobody was told that the last hold ends: then one more may be added, and the broker need not
+        know. None: it is to be asked.
+        """
+        return self._places.get((number, claim))
 
     def give_up(self, number: int, claim: int, hold: Hold | None) -> None:
         """One is to be given back. `hold`: a hold that was ended before is not ended again; None: one that was not counted, as the
@@ -77,6 +88,7 @@ class Holds:
                 self._counted[number, claim] -= counted
                 if self._counted[number, claim] <= 0:
                     del self._counted[number, claim]
+                    self._places.pop((number, claim), None)
             self._given_up.popleft()
 
     def _is_last(self, number: int, claim: int, holds: int) -> bool:

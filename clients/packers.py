@@ -8,6 +8,7 @@ with gaps). What lies in a buffer of the arena already is not copied. What finds
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import logging
@@ -15,9 +16,10 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pickle import PickleBuffer
-from typing import Any
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, cast
 
 from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
@@ -56,6 +58,47 @@ def large_in(value: Any, threshold: int) -> list[Any]:
 
 
 _SMALL = {type(None), bool, int, float, complex, str}
+
+
+PLAIN_MAX = 256 << 10  # bytes: no pickle of what is plainly small has as many, unless an int has thousands of digits
+_ARGUMENTS_MAX, _TEXT_MAX = 16, 256
+_NUMBERS = frozenset((type(None), bool, int, float))
+_SEQUENCES = frozenset((tuple, list))
+
+
+def _goes_by_name(fn: object) -> bool:
+    """Whether that is how it is pickled: no method, which takes what it is bound to along."""
+    kind = type(fn)
+    return kind is FunctionType or (kind is BuiltinFunctionType and type(cast(Any, fn).__self__) is ModuleType)
+
+
+def plain_call(fn: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether a task is plainly small: a function, or a part of one as `map` makes it of two, and such arguments."""
+    if type(fn) is functools.partial:
+        return not fn.keywords and all(map(_goes_by_name, (fn.func, *fn.args))) and plainly_small(args)
+    return _goes_by_name(fn) and plainly_small(args)
+
+
+def plainly_small(values: Sequence[Any]) -> bool:
+    """Whether it takes but a look to see that these need no parcel: a few numbers, short text, tuples and lists of numbers, or of tuples and
+    lists of numbers. It costs each small task what it takes; what makes a loop of its own here took a tenth of a chunk of `map`.
+    """
+    if len(values) > _ARGUMENTS_MAX:
+        return False
+    for value in values:
+        kind = type(value)
+        if kind in _NUMBERS or ((kind is str or kind is bytes) and len(value) <= _TEXT_MAX):
+            continue
+        if kind not in _SEQUENCES or len(value) > ITEMS_MAX:
+            return False
+        if _NUMBERS.issuperset(map(type, value)):
+            continue
+        if not _SEQUENCES.issuperset(map(type, value)):
+            return False
+        items = list(itertools.islice(itertools.chain.from_iterable(value), ITEMS_MAX + 1))
+        if len(items) > ITEMS_MAX or not _NUMBERS.issuperset(map(type, items)):
+            return False
+    return True
 
 
 def _place_of(value: Any, threshold: int) -> tuple[int, int] | None:

@@ -401,6 +401,37 @@ def test_futures_are_futures(pool: ArenaExecutor) -> None:
     assert not futures[0].cancel()
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_small_tasks_are_the_standard_librarys(client: EmbeddedClient, method: str) -> None:
+    """... and whatever they come to, the pool goes on."""
+    with ArenaExecutor(1, multiprocessing.get_context(method), client=client) as pool:
+        future = pool.submit(abs, -3)
+        assert (type(future), future.result()) == (Future, 3)
+        assert list(pool.map(pow, range(250), range(250), chunksize=100)) == [n**n for n in range(250)]
+        large = pool.submit(make_and_die, 100_000)  # not that here
+        assert type(large) is Future
+        result = large.result()
+        assert (result.sum(), in_arena(result), result.flags.writeable) == (700_000.0, True, True)
+        assert held(client) == result.nbytes + -result.nbytes % 4096
+        del large, result
+        assert eventually(lambda: held(client) == 0)
+        assert pool.submit(Explosive).exception().args == ("planted in unpickling",)  # type: ignore[union-attr]
+        assert isinstance(pool.submit(unpicklable).exception(), (AttributeError, pickle.PicklingError))
+        assert isinstance(pool.submit(divmod, 1, 0).exception(), ZeroDivisionError)
+        assert isinstance(pool.submit(lambda: 1).exception(), (AttributeError, pickle.PicklingError))
+        assert pool.submit(abs, -4).result() == 4
+        assert pool.fallbacks == 0
+
+
+def test_results_of_small_tasks_that_find_no_room_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with gcma_shm.embedded("4M") as client, ArenaExecutor(1, client=client) as pool:
+        room = client.alloc_contig(client.areas()[0].largest_free)
+        assert pool.submit(make_and_die, 100_000).result().sum() == 700_000.0
+        assert pool.fallbacks == 1
+        assert "result" in caplog.text
+        room.free()
+
+
 def test_from_several_threads(pool: ArenaExecutor, client: EmbeddedClient) -> None:
     array, found = np.ones(LARGE), []
 

@@ -228,6 +228,79 @@ def test_twice_in_one_process_counts_twice(client: EmbeddedClient) -> None:
     assert held(client) == 0
 
 
+def deaf(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the client asks the broker for nothing."""
+
+    def asked(operation: str, *_: Any, **__: Any) -> None:
+        raise AssertionError(f"the broker was asked: {operation}")
+
+    monkeypatch.setattr(client._channel, "request", asked)
+
+
+def test_what_is_held_is_attached_without_a_word_to_the_broker(
+    client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = client.alloc_contig(3 * PAGE, name="frames")
+    data = pickle.dumps(first)
+    with monkeypatch.context() as patch:
+        deaf(client, patch)
+        second = pickle.loads(data)
+    assert (second.nbytes, second.area, second.offset, second.name) == (3 * PAGE, first.area, first.offset, "frames")
+    with first.view as a, second.view as b:
+        a[-5:] = b"hello"
+        assert bytes(b[-5:]) == b"hello"
+    first.free()
+    with monkeypatch.context() as patch:
+        deaf(client, patch)
+        third = pickle.loads(data)
+    second.free()
+    assert held(client) == 3 * PAGE
+    third.free()
+    assert held(client) == 0
+    with pytest.raises(StaleHandle):  # the last hold has ended
+        pickle.loads(data)
+
+
+def test_what_the_parent_held_is_attached_without_a_word_to_the_broker(
+    client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = client.alloc_contig(PAGE)
+    data = pickle.dumps(buffer)
+
+    def child(said: Said) -> None:
+        with monkeypatch.context() as patch:
+            deaf(client, patch)
+            mine = pickle.loads(data)
+        buffer.free()  # what is held again is not inherited: it stays
+        said.say()
+        said.hear()
+        with mine.view as view:
+            assert bytes(view[:5]) == b"hello"
+        mine.free()
+        said.say()
+        said.hear()
+
+    with forked(child) as running:
+        running.receive()
+        with buffer.view as view:
+            view[:5] = b"hello"
+        buffer.free()
+        assert held(client) == PAGE, "the child holds it"
+        running.tell()
+        running.receive()
+        assert held(client) == 0
+        running.tell()
+        running.receive()
+
+
+def test_a_hand_over_to_who_holds_it_is_over(client: EmbeddedClient) -> None:
+    buffer = client.alloc_contig(PAGE)
+    handle = buffer.hand_over(timeout=600)
+    handle.attach(client).free()
+    buffer.free()
+    assert held(client) == 0, "the handle's own hold has ended"
+
+
 def test_each_is_refused_for_its_own_views(client: EmbeddedClient) -> None:
     first = client.alloc_contig(PAGE)
     second = pickle.loads(pickle.dumps(first))
