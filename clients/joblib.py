@@ -7,6 +7,7 @@ makes a file, nor a temporary folder.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -17,6 +18,7 @@ from typing import Any, cast
 
 from joblib import register_parallel_backend
 from joblib._parallel_backends import FallbackToBackend, LokyBackend, SequentialBackend
+from joblib.externals.loky.backend.queues import SimpleQueue
 from joblib.externals.loky.backend.reduction import loads
 from joblib.externals.loky.process_executor import ProcessPoolExecutor
 from joblib.externals.loky.reusable_executor import _ReusablePoolExecutor
@@ -39,23 +41,38 @@ def register() -> None:
 
 
 def end_workers() -> None:
-    """Ends this process's workers, when what they are at is done; without it they end with the process, or IDLE_S after their last task."""
+    """Ends this process's workers, when what they are at is done. Without it they end with the process, or a while after their last task
+    (`idle_worker_timeout`, 300 s).
+    """
     global _workers
     with _lock:
         workers, _workers = _workers, None
-    if workers is not None and _made_as[0][0] == os.getpid():
+    if workers is not None:
         workers.shutdown(wait=True)
+
+
+class _NoFolders:
+    """For Parallel, which names the folder of its call to the workers of any kind of LokyBackend before it pickles a batch."""
+
+    @property
+    def _temp_folder_manager(self) -> _NoFolders:
+        return self
+
+    def set_current_context(self, context_id: str) -> None:
+        """There are no folders."""
 
 
 class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
     """What `parallel_config(backend="gcma")` makes. It takes what joblib's "loky" takes, and `client`: of the arena, mapped; by
     default this process's, see `default_client`.
 
-    Of Parallel's arguments `max_nbytes` says from how many bytes on arrays of tasks and of results travel through the arena; None: none.
-    Those of tasks: by `mmap_mode` "r" (the default) they are read-only, and many tasks have the same; "r+" and "w+": the same, writable;
-    "c" and None: each task's own. `temp_folder` has no meaning. Arrays on a Buffer (`buf.numpy(...)`) are passed as they are,
-    whatever these say. Results are the caller's own.
+    Of Parallel's arguments, `max_nbytes` says beyond how many bytes an array of a task or of its result travels through the arena; None:
+    none does. `mmap_mode` is of the tasks' arrays: "r" (the default): read-only, and many tasks have the same; "r+", "w+": the same,
+    writable, a copy of the caller's; "c", None: each batch of tasks has its own. `temp_folder` has no meaning. Writable arrays on a Buffer
+    (`buf.numpy(...)`) are passed as they are, whatever these say. Results are the caller's own, and writable.
     """
+
+    _workers = _NoFolders()
 
     def __init__(self, *, client: Client | None = None, **parameters: Any) -> None:
         super().__init__(**parameters)
@@ -64,7 +81,9 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         #: How many bytes of tasks' arrays were copied into the arena.
         self.copied = 0
         self._client_given = client
-        self._workers: Any = None  # loky's pool, which is not typed
+        self._made: tuple[int, dict[str, Any]]  # how many workers, and how they are made
+        # While a call is on: Parallel and its backend refer to each other, and a pool that others have replaced is to end with its last task.
+        self._pool: _Workers | None = None
         self._given: Given | None = None
         self._given_as: tuple[Client, int | None, str | None]
 
@@ -88,15 +107,14 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         self._given_as = (client, parameters.get("max_nbytes", MAX_NBYTES), parameters.get("mmap_mode", "r"))
         if idle_worker_timeout is None:
             idle_worker_timeout = parameters.get("idle_worker_timeout", IDLE_S)
-        self._workers = _pool(
-            n_jobs,
-            os.getpid(),  # a forked child has no use for its parent's
-            client.arena_id,
-            timeout=idle_worker_timeout,
-            env=self._prepare_worker_env(n_jobs=n_jobs) | {ENDPOINT: os.environ.get(ENDPOINT, client.endpoint)},
-            initializer=parameters.get("initializer"),
-            initargs=parameters.get("initargs", ()),
-        )
+        how = {
+            "timeout": idle_worker_timeout,
+            "env": self._prepare_worker_env(n_jobs=n_jobs) | {ENDPOINT: os.environ.get(ENDPOINT, client.endpoint)},
+            "initializer": parameters.get("initializer"),
+            "initargs": parameters.get("initargs", ()),
+        }
+        self._made = n_jobs, how | {"arena_id": client.arena_id}
+        self._pool = _pool(self._made[0], **self._made[1])
         self.parallel = parallel
         return n_jobs
 
@@ -105,8 +123,8 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         self._given = Given(*self._given_as, self._note)
 
     def stop_call(self) -> None:
-        """Called by Parallel, however its call ended. (Calls that overlap share a backend under one `parallel_config`: what the one ends
-        is then the other's, which goes on with it, and copies anew.)
+        """Called by Parallel, however its call ended. Calls that overlap under one `parallel_config` share a backend: what the one that is
+        over ends here, and with `terminate`, may be the other's, which then copies anew, and fetches the workers anew.
         """
         if self._given is not None:
             self.copied += self._given.end()
@@ -114,9 +132,10 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
     def submit(self, func: Any, callback: Callable[[Future[Any]], None] | None = None) -> Future[Any]:
         """Called by Parallel, with a batch of tasks."""
         client, max_nbytes, _ = self._given_as
-        task = _Task(cast(Given, self._given), func, callback, self._note)
+        pool = self._pool = self._pool or _pool(self._made[0], **self._made[1])
+        task = _Task(pool, cast(Given, self._given), func, callback, self._note)
         desk = _Desk(client.endpoint, client.arena_id, max_nbytes)
-        future: Future[Any] = self._workers.submit(_work, task, desk)
+        future: Future[Any] = pool.submit(_work, task, desk)
         future.add_done_callback(task.end)
         return future
 
@@ -124,11 +143,14 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
 
     def terminate(self) -> None:
         """Called by Parallel, which is done with the workers; they stay for the next call."""
+        self._pool = None
         self.reset_batch_stats()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         """Called by Parallel when a task has failed: ends the workers at once."""
-        self._workers.shutdown(kill_workers=True)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(kill_workers=True)
         if ensure_ready:
             self.configure(n_jobs=self.parallel.n_jobs, parallel=self.parallel, **self.parallel._backend_kwargs)
 
@@ -138,17 +160,26 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         self.fallbacks += 1
 
 
-class _NoFolders:
-    """For Parallel, which names the folder of its call to any kind of LokyBackend before it pickles a batch."""
+class _Results(SimpleQueue):  # type: ignore[misc]
+    """What workers send."""
 
-    def set_current_context(self, context_id: str) -> None:
-        """There are no folders."""
+    def close(self) -> None:
+        """Takes what was sent by workers that were killed since, and nobody waits for: the arena would keep it for a minute."""
+        os.set_blocking(self._reader.fileno(), False)  # the last of it may have been cut off
+        with contextlib.suppress(Exception):
+            while True:
+                result = getattr(self._reader.recv(), "result", None)
+                if isinstance(result, _Result):
+                    loads(result.data)
+        super().close()
 
 
 class _Workers(_ReusablePoolExecutor):  # type: ignore[misc]
     """loky's pool of workers that can be resized. Not the one of joblib's own backend, whose reducers write files."""
 
-    _temp_folder_manager = _NoFolders()
+    def __init__(self, n_jobs: int, arena_id: bytes, **how: Any) -> None:
+        super().__init__(threading.RLock(), max_workers=n_jobs, **how)
+        self.made = how | {"arena_id": arena_id}
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As loky's, but that pool of joblib's backend is not asked when this one has been shut down."""
@@ -156,38 +187,51 @@ class _Workers(_ReusablePoolExecutor):  # type: ignore[misc]
             future: Future[Any] = ProcessPoolExecutor.submit(self, fn, *args, **kwargs)
             return future
 
+    def _setup_queues(self, job_reducers: Any, result_reducers: Any) -> None:
+        super()._setup_queues(job_reducers, result_reducers)
+        self._result_queue = _Results(reducers=result_reducers, ctx=self._context)
+
+    def fits(self, n_jobs: int, how: dict[str, Any]) -> bool:
+        """Makes it so many workers, unless they are to be others, or it is broken, too small, or at work."""
+        with self._submit_resize_lock:  # nothing is submitted meanwhile
+            if self._flags.broken or self._flags.shutdown or self.queue_size < n_jobs or self.made != how:
+                return False
+            if self._max_workers != n_jobs and self._pending_work_items:
+                return False
+            self._resize(n_jobs)
+            return True
+
 
 _lock = threading.Lock()
 _workers: _Workers | None = None
-_made_as: Any = None
 
 
-def _pool(n_jobs: int, *others: Any, **how: Any) -> _Workers:
-    """This process's workers: those of the call before, if they were made alike. Else that pool is forgotten, and ends when no call has
-    it any more.
-    """
-    global _workers, _made_as
+def _pool(n_jobs: int, **how: Any) -> _Workers:
+    """This process's workers: those of the call before, if they fit. Else that pool is forgotten, and ends with its last task."""
+    global _workers  # noqa: PLW0603 - one a process
     with _lock:
-        if _workers is None or _made_as != (others, how) or not _fits(_workers, n_jobs):
-            _workers, _made_as = _Workers(threading.RLock(), max_workers=n_jobs, **how), (others, how)
+        if _workers is None or not _workers.fits(n_jobs, how):
+            _workers = _Workers(n_jobs, **how)
         return _workers
 
 
-def _fits(pool: _Workers, n_jobs: int) -> bool:
-    """Makes it so many workers, unless it is broken, too small, or at work for others."""
-    with pool._submit_resize_lock:  # nothing is submitted meanwhile
-        if pool._flags.broken or pool._flags.shutdown or pool.queue_size < n_jobs:
-            return False
-        if pool._max_workers != n_jobs and pool._pending_work_items:
-            return False
-        pool._resize(n_jobs)
-        return True
+_of_parent: _Workers | None = None
+
+
+def _after_fork_in_child() -> None:
+    global _lock, _workers, _of_parent  # noqa: PLW0603
+    _lock = threading.Lock()  # another thread of the parent may have held it
+    _of_parent, _workers = _workers, None  # kept: what its end would do is the parent's to do
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 class _Task:
     """A batch on its way, packed when it is pickled; keeps what it was packed with until its future is done."""
 
-    def __init__(self, given: Given, batch: Any, callback: Any, note: Callable[[str], None]) -> None:
+    def __init__(self, pool: _Workers, given: Given, batch: Any, callback: Any, note: Callable[[str], None]) -> None:
+        self._pool: _Workers | None = pool
         self._what: tuple[Given, Any] | None = given, batch
         self._kept: list[object] = []
         self._callback = callback
@@ -212,7 +256,8 @@ class _Task:
         except BaseException as error:
             opened.set_exception(error.with_traceback(None))
         if self._callback is not None:
-            self._callback(opened)
+            self._callback(opened)  # which submits the next
+        self._pool = None
 
 
 @dataclass(frozen=True)

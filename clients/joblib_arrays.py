@@ -149,13 +149,13 @@ class Given(_Arrays):
         located = _locate(array)
         if located is None:
             return None
-        is_result = id(_owner(array)) in _results  # not built to be shared: for the tasks it is as any other array
-        if is_result and self._mode in ("r+", "w+"):
+        # One that its user did not build there to be shared, or may not write to himself, is as any other to the tasks, but for the copy.
+        shared = array.flags.writeable and id(_owner(array)) not in _results
+        if not shared and self._mode in ("r+", "w+"):
             return None
-        writable = array.flags.writeable and not is_result
-        load = load_own if is_result and self._mode != "r" else load_array
+        load = load_array if shared or self._mode == "r" else load_own
         layout = (array.dtype, array.shape, array.strides)
-        return _Placed((load, (located.reference, located.start, *layout, writable)), array)
+        return _Placed((load, (located.reference, located.start, *layout, shared)), array)
 
     def _copied(self, array: Array) -> _Placed | None:
         copy = self._share(array) if self._is_large(array) else None
