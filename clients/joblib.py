@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, cast
 
 from joblib import register_parallel_backend
@@ -82,7 +83,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         self.copied = 0
         self._client_given = client
         self._made: tuple[int, dict[str, Any]]  # how many workers, and how they are made
-        # While a call is on: Parallel and its backend refer to each other, and a pool that others have replaced is to end with its last task.
+        # While a call is on: a pool that others have replaced is to end with its last task.
         self._pool: _Workers | None = None
         self._given: Given | None = None
         self._given_as: tuple[Client, int | None, str | None]
@@ -144,6 +145,11 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
     def terminate(self) -> None:
         """Called by Parallel, which is done with the workers; they stay for the next call."""
         self._pool = None
+        # What a failed call leaves in its Parallel may be results, in the arena: neither we nor itself must keep it. The stand-in is for calls
+        # that overlap, as above.
+        done = self.parallel
+        done._reducer_callback = None  # it refers to its Parallel
+        self.parallel = SimpleNamespace(verbose=0, n_jobs=done.n_jobs, _backend_kwargs=done._backend_kwargs)
         self.reset_batch_stats()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
@@ -152,7 +158,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         if pool is not None:
             pool.shutdown(kill_workers=True)
         if ensure_ready:
-            self.configure(n_jobs=self.parallel.n_jobs, parallel=self.parallel, **self.parallel._backend_kwargs)
+            self.configure(self.parallel.n_jobs, self.parallel, **self.parallel._backend_kwargs)
 
     def _note(self, refusal: str) -> None:
         if not self.fallbacks:
@@ -238,11 +244,17 @@ class _Task:
         self._note = note
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._what is None:  # the pool was ended before its feeder came to this
+        what = self._what
+        if what is None:  # the pool was ended before its feeder came to this
             return bytes, ()
-        given, batch = self._what
+        given, batch = what
         data, self._kept = given.dumps(batch)
+        if self._is_over():  # since: `end` may have cleared what was kept before
+            self._kept = []
         return bytes, (data,)
+
+    def _is_over(self) -> bool:
+        return self._what is None
 
     def end(self, future: Future[Any]) -> None:
         """The future is done. Its result is unpacked now, also if nobody asks for it, or the arena would keep it for a minute."""
@@ -255,8 +267,9 @@ class _Task:
             opened.set_result(loads(result.data))
         except BaseException as error:
             opened.set_exception(error.with_traceback(None))
-        if self._callback is not None:
-            self._callback(opened)  # which submits the next
+        callback, self._callback = self._callback, None  # it refers to the future, which refers to us
+        if callback is not None:
+            callback(opened)  # submits the next batch
         self._pool = None
 
 
