@@ -85,6 +85,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         self._made: tuple[int, dict[str, Any]]  # how many workers, and how they are made
         # While a call is on: a pool that others have replaced is to end with its last task.
         self._pool: _Workers | None = None
+        self._asked: dict[str, Any] = {}  # what `configure` was called with
         self._given: Given | None = None
         self._given_as: tuple[Client, int | None, str | None]
 
@@ -96,6 +97,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         **parameters: Any,
     ) -> int:
         """Called by Parallel. Raises what `default_client` raises, and ValueError for a client that does not map the arena."""
+        asked = {"n_jobs": n_jobs, "idle_worker_timeout": idle_worker_timeout, **parameters}
         n_jobs = self.effective_n_jobs(n_jobs)
         if n_jobs == 1:
             raise FallbackToBackend(SequentialBackend(nesting_level=self.nesting_level))
@@ -116,7 +118,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         }
         self._made = n_jobs, how | {"arena_id": client.arena_id}
         self._pool = _pool(self._made[0], **self._made[1])
-        self.parallel = parallel
+        self.parallel, self._asked = parallel, asked
         return n_jobs
 
     def start_call(self) -> None:
@@ -147,9 +149,8 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         self._pool = None
         # What a failed call leaves in its Parallel may be results, in the arena: neither we nor itself must keep it. The stand-in is for calls
         # that overlap, as above.
-        done = self.parallel
-        done._reducer_callback = None  # it refers to its Parallel
-        self.parallel = SimpleNamespace(verbose=0, n_jobs=done.n_jobs, _backend_kwargs=done._backend_kwargs)
+        self.parallel._reducer_callback = None  # it refers to its Parallel
+        self.parallel = SimpleNamespace(verbose=0)
         self.reset_batch_stats()
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
@@ -158,7 +159,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         if pool is not None:
             pool.shutdown(kill_workers=True)
         if ensure_ready:
-            self.configure(self.parallel.n_jobs, self.parallel, **self.parallel._backend_kwargs)
+            self.configure(parallel=self.parallel, **self._asked)
 
     def _note(self, refusal: str) -> None:
         if not self.fallbacks:
@@ -200,7 +201,7 @@ class _Workers(_ReusablePoolExecutor):  # type: ignore[misc]
     def fits(self, n_jobs: int, how: dict[str, Any]) -> bool:
         """Makes it so many workers, unless they are to be others, or it is broken, too small, or at work."""
         with self._submit_resize_lock:  # nothing is submitted meanwhile
-            if self._flags.broken or self._flags.shutdown or self.queue_size < n_jobs or self.made != how:
+            if self._flags.broken or self._flags.shutdown or self._call_queue._maxsize < n_jobs or self.made != how:
                 return False
             if self._max_workers != n_jobs and self._pending_work_items:
                 return False
