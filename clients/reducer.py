@@ -79,7 +79,7 @@ def _reduce_array(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
         return array.__reduce_ex__(4)  # type: ignore[return-value] # as multiprocessing does
     reference, at = located
     start = at + array.__array_interface__["data"][0] - begin
-    return _load_array, (reference, start, array.dtype, array.shape, array.strides, array.flags.writeable)
+    return load_array, (reference, start, array.dtype, array.shape, array.strides, array.flags.writeable)
 
 
 def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
@@ -93,7 +93,7 @@ def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     return begin, end + array.itemsize
 
 
-def _load_array(
+def load_array(
     reference: Reference,
     start: int,
     dtype: npt.DTypeLike,
