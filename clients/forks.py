@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from gcma_shm import layout
 from gcma_shm.clients import handles
-from gcma_shm.clients.channel import PROBE_S
 from gcma_shm.clients.client import Client
+from gcma_shm.clients.correspondence import PROBE_S
 from gcma_shm.clients.handles import clients
 from gcma_shm.errors import QuotaExceeded
 from gcma_shm.presence import Presence
