@@ -16,23 +16,19 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gcma_shm.clients.allocator import Allocator
+    from gcma_shm.clients.member import Member
 
 
-class Buffer:
-    """A contiguous range of an arena, this client's until `free`.
-
-    Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
-    that nothing refers to any more, neither this object nor a view or array of it, is given back. Pickled and loaded in
-    another process of the arena it is a Buffer over the same memory, which that process holds as well.
-    """
+class Held:
+    """What a buffer is, however its client asks the broker."""
 
     def __init__(
         self,
         span: Span,
         place: Mapping[str, Any],
-        client: Allocator,
+        client: Member,
         number: int,
-        free: Callable[[], None],
+        free: Callable[[], Any],
         claim: int = 0,
     ) -> None:
         self._span = span
@@ -76,30 +72,6 @@ class Buffer:
         # counted.
         return np.frombuffer(self.view, np.uint8)[:wanted].view(of_type).reshape(dimensions)
 
-    def free(self) -> None:
-        """Gives the memory back; a second time has no effect. Raises BufferError while a view or array of it is
-        alive.
-        """
-        if self.freed:
-            return
-        if not self._span.seal():
-            raise BufferError(
-                f"buffer of {self.nbytes} bytes in {self.area!r} cannot be freed: {self._span.exports} views or arrays of "
-                "it are alive; release() or del them first"
-            )
-        self._freed = True
-        self._free()
-
-    def hand_over(self, timeout: float = 60) -> Handle:
-        """A handle that holds the memory until a process has attached with it, or for `timeout` seconds: this one may free its
-        buffer, or end, meanwhile. Pickle it to another process of the arena; loading it there gives a Buffer.
-
-        (A pickled Buffer is a handle that holds nothing: its maker has to keep the buffer until it is loaded.) Raises StaleHandle
-        after `free`, QuotaExceeded, BrokerUnavailable, ValueError.
-        """
-        self._living()
-        return self._client._hand_over(self._number, self._claim, timeout)
-
     @property
     def reference(self) -> Reference:
         """What a handle that holds nothing says. Raises StaleHandle after `free`."""
@@ -124,6 +96,50 @@ class Buffer:
             raise StaleHandle("this buffer was freed")
         return self._span
 
+    def _end(self) -> bool:
+        """No view can be made any more; False: it had ended before. Raises BufferError while there is one."""
+        if self.freed:
+            return False
+        if not self._span.seal():
+            raise BufferError(
+                f"buffer of {self.nbytes} bytes in {self.area!r} cannot be freed: {self._span.exports} views or arrays of "
+                "it are alive; release() or del them first"
+            )
+        self._freed = True
+        return True
+
+    def __repr__(self) -> str:
+        state = "freed" if self.freed else f"{self.nbytes} bytes at page {self.offset}"
+        return f"<buffer {f'{self.name!r} ' if self.name else ''}in {self.area!r}: {state}>"
+
+
+class Buffer(Held):
+    """A contiguous range of an arena, this client's until `free`.
+
+    Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
+    that nothing refers to any more, neither this object nor a view or array of it, is given back. Pickled and loaded in
+    another process of the arena it is a Buffer over the same memory, which that process holds as well.
+    """
+
+    _client: Allocator
+
+    def free(self) -> None:
+        """Gives the memory back; a second time has no effect. Raises BufferError while a view or array of it is
+        alive.
+        """
+        if self._end():
+            self._free()
+
+    def hand_over(self, timeout: float = 60) -> Handle:
+        """A handle that holds the memory until a process has attached with it, or for `timeout` seconds: this one may free its
+        buffer, or end, meanwhile. Pickle it to another process of the arena; loading it there gives a Buffer.
+
+        (A pickled Buffer is a handle that holds nothing: its maker has to keep the buffer until it is loaded.) Raises StaleHandle
+        after `free`, QuotaExceeded, BrokerUnavailable, ValueError.
+        """
+        self._living()
+        return self._client._hand_over(self._number, self._claim, timeout)
+
     def __enter__(self) -> Buffer:
         return self
 
@@ -131,7 +147,3 @@ class Buffer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.free()
-
-    def __repr__(self) -> str:
-        state = "freed" if self.freed else f"{self.nbytes} bytes at page {self.offset}"
-        return f"<buffer {f'{self.name!r} ' if self.name else ''}in {self.area!r}: {state}>"

@@ -19,7 +19,16 @@ import zmq
 
 from gcma_shm import curve, messages
 from gcma_shm._core import Trying, scheduler_slice
-from gcma_shm.clients.correspondence import BEGIN_AGAIN, HELLO_NEEDED, LOST, ONCE, PROBE_S, Correspondence, kind_of
+from gcma_shm.clients.correspondence import (
+    BEGIN_AGAIN,
+    HELLO_NEEDED,
+    LOST,
+    ONCE,
+    PROBE_S,
+    Correspondence,
+    Wanted,
+    kind_of,
+)
 from gcma_shm.clients.holds import Hold
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
@@ -29,9 +38,6 @@ SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one
 # As plain numbers: to combine two of ZeroMQ's own takes longer than to send.
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
-
-
-Wanted = tuple[str, dict[str, Any], tuple[Frame, ...]]
 
 
 class Channel(Correspondence):
@@ -84,7 +90,7 @@ class Channel(Correspondence):
             curve.prepare(self._socket, self.endpoint, self._credentials)
         self._socket.connect(self.endpoint)
         # Not left to the collector, which may take the context first, and that waits for its sockets.
-        self._goodbye = weakref.finalize(self, _say_goodbye, self._socket, self._context)
+        self._goodbye = weakref.finalize(self, _part, self._socket, self._context)
         # Not at the interpreter's exit: daemon threads may still store then, and the broker sees the process end.
         self._goodbye.atexit = False
         self._is_open = True
@@ -411,9 +417,14 @@ class Channel(Correspondence):
                 return
 
 
-def _say_goodbye(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def _part(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
     """For a channel that nobody closed and nobody can reach any more."""
-    with contextlib.suppress(zmq.ZMQError):
-        socket.send_multipart(messages.encode_request(Request(messages.NUMBER_MAX, "bye", {})), zmq.NOBLOCK)
+    say_goodbye(socket)
     socket.close(linger=GOODBYE_MS)
     context.term()
+
+
+def say_goodbye(socket: zmq.Socket[bytes]) -> None:
+    """Bye, if the socket takes it, and no word about the reply."""
+    with contextlib.suppress(zmq.ZMQError):
+        socket.send_multipart(messages.encode_request(Request(messages.NUMBER_MAX, "bye", {})), zmq.NOBLOCK)

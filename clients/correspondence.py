@@ -33,6 +33,7 @@ BATCHES = {"store_many", "load_many"}  # of each kind messages.BATCHES may be un
 SINGLES = {"store", "load", "invalidate_page", "contains", "count", "swap_init", "invalidate_area", "sync"}
 HELLO_NEEDED = "HelloNeeded"
 LOST = "Lost"  # stands for the reply to a request that a broker took with it
+Wanted = tuple[str, dict[str, Any], tuple[Frame, ...]]  # an operation, its parameters and pages
 BEGIN_AGAIN = (HELLO_NEEDED, LOST)  # the broker does not know this socket (any more)
 
 
