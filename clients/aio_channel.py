@@ -38,6 +38,13 @@ from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
 MESSAGES_MAX = 64  # that are read in one turn of the loop; others have theirs then
+# What is answered at once is bounded, too: the broker's pipe to us takes four windows of replies, and the broker waits for nobody. Each of these
+# has half a window: with all other kinds together that is less.
+CONTROL, TOLD = (
+    "control",
+    "told",
+)  # what somebody waits for, and what is told; so the line never waits for those who stand in it
+ROOM_MIN = 2
 _NOBLOCK = int(zmq.NOBLOCK)
 
 Then = Callable[[Reply], Any]
@@ -106,7 +113,7 @@ class AsyncChannel(Correspondence):
 
     # --- the socket
 
-    def _enter(self) -> asyncio.AbstractEventLoop:
+    def enter(self) -> asyncio.AbstractEventLoop:
         """The running loop, which the channel belongs to from now on. Raises Closed, RuntimeError."""
         if self.closed:
             raise Closed("this client is closed")
@@ -196,6 +203,8 @@ class AsyncChannel(Correspondence):
 
     def _conclude(self, one: Pending, reply: Reply) -> None:
         if not one.settled.done():
+            if reply.status in BEGIN_AGAIN and one.request.operation == "attach":
+                self._resent.append(one.request)  # it may have been served: the next hello is to say that we hold it
             one.settle(reply)
         self._pending.pop(one.request.number, None)
 
@@ -217,15 +226,14 @@ class AsyncChannel(Correspondence):
         `patience`: seconds that the broker may take on top of the timeout. Raises what the broker answers,
         BrokerUnavailable, Closed, RuntimeError in another loop than the first. Cancelled, it waits for nothing.
         """
-        loop = self._enter()
+        loop = self.enter()
         deadline = loop.time() + self.timeout + patience
         await self._greet(deadline)
         if self.holds:
             self._drain()
         request = Request(0, operation, parameters or {}, tuple(pages))
-        kind = kind_of(operation)
-        if kind:
-            await self._room_for(request, kind, deadline)
+        kind = self._kind(operation)
+        await self._room_for(request, kind, deadline)
         try:
             while True:
                 one = Pending(request, deadline, then, loop.create_future())
@@ -238,9 +246,8 @@ class AsyncChannel(Correspondence):
                     raise self._lost(request)
                 await self._greet_again(request, deadline)
         finally:
-            if kind:
-                self._under_way[kind] -= 1
-                self._admit()
+            self._under_way[kind] -= 1
+            self._admit()
         if reply.status != "ok":
             raise messages.reply_error(reply)
         return reply if then is None else one.taken
@@ -284,6 +291,7 @@ class AsyncChannel(Correspondence):
         """Nobody waits for it any more: cancelled, or its time is over."""
         was_sent = sending.done() and not sending.cancelled() and sending.exception() is None
         sending.cancel()  # what is not sent yet never will be
+        self._forget_resent(one.request)
         if self._pending.get(one.request.number) is one:
             del self._pending[one.request.number]
             if was_sent:
@@ -322,6 +330,15 @@ class AsyncChannel(Correspondence):
             self._under_way[kind] -= 1
             raise Closed("this client is closed")
 
+    def _kind(self, operation: str) -> str:
+        return kind_of(operation) or CONTROL
+
+    def _room(self, kind: str) -> int:
+        if kind not in (CONTROL, TOLD):
+            return super()._room(kind)
+        bound = max(int(self.greeting["window"]) // 2, ROOM_MIN)
+        return bound - sum(other == kind for other in self._given_up.values())
+
     def _has_room(self, kind: str) -> bool:
         return self._under_way.get(kind, 0) < self._room(kind)
 
@@ -338,7 +355,7 @@ class AsyncChannel(Correspondence):
     async def _greet(self, deadline: float) -> None:
         """Until the broker knows us. A hello has the channel's own time; `deadline` ends one hello after the other."""
         while not self._greeted:
-            loop = self._enter()
+            loop = self.enter()
             if self._greeting_task is None:
                 self._greeting_task = loop.create_task(self._hello())
                 self._greeting_task.add_done_callback(self._has_greeted)
@@ -347,14 +364,14 @@ class AsyncChannel(Correspondence):
                 raise self._unavailable(Request(0, "hello", {}))
 
     async def _greet_again(self, request: Request, deadline: float) -> None:
-        """Before a request is sent again. An attach may have been served by a broker that is gone: the hello is to say that we hold it."""
-        if request.operation == "attach":
-            self._resent.append(request)
+        """Before a request is sent again."""
         try:
             await self._greet(deadline)
         finally:
-            if request in self._resent:
-                self._resent.remove(request)
+            self._forget_resent(request)
+
+    def _forget_resent(self, request: Request) -> None:
+        self._resent = [other for other in self._resent if other is not request]
 
     def _has_greeted(self, task: asyncio.Task[None]) -> None:
         self._greeting_task = None
@@ -451,17 +468,26 @@ class AsyncChannel(Correspondence):
             self.holds.give_back(tell)
 
     def _tell(self, operation: str, parameters: dict[str, Any]) -> Pending | None:
-        """Sends something whose reply says nothing that matters; None: the socket does not take it."""
+        """Sends something whose reply says nothing that matters; None: there is no room, or the socket does not take it."""
         assert self._loop is not None
+        if not self._has_room(TOLD):
+            return None
         request = self._make(operation, parameters, ())
         if not self._post(request):
             return None
         then = self._take_late if operation == "collect" else None  # which may have been served
         one = Pending(request, self._loop.time() + self.timeout, then, self._loop.create_future())
         one.sent = True
+        one.settled.add_done_callback(self._told)
+        self._under_way[TOLD] = self._under_way.get(TOLD, 0) + 1
         self._pending[request.number] = one
         self._watch()
         return one
+
+    def _told(self, _settled: asyncio.Future[None]) -> None:
+        self._under_way[TOLD] -= 1
+        if self.holds:
+            self._schedule()
 
     def _post(self, request: Request) -> bool:
         """Sends it now or never. (pyzmq's `poll` would tell whether there is room, but then forgets to look what else came.)"""
@@ -483,7 +509,7 @@ class AsyncChannel(Correspondence):
     async def settled(self) -> None:
         """Until the broker has done all that was given up so far."""
         with contextlib.suppress(Closed):
-            loop = self._enter()
+            loop = self.enter()
             await self._greet(loop.time() + self.timeout)
             self._drain()
             while self.holds:  # the socket takes nothing
@@ -515,8 +541,8 @@ class AsyncChannel(Correspondence):
             self.drop()
 
     def part(self) -> None:
-        """Says bye, waits for no reply, and closes the socket."""
-        if self._greeted:
+        """Says bye, waits for no reply, and closes the socket. Also after a hello whose reply has not come: it begins a session all the same."""
+        if self._loop is not None:
             say_goodbye(self._plain)
         self.drop(GOODBYE_MS)
 

@@ -47,6 +47,7 @@ class Client(Stepping[Buffer, Reservation]):
         super().__init__(endpoint, mapped, timeout, wait_for_broker)
         self._swaps: weakref.WeakSet[Swap | MessageSwap] = weakref.WeakSet()
         self._watch: Watch | None = None
+        self._closing = asyncio.Lock()
         owner = weakref.ref(self)
         self._channel = AsyncChannel(
             endpoint, timeout, wait_for_broker, lambda: cast(Client, owner())._introduce(), credentials
@@ -174,8 +175,12 @@ class Client(Stepping[Buffer, Reservation]):
         Raises BufferError while a view of a buffer is alive, TimeoutError when a store or load in another thread does not end in time; then
         the client stays open, but for that nothing new begins after a TimeoutError.
         """
-        if self._channel.closed:
-            return
+        async with self._closing:
+            if not self._channel.closed:
+                await self._close()
+
+    async def _close(self) -> None:
+        self._channel.enter()  # not in another loop than its own
         sealed = self._seal()
         if self._watch is not None:
             self._watch.end()
@@ -256,6 +261,7 @@ class Client(Stepping[Buffer, Reservation]):
     def _reset(self, presence: Presence | None) -> None:
         super()._reset(presence)
         self._watch = None
+        self._closing = asyncio.Lock()
 
 
 class Connecting:

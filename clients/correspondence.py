@@ -88,8 +88,11 @@ class Correspondence:
             if request.number <= self._unknown:
                 continue
             self._late += 1
-            if kind := kind_of(request.operation):
+            if kind := self._kind(request.operation):
                 self._given_up[request.number] = kind
+
+    def _kind(self, operation: str) -> str:
+        return kind_of(operation)
 
     def _room(self, kind: str) -> int:
         """How many of this kind may be under way beside those that were given up."""
