@@ -29,7 +29,7 @@ BYTES_MAX = 1 << 62  # of a buffer, in the protocol; whatever is larger is refus
 SLOTS_MAX = 1 << 40  # of a type, in the protocol
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ask:
     """A request. Its answer is the reply, or `then` of it, made before anything else of this client, or a fork, goes on."""
 
@@ -38,7 +38,7 @@ class Ask:
     then: Callable[[Reply], Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Sleep:
     """Until the broker has woken this client more than `seen` times, or so many seconds."""
 
@@ -46,14 +46,14 @@ class Sleep:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Leave:
     """The line is left, where a request of that ticket stood, and what was served meanwhile is given back."""
 
     ticket: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Free:
     """A hold is ended."""
 
