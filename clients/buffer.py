@@ -17,29 +17,21 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from gcma_shm.clients.allocator import Allocator
+    from gcma_shm.clients.member import Member
 
 DLPACK_CPU = (1, 0)  # kDLCPU, its only device
 
 
-class Buffer(Exporter):
-    """A contiguous range of an arena, this client's until `free`.
-
-    It exports its memory, all of it as writable bytes: by the buffer protocol (`memoryview(buf)`, `np.asarray(buf)`,
-    `pyarrow.py_buffer(buf)`) and, where numpy is installed, by DLPack (`torch.from_dlpack(buf)`). What lies on it keeps the memory,
-    and `free` is refused meanwhile.
-
-    Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
-    that nothing refers to any more, neither this object nor a view or array of it, is given back. Pickled and loaded in
-    another process of the arena it is a Buffer over the same memory, which that process holds as well.
-    """
+class Held(Exporter):
+    """What a buffer is, however its client asks the broker."""
 
     def __init__(
         self,
         span: Span,
         place: Mapping[str, Any],
-        client: Allocator,
+        client: Member,
         number: int,
-        free: Callable[[], None],
+        free: Callable[[], Any],
         claim: int = 0,
     ) -> None:
         self._span = span
@@ -96,44 +88,6 @@ class Buffer(Exporter):
     def __dlpack_device__(self) -> tuple[int, int]:
         return DLPACK_CPU
 
-    def free(self) -> None:
-        """Gives the memory back; a second time has no effect. Raises BufferError while a view or array of it is
-        alive.
-        """
-        if self.freed:
-            return
-        if not self._span.seal():
-            raise BufferError(
-                f"buffer of {self.nbytes} bytes in {self.area!r} cannot be freed: {self._span.exports} views or arrays of "
-                "it are alive; release() or del them first"
-            )
-        self._freed = True
-        self._free()
-
-    def keep(self, name: str, process: int | None = None) -> None:
-        """Gives it that name, unless it has it already, and has it kept: also when nobody holds it any more, it is there to be
-        attached to, until `client.unlink(name)`. `process`: or until the process of that number has ended; until this one has, when
-        that is over, or the broker does not see it (another container's).
-
-        Raises BufferExists, StaleHandle after `free`, QuotaExceeded (what is kept until one process ends may be as much as a client
-        may hold, and what is kept until it is unlinked as much as that together), ValueError, BrokerUnavailable.
-        """
-        self._living()
-        known = None if process is None else (process, start_time(process) or 0)
-        self._client._keep(self._number, name, known)
-        self.name = name
-
-    def hand_over(self, timeout: float = 60, after_end: float | None = None) -> Handle:
-        """A handle that holds the memory until a process has attached with it, or for `timeout` seconds, at most a day: this one may
-        free its buffer, or end, meanwhile. `after_end`: and for no more than that many seconds after this process has ended,
-        or its client closed. Pickle it to another process of the arena; loading it there gives a Buffer.
-
-        (A pickled Buffer is a handle that holds nothing: its maker has to keep the buffer until it is loaded.) Raises StaleHandle
-        after `free`, QuotaExceeded, BrokerUnavailable, ValueError.
-        """
-        self._living()
-        return self._client._hand_over(self._number, self._claim, timeout, after_end)
-
     @property
     def reference(self) -> Reference:
         """What a handle that holds nothing says. Raises StaleHandle after `free`."""
@@ -158,6 +112,71 @@ class Buffer(Exporter):
             raise StaleHandle("this buffer was freed")
         return self._span
 
+    def _end(self) -> bool:
+        """No view can be made any more; False: it had ended before. Raises BufferError while there is one."""
+        if self.freed:
+            return False
+        if not self._span.seal():
+            raise BufferError(
+                f"buffer of {self.nbytes} bytes in {self.area!r} cannot be freed: {self._span.exports} views or arrays of "
+                "it are alive; release() or del them first"
+            )
+        self._freed = True
+        return True
+
+    def _keeper(self, process: int | None) -> tuple[int, int] | None:
+        """Who is to keep it: its number and when it started; None: nobody, until it is unlinked."""
+        self._living()
+        return None if process is None else (process, start_time(process) or 0)
+
+    def __repr__(self) -> str:
+        state = "freed" if self.freed else f"{self.nbytes} bytes at page {self.offset}"
+        return f"<buffer {f'{self.name!r} ' if self.name else ''}in {self.area!r}: {state}>"
+
+
+class Buffer(Held):
+    """A contiguous range of an arena, this client's until `free`.
+
+    It exports its memory, all of it as writable bytes: by the buffer protocol (`memoryview(buf)`, `np.asarray(buf)`,
+    `pyarrow.py_buffer(buf)`) and, where numpy is installed, by DLPack (`torch.from_dlpack(buf)`). What lies on it keeps the memory,
+    and `free` is refused meanwhile.
+
+    Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
+    that nothing refers to any more, neither this object nor a view or array of it, is given back. Pickled and loaded in
+    another process of the arena it is a Buffer over the same memory, which that process holds as well.
+    """
+
+    _client: Allocator
+
+    def free(self) -> None:
+        """Gives the memory back; a second time has no effect. Raises BufferError while a view or array of it is
+        alive.
+        """
+        if self._end():
+            self._free()
+
+    def keep(self, name: str, process: int | None = None) -> None:
+        """Gives it that name, unless it has it already, and has it kept: also when nobody holds it any more, it is there to be
+        attached to, until `client.unlink(name)`. `process`: or until the process of that number has ended; until this one has, when
+        that is over, or the broker does not see it (another container's).
+
+        Raises BufferExists, StaleHandle after `free`, QuotaExceeded (what is kept until one process ends may be as much as a client
+        may hold, and what is kept until it is unlinked as much as that together), ValueError, BrokerUnavailable.
+        """
+        self._client._keep(self._number, name, self._keeper(process))
+        self.name = name
+
+    def hand_over(self, timeout: float = 60, after_end: float | None = None) -> Handle:
+        """A handle that holds the memory until a process has attached with it, or for `timeout` seconds, at most a day: this one may
+        free its buffer, or end, meanwhile. `after_end`: and for no more than that many seconds after this process has ended,
+        or its client closed. Pickle it to another process of the arena; loading it there gives a Buffer.
+
+        (A pickled Buffer is a handle that holds nothing: its maker has to keep the buffer until it is loaded.) Raises StaleHandle
+        after `free`, QuotaExceeded, BrokerUnavailable, ValueError.
+        """
+        self._living()
+        return self._client._hand_over(self._number, self._claim, timeout, after_end)
+
     def __enter__(self) -> Buffer:
         return self
 
@@ -165,7 +184,3 @@ class Buffer(Exporter):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.free()
-
-    def __repr__(self) -> str:
-        state = "freed" if self.freed else f"{self.nbytes} bytes at page {self.offset}"
-        return f"<buffer {f'{self.name!r} ' if self.name else ''}in {self.area!r}: {state}>"

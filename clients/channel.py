@@ -1,14 +1,5 @@
-"""Requests to the broker: one DEALER socket, one reply for each request, every wait bounded.
-
-A broker may be killed and another take over. The new one does not know this socket, answers HelloNeeded, and is introduced to
-us. A request that the old one took with it is answered by nobody; while we wait, we ask now and then (`ping`) whether we are
-known still. If not, the request may have been served or not. What may be done twice is sent again, after the hello, by which the
-new broker takes back what we know nothing of; a page that was stored or invalidated may not, since somebody else may have
-stored another one since.
-
-What was given up, because its time was over, is under way still, and the broker bounds what is: a request for which it leaves
-no room waits for the late replies first. A HelloNeeded tells that nothing sent before it is under way any more, and so does a
-hello that begins another session.
+"""Requests to the broker by one DEALER socket, one reply for each request, every wait bounded. What a reply means is `correspondence`'s; here is who waits, and
+how long.
 
 Safe across threads: a lock lets one thread at a time send and wait. After a fork the child starts over with a socket of
 its own.
@@ -29,33 +20,29 @@ import zmq
 
 from gcma_shm import curve, messages
 from gcma_shm._core import Trying, scheduler_slice
-from gcma_shm.clients.holds import Hold, Holds
-from gcma_shm.endpoint import check_endpoint, is_tcp, refuse_strangers, socket_path
+from gcma_shm.clients.correspondence import (
+    BEGIN_AGAIN,
+    HELLO_NEEDED,
+    LOST,
+    ONCE,
+    PROBE_S,
+    Correspondence,
+    Wanted,
+    kind_of,
+)
+from gcma_shm.clients.holds import Hold
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
 SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
-PROBE_S = 0.1  # between two questions whether we are known still
-ONCE = {"store", "store_many", "invalidate_page", "invalidate_area", "hand_over", "unlink"}  # not to be done twice
-BATCHES = {"store_many", "load_many"}  # of each kind messages.BATCHES may be under way
-# ... and of these together, `window`. All others are answered at once.
-SINGLES = {"store", "load", "invalidate_page", "contains", "count", "swap_init", "invalidate_area", "sync"}
-HELLO_NEEDED = "HelloNeeded"
-LOST = "Lost"  # stands for the reply to a request that a broker took with it
-_BEGIN_AGAIN = (HELLO_NEEDED, LOST)  # the broker does not know this socket (any more)
 # As plain numbers: to combine two of ZeroMQ's own takes longer than to send.
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
 
 
-Wanted = tuple[str, dict[str, Any], tuple[Frame, ...]]
-
-
-class Channel:
-    """The way to one broker. `introduce` makes the parameters of a hello; it is said first, and again to whoever asks
-    for it. It must not refer to the channel's owner strongly: the two would only be collected together.
-    """
+class Channel(Correspondence):
+    """The way to one broker, for threads."""
 
     def __init__(
         self,
@@ -65,29 +52,13 @@ class Channel:
         introduce: Callable[[], dict[str, Any]],
         credentials: curve.Credentials | None = None,
     ) -> None:
-        check_endpoint(endpoint)
-        self.endpoint = endpoint
-        self.timeout = timeout
-        self._wait_for_broker = wait_for_broker
-        self._introduce = introduce
-        self._path = None if is_tcp(endpoint) else socket_path(endpoint)
+        super().__init__(endpoint, timeout, wait_for_broker, introduce)
         self._credentials = credentials
-        self.closed = False
-        self.greeting: dict[str, Any] = {}
-        self.holds = Holds()
-        self.attaching: list[
-            dict[str, Any]
-        ] = []  # parameters of requests to attach that are sent again after the next hello
         self._begin()
 
     def _begin(self) -> None:
         self.lock = threading.Lock()
-        self._number = 0
-        self._late = 0  # requests whose replies may still come
-        self._given_up: dict[int, str] = {}  # of these, the ones that the broker bounds: number to kind
-        self._unknown = 0  # the last number that was answered by HelloNeeded: nothing up to it is under way
-        self._receipt = 0  # of the last batch of loads whose reply was read
-        self._greeted = False
+        self._begin_numbers()
         self._is_open = False
 
     def reset(self) -> None:
@@ -124,7 +95,7 @@ class Channel:
             curve.prepare(self._socket, self.endpoint, self._credentials)
         self._socket.connect(self.endpoint)
         # Not left to the collector, which may take the context first, and that waits for its sockets.
-        self._goodbye = weakref.finalize(self, _say_goodbye, self._socket, self._context)
+        self._goodbye = weakref.finalize(self, _part, self._socket, self._context)
         # Not at the interpreter's exit: daemon threads may still store then, and the broker sees the process end.
         self._goodbye.atexit = False
         self._is_open = True
@@ -170,8 +141,8 @@ class Channel:
     def _ask(
         self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...], patience: float
     ) -> Reply | None:
-        """The reply to one request; None: to a bye of nobody. (Not the general case of `requests`: generators would cost more than
-        the codec.)
+        """The reply to one request; None: to a bye of nobody. (Not the general case of `requests`, nor steps that a driver takes:
+        a generator here costs 1 µs of a ping's 49.)
         """
         deadline = self._prepare(patience)
         request = self._make(operation, parameters, pages)
@@ -180,7 +151,7 @@ class Channel:
         self._send(request, deadline)
         try:
             reply = self._receive(request, deadline)
-            while reply.status in _BEGIN_AGAIN:
+            while reply.status in BEGIN_AGAIN:
                 if operation == "bye":
                     return None  # our session has ended
                 if self._begin_again(deque([request]), reply.status == LOST, deadline):
@@ -220,15 +191,6 @@ class Channel:
             self._flush(deadline)
         return deadline
 
-    def _give_up(self, sent: Iterable[Request]) -> None:
-        """Nobody waits for these any more; their replies may still come, but to what was lost with a session."""
-        for request in sent:
-            if request.number <= self._unknown:
-                continue
-            self._late += 1
-            if kind := _kind_of(request.operation):
-                self._given_up[request.number] = kind
-
     def _exchange(self, source: Iterator[Wanted], sent: deque[Request], window: int) -> Iterator[Reply | Exception]:
         deadline = self._prepare(0.0)
         exhausted = False
@@ -246,7 +208,7 @@ class Channel:
             if not sent:
                 return
             reply = self._receive(sent[0], deadline)
-            if reply.status in _BEGIN_AGAIN:
+            if reply.status in BEGIN_AGAIN:
                 if lost := self._begin_again(sent, reply.status == LOST, deadline):
                     yield from map(self._lost, lost)
                     return
@@ -278,9 +240,8 @@ class Channel:
         """How many of this kind may be under way beside those that were given up, and no more than `window`; waits for late replies
         while that is not one more than `sent`. Raises BrokerUnavailable.
         """
-        kind = _kind_of(request.operation)
-        bound = messages.BATCHES if kind in BATCHES else int(self.greeting["window"])
-        while kind and (room := bound - sum(other == kind for other in self._given_up.values())) <= sent:
+        kind = kind_of(request.operation)
+        while kind and (room := self._room(kind)) <= sent:
             try:
                 self._take_late(self._take())
             except zmq.Again:
@@ -305,7 +266,7 @@ class Channel:
                     self._hello(deadline)
                 last = self._flush(deadline)
                 reply = self._receive_flushed(last, deadline) if last is not None else None
-                if reply is not None and reply.status in _BEGIN_AGAIN:
+                if reply is not None and reply.status in BEGIN_AGAIN:
                     self._hello(deadline)  # what it does not list is freed by that
             self._drain()
 
@@ -373,36 +334,17 @@ class Channel:
 
     def _hello(self, deadline: float) -> None:
         self._greeted = False
-        if self._path is not None and not self._path.exists() and self._wait_for_broker <= 0:
-            raise BrokerUnavailable(
-                f"no broker listens on {self.endpoint}: start one with `gcma broker --endpoint {self.endpoint} --size …`, "
-                "or use gcma_shm.embedded()"
-            )
-        refuse_strangers(self.endpoint)
+        self._refuse_absent()
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
         reply = self._receive_hello(request, deadline)
         while reply.status == LOST:  # one broker after the other
             self._send_again(request, deadline)
             reply = self._receive_hello(request, deadline)
-        if reply.status != "ok":
-            raise messages.reply_error(reply)
-        if _session_of(reply.results) != _session_of(
-            self.greeting
-        ):  # nothing of what was sent before is under way there
-            self._given_up.clear()
-            self._late = self._receipt = 0
-        self.greeting = reply.results
-        self._greeted = True
-
-    def _make(self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...]) -> Request:
-        self._number += 1
-        return Request(self._number, operation, parameters, pages)
+        self._greeted_with(reply)
 
     def _send_again(self, request: Request, deadline: float) -> None:
-        """Under a number of its own: what still comes for the old one, or for questions asked after that, says nothing of this."""
-        self._number += 1
-        before, request.number = request.number, self._number
+        before = self._renumber(request)
         try:
             self._send(request, deadline)
         except BrokerUnavailable:
@@ -410,9 +352,7 @@ class Channel:
             raise
 
     def _send(self, request: Request, deadline: float) -> None:
-        if request.operation == "load_many":
-            request.parameters = request.parameters | {"receipt": self._receipt}
-        header, *pages = messages.encode_request(request)
+        header, *pages = self._encode(request)
         while True:
             try:
                 if pages:
@@ -451,9 +391,7 @@ class Channel:
                 self._check_time(request, deadline)
                 continue
             if reply.number == request.number:
-                if reply.status == HELLO_NEEDED:
-                    self._forget_until(reply.number)
-                self._receipt = reply.results.get("receipt", self._receipt)
+                self._read(reply)
                 return reply
             self._take_late(reply)
             # Requests are read in order: to one that was sent after ours, ours was lost, or answered, before.
@@ -488,47 +426,15 @@ class Channel:
             except zmq.Again:
                 return
 
-    def _take_late(self, reply: Reply) -> None:
-        self._late = max(self._late - 1, 0)
-        self._given_up.pop(reply.number, None)
-        if reply.status == HELLO_NEEDED:
-            self._greeted = False
-            self._forget_until(reply.number)
-        self._receipt = reply.results.get("receipt", self._receipt)
-        if reply.status == "ok" and "buffer" in reply.results:
-            self.holds.give_up(int(reply.results["buffer"]), int(reply.results.get("claim", 0)), None)
 
-    def _forget_until(self, number: int) -> None:
-        """A broker that did not know us then has nothing of ours from before, and answers nothing of it."""
-        self._unknown = max(self._unknown, number)
-        self._given_up = {other: kind for other, kind in self._given_up.items() if other > number}
-
-    def _lost(self, request: Request) -> BrokerUnavailable:
-        return BrokerUnavailable(
-            f"the broker on {self.endpoint} has ended, and another has taken over, during {request.operation}: it may have been done, "
-            "or not"
-        )
-
-    def _unavailable(self, request: Request) -> BrokerUnavailable:
-        return BrokerUnavailable(
-            f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
-            f"is it running, and not stopped?{'' if self._path is not None else ' Over TCP: does it know our key, and we its own?'}"
-        )
-
-
-def _kind_of(operation: str) -> str:
-    """Of those that are bounded together; empty: of none."""
-    return operation if operation in BATCHES else "single" if operation in SINGLES else ""
-
-
-def _session_of(greeting: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells it from every other one."""
-    return tuple(greeting.get(name) for name in ("client", "generation", "epoch"))
-
-
-def _say_goodbye(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def _part(socket: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
     """For a channel that nobody closed and nobody can reach any more."""
-    with contextlib.suppress(zmq.ZMQError):
-        socket.send_multipart(messages.encode_request(Request(messages.NUMBER_MAX, "bye", {})), zmq.NOBLOCK)
+    say_goodbye(socket)
     socket.close(linger=GOODBYE_MS)
     context.term()
+
+
+def say_goodbye(socket: zmq.Socket[bytes]) -> None:
+    """Bye, if the socket takes it, and no word about the reply."""
+    with contextlib.suppress(zmq.ZMQError):
+        socket.send_multipart(messages.encode_request(Request(messages.NUMBER_MAX, "bye", {})), zmq.NOBLOCK)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 from gcma_shm import layout
 from gcma_shm.clients import handles
-from gcma_shm.clients.channel import PROBE_S
-from gcma_shm.clients.client import Client
-from gcma_shm.clients.handles import clients
+from gcma_shm.clients.correspondence import PROBE_S
+from gcma_shm.clients.handles import async_clients, clients
+from gcma_shm.clients.member import Member
 from gcma_shm.errors import QuotaExceeded
 from gcma_shm.presence import Presence
 from gcma_shm.process import pid_namespace, start_time
@@ -31,11 +31,15 @@ class Fork:
     lock on it.
     """
 
-    client: Client
+    client: Member
     locks: list[threading.Lock] = field(default_factory=list)
     number: int = 0
     word: int = 0
     presence: Presence | None = None
+
+
+def _everyone() -> list[Member]:
+    return [*clients, *async_clients]
 
 
 def _prepare(fork: Fork) -> None:
@@ -63,7 +67,7 @@ def _prepare(fork: Fork) -> None:
     plane.add(layout.FORKS_AT, 1)
 
 
-def _start(client: Client, fork: Fork | None) -> None:
+def _start(client: Member, fork: Fork | None) -> None:
     """In the child. `fork`: None for a client that another thread was just making."""
     if client._presence is not None:
         if client._plane is not None:
@@ -95,7 +99,7 @@ def _before_fork() -> None:
     # Sorted: one order of locks, whichever threads fork.
     # Each noted before it takes a lock: should a signal interrupt us here, what was taken is given back after the fork.
     _forks.prepared = []
-    for client in sorted(clients, key=id):
+    for client in sorted(_everyone(), key=id):
         fork = Fork(client)
         _forks.prepared.append(fork)
         try:
@@ -126,8 +130,8 @@ def _after_fork_in_parent() -> None:
 
 def _after_fork_in_child() -> None:
     handles.connecting = threading.Lock()  # another thread of the parent may have held it
-    prepared = {fork.client: fork for fork in _take_prepared()}
-    for client in list(clients):
+    prepared: dict[Member, Fork] = {fork.client: fork for fork in _take_prepared()}
+    for client in _everyone():
         _start(client, prepared.get(client))
 
 

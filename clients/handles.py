@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING
 from gcma_shm.errors import StaleHandle
 
 if TYPE_CHECKING:
+    from gcma_shm.clients.aio_client import Client as AsyncClient
     from gcma_shm.clients.allocator import Allocator
     from gcma_shm.clients.buffer import Buffer
     from gcma_shm.clients.client import Client
     from gcma_shm.clients.reservation import Reservation
 
 clients: weakref.WeakSet[Client] = weakref.WeakSet()  # of this process
+async_clients: weakref.WeakSet[AsyncClient] = (
+    weakref.WeakSet()
+)  # which no handle is loaded by: that would need an await
 connecting = threading.Lock()
 
 
@@ -60,9 +64,13 @@ class Handle:
 
         Raises StaleHandle when it comes too late, TypeError for a reservation's, QuotaExceeded, BrokerUnavailable.
         """
+        return load_buffer(self.refers_to_buffer(), client)
+
+    def refers_to_buffer(self) -> Reference:
+        """The reference. Raises TypeError for a reservation's."""
         if self._reservation:
             raise TypeError("this is the handle of a reservation: pickle it, and load it in another process")
-        return load_buffer(self.reference, client)
+        return self.reference
 
     def __reduce__(self) -> tuple[object, ...]:
         return load_reservation if self._reservation else load_buffer, (self.reference,)

@@ -1,7 +1,7 @@
 """What one process holds of an arena's buffers and reservations, how often, and which of it is to be given back.
 
 Pure of sockets. `Channel` owns one of these and guards it by its lock, which a fork takes too: a child has the memory and its
-hold, or neither. Only `give_up` may be called without: by finalizers, at any moment.
+hold, or neither. Only `give_up` and `leave` may be called without: by finalizers, at any moment.
 """
 
 from __future__ import annotations
@@ -40,10 +40,11 @@ class Holds:
         self._places: dict[tuple[int, int], Mapping[str, Any]] = {}  # of what is counted, where it was told
         # Nobody refers to them any more, or nobody knows how their free ended.
         self._given_up: deque[tuple[int, int, Hold | None]] = deque()
+        self._left: deque[int] = deque()  # tickets of those that nobody waits for any more
 
     def __bool__(self) -> bool:
         """Whether any are to be given back."""
-        return bool(self._given_up)
+        return bool(self._given_up or self._left)
 
     def add(self, number: int, claim: int) -> None:
         """Counts one more."""
@@ -65,6 +66,10 @@ class Holds:
         """
         self._given_up.append((number, claim, hold))
 
+    def leave(self, ticket: int) -> None:
+        """A place in line is to be given back, or what was served there meanwhile."""
+        self._left.append(ticket)
+
     def buffers(self) -> list[int]:
         """The numbers of the buffers and reservations that are held."""
         return [number for number, claim in self._counted if not claim]
@@ -77,6 +82,9 @@ class Holds:
         """Ends all that was given up; `tell` sends the request that ends the last hold of something. What it raises leaves that
         hold, and those behind it, to the next time.
         """
+        while self._left:
+            tell("collect", {"ticket": self._left[0], "give_up": True})
+            self._left.popleft()
         while self._given_up:
             number, claim, hold = self._given_up[0]
             if hold is None or hold.counted:

@@ -259,7 +259,7 @@ class _Packing:
     def pack(self, what: Any) -> Parcel:
         stream = io.BytesIO()
         pickler = BlobPickler(stream, self._in_band, self._number_of) if self._large else Pickler(stream, self._in_band)
-        pickler.dispatch_table[Buffer] = self._reduce_buffer
+        cast(dict[type, Any], pickler.dispatch_table)[Buffer] = self._reduce_buffer
         try:
             pickler.dump(what)
         except BaseException:

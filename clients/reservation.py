@@ -6,14 +6,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast
 
 from gcma_shm import layout
 from gcma_shm._core import Plane, Span, Trying
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import Handle, Reference, load_reservation
 from gcma_shm.clients.holds import Hold
 from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, StaleHandle
@@ -22,7 +21,10 @@ from gcma_shm.presence import Presence
 from gcma_shm.sizes import check_seconds
 
 if TYPE_CHECKING:
+    from gcma_shm.clients.aio_channel import AsyncChannel
     from gcma_shm.clients.allocator import Allocator
+    from gcma_shm.clients.channel import Channel
+    from gcma_shm.clients.member import Member
 
 COPY_S = 0.002  # a page's copy takes a thousandth of that; what takes longer is looked into
 NAP_MIN_S, NAP_MAX_S = 0.00005, 0.001
@@ -36,7 +38,7 @@ class Claimed:
 
     __slots__ = ("generation", "reservation", "span", "word")
 
-    def __init__(self, reservation: Reservation, word: int, span: weakref.ref[Span]) -> None:
+    def __init__(self, reservation: Promised, word: int, span: weakref.ref[Span]) -> None:
         self.reservation = reservation
         self.word = word
         self.generation = word >> CLAIM_GENERATION_SHIFT
@@ -46,7 +48,7 @@ class Claimed:
 class Claims:
     """What one client has claimed. `channel`: for the end of a claim that several processes share."""
 
-    def __init__(self, plane: Plane, presence: Presence, channel: Channel) -> None:
+    def __init__(self, plane: Plane, presence: Presence, channel: Channel | AsyncChannel) -> None:
         self._plane = plane
         self._presence = presence
         self._channel = channel
@@ -66,7 +68,7 @@ class Claims:
         for claimed in list(self.live.values()):
             self._plane.share_claim(claimed.reservation.index, claimed.word)
 
-    def claim(self, reservation: Reservation) -> tuple[Span, int] | int:
+    def claim(self, reservation: Promised) -> tuple[Span, int] | int:
         """The memory of a reservation and its claim's generation; or the number of the client that has claimed it.
 
         Raises StaleHandle; BrokerUnavailable when a broker that is stopped in its copy of a page does not go on in time.
@@ -78,7 +80,7 @@ class Claims:
         finally:
             self.drain()
 
-    def _claim(self, reservation: Reservation) -> tuple[Span, int] | int:
+    def _claim(self, reservation: Promised) -> tuple[Span, int] | int:
         number, index, first, pages = reservation.number, reservation.index, reservation.first, reservation.pages
         if reservation.released:
             raise StaleHandle("this reservation was released")
@@ -104,7 +106,7 @@ class Claims:
             raise
         return noted
 
-    def _seized(self, reservation: Reservation, word: int) -> tuple[Span, int]:
+    def _seized(self, reservation: Promised, word: int) -> tuple[Span, int]:
         """What the claim of a dead broker becomes. Nobody copies into the range any more, and whoever had it before may have
         written there: so there is nothing to wait for, and the only way back is to lend it, with its sweep.
         """
@@ -121,7 +123,7 @@ class Claims:
             self._plane.unclaim(reservation.index, word, reservation.first, reservation.pages)
             raise
 
-    def _note(self, reservation: Reservation, word: int, span: Span) -> tuple[Span, int]:
+    def _note(self, reservation: Promised, word: int, span: Span) -> tuple[Span, int]:
         number, generation = reservation.number, word >> CLAIM_GENERATION_SHIFT
         # An array that outlives its Buffer keeps the memory; when nothing refers to that any more, it is lent again.
         reference = weakref.ref(span, lambda _: self.end(number, generation))
@@ -146,7 +148,7 @@ class Claims:
         while self._shared:
             (tell or self._channel.give_up)(*self._shared.popleft(), None)
 
-    def retire(self, reservation: Reservation) -> bool:
+    def retire(self, reservation: Promised) -> bool:
         """Nothing is claimed from this Reservation any more, nor will be; False, and nothing has changed: an array of its memory is
         alive.
         """
@@ -190,15 +192,10 @@ class Claims:
         return not self._presence.is_held(layout.BROKER)
 
 
-class Reservation:
-    """A buffer promised in advance, at a place that does not change; lent to the cache until it is claimed.
+class Promised:
+    """What a reservation is, however its client asks the broker."""
 
-    Made by `Client.reserve`. Safe across threads. A forked child holds it too, from the instant of the fork. Pickled and loaded
-    in another process of the arena, that process holds it as well: several may claim it in turn, one at a time. One that
-    nothing refers to any more is released.
-    """
-
-    def __init__(self, client: Allocator, place: dict[str, Any]) -> None:
+    def __init__(self, client: Member, place: dict[str, Any]) -> None:
         self._client = client
         self._claims = cast(Claims, client._claims)
         number = int(place["buffer"])
@@ -217,33 +214,12 @@ class Reservation:
         #: The name that it was made with, or None.
         self.name: str | None = place.get("name")
         self.retired = False
-        self._hold = Hold()
+        self._hold: Hold = place["hold"]
         give_up = weakref.finalize(self, client._give_up, self.number, 0, self._hold)
         give_up.atexit = False  # the broker sees the process end
 
-    def claim(self, timeout: float | None = 0) -> Buffer:
-        """The buffer: in microseconds, without a message, whatever the cache, the clients and the broker do.
-
-        It cannot fail for who holds the reservation alone. While another holder has it claimed, waits up to `timeout` seconds
-        (None: for ever; in no order among those that wait), then raises ArenaExhausted, whose `holders` tells who. Raises StaleHandle after `release`; and
-        BrokerUnavailable when the broker is stopped in the middle of its copy of one page and does not go on in time.
-        """
-        got = self._claims.claim(self)
-        if isinstance(got, int):
-            got = self._wait(got, None if timeout is None else check_seconds("timeout", timeout))
-        span, generation = got
-        claims, number = self._claims, self.number
-        return Buffer(
-            span,
-            self._place,
-            self._client,
-            number,
-            lambda: claims.end(number, generation, self._client._channel.free),
-            generation,
-        )
-
-    def _wait(self, claimer: int, timeout: float | None) -> tuple[Span, int]:
-        """Until whoever has claimed it has lent it again."""
+    def _in_turn(self, claimer: int, timeout: float | None) -> Generator[float, None, tuple[Span, int]]:
+        """Until whoever has claimed it has lent it again. Yields for how long to sleep before the next look."""
         begun = time.monotonic()
         nap = NAP_MIN_S
         while True:
@@ -264,33 +240,18 @@ class Reservation:
                     0,
                     {claimer: self.nbytes},
                 )
-            time.sleep(nap)
+            yield nap
             nap = min(2 * nap, NAP_MAX_S)
             got = self._claims.claim(self)
             if not isinstance(got, int):
                 return got
             claimer = got
 
-    def release(self) -> None:
-        """Gives the promise back; a second time has no effect. The memory is free when its last holder has released it.
-
-        Raises BufferError while a view or array of a buffer claimed from it is alive; a claimed buffer without is freed.
-        """
-        if self.released:
-            return
+    def _retire(self) -> None:
         if not self._claims.retire(self):
             raise BufferError(
                 f"reservation of {self.nbytes} bytes in {self.area!r} cannot be released: views or arrays of its memory are alive"
             )
-        self._client._channel.free(self.number, 0, self._hold)
-
-    def hand_over(self, timeout: float = 60) -> Handle:
-        """A handle that holds the reservation until another process has attached with it, or for `timeout` seconds; see
-        `Buffer.hand_over`.
-        """
-        if self.released:
-            raise StaleHandle("this reservation was released")
-        return self._client._hand_over(self.number, 0, timeout, reservation=True)
 
     @property
     def released(self) -> bool:
@@ -302,6 +263,60 @@ class Reservation:
             raise StaleHandle("this reservation was released")
         return load_reservation, (Reference(self._client.endpoint, self._client.arena_id, self.number),)
 
+    def __repr__(self) -> str:
+        state = "released" if self.released else f"{self.nbytes} bytes at page {self.offset}"
+        return f"<reservation in {self.area!r}: {state}>"
+
+
+class Reservation(Promised):
+    """A buffer promised in advance, at a place that does not change; lent to the cache until it is claimed.
+
+    Made by `Client.reserve`. Safe across threads. A forked child holds it too, from the instant of the fork. Pickled and loaded
+    in another process of the arena, that process holds it as well: several may claim it in turn, one at a time. One that
+    nothing refers to any more is released.
+    """
+
+    _client: Allocator
+
+    def claim(self, timeout: float | None = 0) -> Buffer:
+        """The buffer: in microseconds, without a message, whatever the cache, the clients and the broker do.
+
+        It cannot fail for who holds the reservation alone. While another holder has it claimed, waits up to `timeout` seconds
+        (None: for ever; in no order among those that wait), then raises ArenaExhausted, whose `holders` tells who. Raises StaleHandle after `release`; and
+        BrokerUnavailable when the broker is stopped in the middle of its copy of one page and does not go on in time.
+        """
+        got = self._claims.claim(self)
+        if isinstance(got, int):
+            got = nap_through(self._in_turn(got, None if timeout is None else check_seconds("timeout", timeout)))
+        span, generation = got
+        claims, number = self._claims, self.number
+        return Buffer(
+            span,
+            self._place,
+            self._client,
+            number,
+            lambda: claims.end(number, generation, self._client._channel.free),
+            generation,
+        )
+
+    def release(self) -> None:
+        """Gives the promise back; a second time has no effect. The memory is free when its last holder has released it.
+
+        Raises BufferError while a view or array of a buffer claimed from it is alive; a claimed buffer without is freed.
+        """
+        if self.released:
+            return
+        self._retire()
+        self._client._channel.free(self.number, 0, self._hold)
+
+    def hand_over(self, timeout: float = 60) -> Handle:
+        """A handle that holds the reservation until another process has attached with it, or for `timeout` seconds; see
+        `Buffer.hand_over`.
+        """
+        if self.released:
+            raise StaleHandle("this reservation was released")
+        return self._client._hand_over(self.number, 0, timeout, reservation=True)
+
     def __enter__(self) -> Self:
         return self
 
@@ -310,6 +325,11 @@ class Reservation:
     ) -> None:
         self.release()
 
-    def __repr__(self) -> str:
-        state = "released" if self.released else f"{self.nbytes} bytes at page {self.offset}"
-        return f"<reservation in {self.area!r}: {state}>"
+
+def nap_through(turns: Generator[float, None, tuple[Span, int]]) -> tuple[Span, int]:
+    """Sleeps in this thread as long as `_in_turn` says, and returns what it returns."""
+    try:
+        while True:
+            time.sleep(next(turns))
+    except StopIteration as done:
+        return cast(tuple[Span, int], done.value)

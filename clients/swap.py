@@ -9,13 +9,17 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, Protocol, SupportsIndex, cast
 
 from gcma_shm import messages
 from gcma_shm._core import Plane, Slots
-from gcma_shm.clients.channel import Channel, Wanted
+from gcma_shm.clients.channel import Channel
+from gcma_shm.clients.correspondence import Wanted
 from gcma_shm.errors import Closed, GcmaError
 from gcma_shm.messages import Frame, Reply
+
+if TYPE_CHECKING:
+    from gcma_shm.clients.aio_channel import AsyncChannel
 
 Page = bytes | bytearray | memoryview
 SYNC_MAX_S = 60.0  # of a sync by message; the broker waits no longer
@@ -82,6 +86,12 @@ class Owner(Protocol):
     _channel: Channel
 
 
+class AsyncOwner(Protocol):
+    """The same for a client that awaits."""
+
+    _channel: AsyncChannel
+
+
 class MappedSwap(Slots):
     """A swap type of a client that maps the arena."""
 
@@ -98,14 +108,11 @@ class MappedSwap(Slots):
         return f"<swap type {self.type}: {self.slots} slots of {self.page_size} bytes, mapped>"
 
 
-class MessageSwap:
-    """A swap type of a client that does not map the arena: every page travels in a message, those of a batch in long frames,
-    several under way at once. Where a batch could hold one page only, it is faster page by page.
-    """
+class MessagePages:
+    """What pages by message have in common, whether their client blocks or awaits: what is checked before, and how a batch is laid out."""
 
-    def __init__(self, owner: Owner, type_: int, life: int, slots: int, write_through: bool) -> None:
+    def __init__(self, owner: Owner | AsyncOwner, type_: int, life: int, slots: int, write_through: bool) -> None:
         self._owner = owner
-        self._channel = owner._channel
         self.type = type_
         self.life = life
         self.slots = slots
@@ -113,98 +120,14 @@ class MessageSwap:
         self.page_size: int = owner._channel.greeting["page_size"]
         self._closed = False
 
-    def store(self, offset: SupportsIndex, page: Page) -> None:
-        """See `Swap.store`."""
-        slot = self._slot(offset)
-        whole = page if type(page) is bytes and len(page) == self.page_size else self._pages(page, 1)
-        self._request("store", slot, (whole,))
-
-    def load(self, offset: SupportsIndex) -> bytes | None:
-        """See `Swap.load`."""
-        reply = self._request("load", self._slot(offset))
-        return bytes(reply.pages[0]) if reply.results["hit"] else None
-
-    def load_into(self, offset: SupportsIndex, buffer: Any) -> bool:
-        """See `Swap.load_into`."""
-        slot = self._slot(offset)
-        out = self._pages(buffer, 1, writable=True)
-        reply = self._request("load", slot)
-        if reply.results["hit"]:
-            out[:] = reply.pages[0]
-        return bool(reply.results["hit"])
-
-    def invalidate_page(self, offset: SupportsIndex) -> None:
-        """See `Swap.invalidate_page`."""
-        self._request("invalidate_page", self._slot(offset))
-
-    def invalidate_area(self) -> None:
-        """See `Swap.invalidate_area`."""
-        self._request("invalidate_area", self._life())
-        self._closed = True
-
-    def sync(self, timeout: float | None = None) -> None:
-        """See `Swap.sync`. The broker waits for other processes' writes for a minute at the most."""
-        patience = SYNC_MAX_S if timeout is None else min(max(timeout, 0.0), SYNC_MAX_S)
-        parameters = self._life() | {"timeout_ms": int(patience * 1000)}
-        self._channel.request("sync", parameters, patience=patience)
+    @property
+    def batch(self) -> int:
+        """How many pages the broker takes in one message."""
+        return int(self._owner._channel.greeting["batch"])
 
     def close(self) -> None:
         """See `Swap.close`."""
         self._closed = True
-
-    def __len__(self) -> int:
-        return int(self._request("count", self._life()).results["count"])
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __contains__(self, offset: object) -> bool:
-        try:
-            slot = self._slot(offset)
-        except IndexError:
-            return False
-        return bool(self._request("contains", slot).results["contains"])
-
-    def store_many(self, offsets: Iterable[SupportsIndex], pages: Page) -> None:
-        """See `Swap.store_many`. The broker serves one session's requests in order."""
-        wanted = self._offsets(offsets)
-        source = self._pages(pages, len(wanted))
-        size, life = self.page_size, self._life()
-        if self._channel.greeting["batch"] == 1:
-            with _counting() as done:
-                for i, offset in enumerate(wanted):
-                    self.store(offset, source[i * size : (i + 1) * size])
-                    done.append(1)
-            return
-        batches = (
-            ("store_many", life | {"offsets": packed}, (source[first * size : (first + count) * size],))
-            for first, count, packed in self._split(wanted)
-        )
-        for _ in self._replies(batches, len(wanted)):
-            pass
-
-    def load_many(self, offsets: Iterable[SupportsIndex], out: Any) -> list[bool]:
-        """See `Swap.load_many`."""
-        wanted = self._offsets(offsets)
-        target = self._pages(out, len(wanted), writable=True)
-        life = self._life()
-        if self._channel.greeting["batch"] == 1:
-            size = self.page_size
-            with _counting() as served:
-                for i, offset in enumerate(wanted):
-                    reply = self._request("load", self._slot(offset))
-                    if reply.results["hit"]:
-                        target[i * size : (i + 1) * size] = reply.pages[0]
-                    served.append(bool(reply.results["hit"]))
-            return served
-        batches = (("load_many", life | {"offsets": packed}, ()) for _, _, packed in self._split(wanted))
-        hits: list[bool] = []
-        for reply in self._replies(batches, len(wanted)):
-            first = len(hits)
-            hits += map(bool, reply.results["hits"])
-            if reply.pages:
-                self._lay_out(reply.pages[0], hits[first:], target[first * self.page_size : len(hits) * self.page_size])
-        return hits
 
     def _lay_out(self, pages: Frame, hits: list[bool], out: memoryview) -> None:
         """Puts the pages of the hits, which lie one after another, into their places."""
@@ -216,32 +139,10 @@ class MessageSwap:
         for at, i in enumerate(places):
             out[i * size : (i + 1) * size] = pages[at * size : (at + 1) * size]
 
-    def _replies(self, batches: Iterable[Wanted], pages: int) -> Iterator[Reply]:
-        """The replies in order. The first error is raised when all replies are in, so that none is left over; it tells
-        how many pages were served before.
-        """
-        done, batch = 0, self._channel.greeting["batch"]
-        first: Exception | None = None
-        try:
-            for reply in self._channel.requests(batches, messages.BATCHES):
-                if isinstance(reply, Exception):
-                    if first is None:
-                        first = reply
-                        done += getattr(reply, "done", 0)
-                elif first is None:
-                    done = min(done + batch, pages)
-                    yield reply
-        except GcmaError as error:  # no answer, say
-            first = first or error
-        if first is not None:
-            first.done = done  # type: ignore[attr-defined] # plain errors take the attribute as well
-            raise first
-
     def _split(self, offsets: list[int]) -> Iterator[tuple[int, int, bytes]]:
         """A batch of any length as the broker takes them: where each begins, how many pages, and their offsets, packed."""
-        batch = self._channel.greeting["batch"]
-        for first in range(0, len(offsets), batch):
-            some = offsets[first : first + batch]
+        for first in range(0, len(offsets), self.batch):
+            some = offsets[first : first + self.batch]
             yield first, len(some), messages.pack_offsets(some)
 
     def _offsets(self, offsets: Iterable[SupportsIndex]) -> list[int]:
@@ -278,15 +179,139 @@ class MessageSwap:
             )
         return view.cast("B") if view.nbytes else view
 
-    def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[Frame] = ()) -> Reply:
-        return cast(Reply, self._channel.request(operation, parameters, pages))
+    def _sync_parameters(self, timeout: float | None) -> tuple[dict[str, Any], float]:
+        """Of the request, and how long the broker may take for it."""
+        patience = SYNC_MAX_S if timeout is None else min(max(timeout, 0.0), SYNC_MAX_S)
+        return self._life() | {"timeout_ms": int(patience * 1000)}, patience
 
     def __repr__(self) -> str:
         return f"<swap type {self.type}: {self.slots} slots of {self.page_size} bytes, by messages>"
 
 
+class MessageSwap(MessagePages):
+    """A swap type of a client that does not map the arena: every page travels in a message, those of a batch in long frames,
+    several under way at once. Where a batch could hold one page only, it is faster page by page.
+    """
+
+    def __init__(self, owner: Owner, type_: int, life: int, slots: int, write_through: bool) -> None:
+        super().__init__(owner, type_, life, slots, write_through)
+        self._channel = owner._channel
+
+    def store(self, offset: SupportsIndex, page: Page) -> None:
+        """See `Swap.store`."""
+        slot = self._slot(offset)
+        whole = page if type(page) is bytes and len(page) == self.page_size else self._pages(page, 1)
+        self._request("store", slot, (whole,))
+
+    def load(self, offset: SupportsIndex) -> bytes | None:
+        """See `Swap.load`."""
+        reply = self._request("load", self._slot(offset))
+        return bytes(reply.pages[0]) if reply.results["hit"] else None
+
+    def load_into(self, offset: SupportsIndex, buffer: Any) -> bool:
+        """See `Swap.load_into`."""
+        slot = self._slot(offset)
+        out = self._pages(buffer, 1, writable=True)
+        reply = self._request("load", slot)
+        if reply.results["hit"]:
+            out[:] = reply.pages[0]
+        return bool(reply.results["hit"])
+
+    def invalidate_page(self, offset: SupportsIndex) -> None:
+        """See `Swap.invalidate_page`."""
+        self._request("invalidate_page", self._slot(offset))
+
+    def invalidate_area(self) -> None:
+        """See `Swap.invalidate_area`."""
+        self._request("invalidate_area", self._life())
+        self._closed = True
+
+    def sync(self, timeout: float | None = None) -> None:
+        """See `Swap.sync`. The broker waits for other processes' writes for a minute at the most."""
+        parameters, patience = self._sync_parameters(timeout)
+        self._channel.request("sync", parameters, patience=patience)
+
+    def __len__(self) -> int:
+        return int(self._request("count", self._life()).results["count"])
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __contains__(self, offset: object) -> bool:
+        try:
+            slot = self._slot(offset)
+        except IndexError:
+            return False
+        return bool(self._request("contains", slot).results["contains"])
+
+    def store_many(self, offsets: Iterable[SupportsIndex], pages: Page) -> None:
+        """See `Swap.store_many`. The broker serves one session's requests in order."""
+        wanted = self._offsets(offsets)
+        source = self._pages(pages, len(wanted))
+        size, life = self.page_size, self._life()
+        if self.batch == 1:
+            with counting() as done:
+                for i, offset in enumerate(wanted):
+                    self.store(offset, source[i * size : (i + 1) * size])
+                    done.append(1)
+            return
+        batches = (
+            ("store_many", life | {"offsets": packed}, (source[first * size : (first + count) * size],))
+            for first, count, packed in self._split(wanted)
+        )
+        for _ in self._replies(batches, len(wanted)):
+            pass
+
+    def load_many(self, offsets: Iterable[SupportsIndex], out: Any) -> list[bool]:
+        """See `Swap.load_many`."""
+        wanted = self._offsets(offsets)
+        target = self._pages(out, len(wanted), writable=True)
+        life = self._life()
+        if self.batch == 1:
+            size = self.page_size
+            with counting() as served:
+                for i, offset in enumerate(wanted):
+                    reply = self._request("load", self._slot(offset))
+                    if reply.results["hit"]:
+                        target[i * size : (i + 1) * size] = reply.pages[0]
+                    served.append(bool(reply.results["hit"]))
+            return served
+        batches = (("load_many", life | {"offsets": packed}, ()) for _, _, packed in self._split(wanted))
+        hits: list[bool] = []
+        for reply in self._replies(batches, len(wanted)):
+            first = len(hits)
+            hits += map(bool, reply.results["hits"])
+            if reply.pages:
+                self._lay_out(reply.pages[0], hits[first:], target[first * self.page_size : len(hits) * self.page_size])
+        return hits
+
+    def _replies(self, batches: Iterable[Wanted], pages: int) -> Iterator[Reply]:
+        """The replies in order. The first error is raised when all replies are in, so that none is left over; it tells
+        how many pages were served before.
+        """
+        done, batch = 0, self.batch
+        first: Exception | None = None
+        try:
+            for reply in self._channel.requests(batches, messages.BATCHES):
+                if isinstance(reply, Exception):
+                    if first is None:
+                        first = reply
+                        done += getattr(reply, "done", 0)
+                elif first is None:
+                    done = min(done + batch, pages)
+                    yield reply
+        except GcmaError as error:  # no answer, say
+            first = first or error
+        if first is not None:
+            first.done = done  # type: ignore[attr-defined] # plain errors take the attribute as well
+            raise first
+
+    def _request(self, operation: str, parameters: dict[str, Any], pages: Sequence[Frame] = ()) -> Reply:
+        return cast(Reply, self._channel.request(operation, parameters, pages))
+
+
 @contextlib.contextmanager
-def _counting() -> Iterator[list[Any]]:
+def counting() -> Iterator[list[Any]]:
     """A list with one item for each page that was served: the error that ends a batch page by page tells how many."""
     done: list[Any] = []
     try:

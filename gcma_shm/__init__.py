@@ -47,6 +47,16 @@ from gcma_shm.errors import (
     StaleHandle,
 )
 
+
+def __getattr__(name: str) -> object:
+    """`gcma_shm.aio` is there without an import of its own, and asyncio only where it is used."""
+    if name == "aio":
+        import gcma_shm.aio
+
+        return gcma_shm.aio
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 __all__ = [
     "AreaInfo",

@@ -114,7 +114,7 @@ def test_an_arena_that_may_not_be_mapped(client: EmbeddedClient, monkeypatch: py
     def refuse(*_: object) -> None:
         raise gcma_shm.ArenaError("another container's")
 
-    monkeypatch.setattr("gcma_shm.clients.client.open_arena", refuse)
+    monkeypatch.setattr("gcma_shm.clients.member.open_arena", refuse)
     with gcma_shm.connect(client.endpoint) as other:
         assert not other.mapped
         swap = other.swap(0, 10)

@@ -4,6 +4,7 @@ and large pages.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import itertools
@@ -16,10 +17,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pytest
+import uvloop
 
 import gcma_shm
 from gcma_shm import Client, Closed, SpillError, Swap
 from gcma_shm.sizes import parse_size
+from tests.driven import driven
 from tests.keys import KeyArguments, Keys, tcp_of
 from tests.processes import broker, files_refuse_writes, in_fork, run_python
 
@@ -32,7 +35,17 @@ Write = Literal["through", "behind"]
 _types = itertools.cycle(range(256))
 
 
-WAYS = ("mapped", "messages", "tcp")
+WAYS = (
+    "mapped",
+    "messages",
+    "tcp",
+    "aio",
+    "aio by messages",
+)  # the last two: gcma_shm.aio, under asyncio's loop and under uvloop
+
+
+def is_mapped(way: str) -> bool:
+    return way in ("mapped", "aio")
 
 
 @dataclass
@@ -48,11 +61,15 @@ class Place:
 
     def connect(self, way: str, timeout: float = 5.0) -> Client:
         """A client that goes this way."""
+        mapped = is_mapped(way)
         if way == "tcp":
             client = gcma_shm.connect(self.tcp, timeout=timeout, **self.keys)
+        elif way.startswith("aio"):
+            loops = asyncio.new_event_loop if mapped else uvloop.new_event_loop
+            client = driven(loops, self.endpoint, mapped=mapped, timeout=timeout)
         else:
-            client = gcma_shm.connect(self.endpoint, mapped=way == "mapped", timeout=timeout)
-        assert client.mapped is (way == "mapped")
+            client = gcma_shm.connect(self.endpoint, mapped=mapped, timeout=timeout)
+        assert client.mapped is mapped
         return client
 
 
@@ -103,7 +120,7 @@ def client(place: Place, way: str) -> Iterator[Client]:
 @pytest.fixture
 def other(place: Place, way: str) -> Iterator[Client]:
     """A client that goes another way."""
-    with place.connect("messages" if way == "mapped" else "mapped") as client:
+    with place.connect("messages" if is_mapped(way) else "mapped") as client:
         yield client
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import gcma_shm
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
+DOORS = ("__init__.py", "aio.py")  # of the package: what users import from the clients' folder
 PARTS = ("gcma_shm", "broker", "clients")
 FILES = sorted(
     path.relative_to(ROOT)
@@ -49,15 +51,31 @@ def test_there_is_something_to_look_at() -> None:
 
 @pytest.mark.parametrize("path", modules("gcma_shm"), ids=lambda path: path.name)
 def test_the_common_ground_imports_neither_side(path: Path) -> None:
-    if path.name != "__init__.py":
+    if path.name not in DOORS:
         assert not reaches(path, "broker")
         assert not reaches(path, "clients")
 
 
-def test_the_package_only_re_exports() -> None:
-    assert not reaches(ROOT / "gcma_shm/__init__.py", "broker")
-    tree = ast.parse((ROOT / "gcma_shm/__init__.py").read_text())
-    assert not [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+@pytest.mark.parametrize("name", DOORS)
+def test_a_door_only_re_exports(name: str) -> None:
+    """(`__getattr__` is how a module exports another one that is only imported where it is used.)"""
+    assert not reaches(ROOT / f"gcma_shm/{name}", "broker")
+    tree = ast.parse((ROOT / f"gcma_shm/{name}").read_text())
+    defined = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert set(defined) <= {"__getattr__"}
+
+
+def test_asyncio_is_imported_where_it_is_used() -> None:
+    run_python(
+        "import sys, gcma_shm\n"
+        "assert not {'asyncio', 'zmq.asyncio', 'gcma_shm.aio'} & set(sys.modules)\n"
+        "assert gcma_shm.aio.connect.__module__ == 'gcma_shm.clients.aio_client'\n"
+        "assert 'zmq.asyncio' in sys.modules\n"
+        "import gcma_shm.aio as door\n"
+        "assert door is gcma_shm.aio\n"
+    )
+    with pytest.raises(AttributeError, match="no attribute 'aoi'"):
+        _ = gcma_shm.aoi
 
 
 @pytest.mark.parametrize("path", modules("broker"), ids=lambda path: path.name)
@@ -75,7 +93,7 @@ def test_clients_import_no_broker(path: Path) -> None:
     [
         "extents", "areas", "table", "holders", "claims", "allocations", "line", "sessions", "rights", "connections", "registry", "service",
         "messages",
-        "layout", "records",
+        "layout", "records", "correspondence", "holds", "steps",
     ],
 )  # fmt: skip
 def test_what_decides_touches_no_socket(name: str) -> None:
@@ -108,7 +126,12 @@ PUBLIC = {
 @pytest.mark.parametrize("owner", PUBLIC)
 def test_the_public_interface_is_there(owner: str) -> None:
     where = getattr(gcma_shm, owner) if owner else gcma_shm
-    source = inspect.getsource(where)
+    classes = (
+        [kind for kind in getattr(where, "__mro__", [where]) if kind.__module__.startswith("gcma_shm.")]
+        if owner
+        else [where]
+    )
+    source = "".join(map(inspect.getsource, classes))
     for name in PUBLIC[owner]:
         assert hasattr(where, name) or f"self.{name}" in source or f"{name}:" in source, f"{owner}.{name} is missing"
 
