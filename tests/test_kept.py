@@ -283,7 +283,7 @@ def test_a_client_in_another_pid_namespace(bare: Bare, monkeypatch: pytest.Monke
 
 def test_an_answer_that_was_lost_can_be_asked_for_again() -> None:
     """`keep` is sent again after a takeover and has no effect then; `unlink` is not: the name may be another's by now."""
-    from gcma_shm.clients.channel import ONCE
+    from gcma_shm.clients.correspondence import ONCE
 
     assert "unlink" in ONCE
     assert "keep" not in ONCE
