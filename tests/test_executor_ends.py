@@ -339,5 +339,6 @@ def test_workers_are_killed_at_random(client: EmbeddedClient, monkeypatch: pytes
             more, lost = _round(pool, chance)
         returned, broken = returned + more, broken + lost
     print(f"{returned} returned, {broken} broken")
-    gc.collect()  # a future's exception has the frame that it was raised in, and that has results
-    assert nothing_held(client)
+    del pool
+    # A future's exception has the frame that it was raised in, which has results; a pool's thread may end late, and has its tasks.
+    assert eventually(lambda: gc.collect() >= 0 and client.stats() is not None and held(client) == 0)
