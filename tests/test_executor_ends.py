@@ -306,7 +306,8 @@ def _round(pool: ArenaExecutor, chance: random.Random) -> tuple[int, int]:
             tasks.append((array.size, pool.submit(checked, int(array[0]), array)))
             if chance.random() < 0.05:
                 tasks[-1][1].cancel()
-    if chance.random() < 0.7:
+    killed = chance.random() < 0.7
+    if killed:
         time.sleep(chance.random() * 0.3)
         with contextlib.suppress(ProcessLookupError, IndexError):  # the pool is broken already
             os.kill(chance.choice([*pool._processes]), signal.SIGKILL)
@@ -323,6 +324,9 @@ def _round(pool: ArenaExecutor, chance: random.Random) -> tuple[int, int]:
         assert (doubled == 2 * n).all()
         assert text == bytes([n]) * (size // 2)
         returned += 1
+    # An idle worker has the lock of the task queue. Killed in a pool that is being shut down it leaves the other one, and the standard
+    # library's pool, waiting for ever; so the pool is to notice first.
+    assert not killed or eventually(lambda: bool(pool._broken))
     return returned, broken
 
 
