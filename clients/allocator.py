@@ -158,6 +158,10 @@ class Allocator(Stepping[Buffer, Reservation]):
     def _keep(self, number: int, name: str, process: tuple[int, int] | None) -> None:
         self._run(self._keeping(number, name, process))
 
+    def _unkeep(self, number: int, name: str) -> None:
+        """Undoes a `keep` of a buffer that had no name, if it was done. Raises what `unlink` does."""
+        self._run(self._unlinking(name, number))
+
     def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
         number, channel = place["buffer"], self._channel
         hold = place["hold"]

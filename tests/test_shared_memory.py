@@ -27,6 +27,7 @@ from gcma_shm.clients import shared_memory, tree
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.shared_memory import ShareableList, SharedMemory, SharedMemoryManager, buffer_name, using
 from gcma_shm.endpoint import arena_name
+from gcma_shm.messages import Reply, Request
 from tests.cpython import shared_memory as cpython
 from tests.invariants import check_at_rest
 from tests.processes import WAIT_S, Said, broker, eventually, forked, in_fork
@@ -212,6 +213,29 @@ def test_views_and_arrays(at: Client) -> None:
     assert not held(at)
 
 
+def test_an_array_that_has_no_view_does_not_stand_in_the_way(at: Client) -> None:
+    """As in the standard library, where the last line is a crash; here the memory is the array's until it has gone."""
+    for kind in (SharedMemory, stdlib.SharedMemory):
+        segment = kind(create=True, size=PAGE)
+        array = np.ndarray((PAGE,), np.uint8, buffer=segment.buf)
+        array[:] = 7
+        segment.close()
+        segment.unlink()
+        with pytest.raises(FileNotFoundError):
+            kind(segment.name)
+    segment = SharedMemory(create=True, size=PAGE)
+    array = np.ndarray((PAGE,), np.uint8, buffer=segment.buf)
+    array[:] = 7
+    segment.close()
+    segment.unlink()
+    assert held(at) == PAGE
+    with at.alloc_contig(PAGE) as other:
+        other.view[:] = bytes(PAGE)
+        assert (array == 7).all()
+    del array
+    assert eventually(lambda: not held(at))
+
+
 @pytest.mark.parametrize(
     "array_of", [lambda of: np.frombuffer(of, np.uint8), lambda of: np.ndarray((PAGE,), np.uint8, of)]
 )
@@ -243,6 +267,33 @@ def test_a_name_is_free_as_soon_as_it_is_unlinked(at: Client) -> None:
     assert held(at) == PAGE
     second.unlink()
     assert not held(at)
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_an_interrupt_before_the_answer_leaves_no_segment(
+    track: bool, at: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C when the broker has done its part, and nobody knows of it."""
+    channel = at._channel
+    receive = channel._receive
+    interrupted: list[str] = []
+
+    def interrupt(request: Request, deadline: float) -> Reply:
+        reply = receive(request, deadline)
+        if request.operation == "keep" and not interrupted:
+            interrupted.append(reply.status)
+            raise KeyboardInterrupt
+        return reply
+
+    monkeypatch.setattr(channel, "_receive", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        SharedMemory("mine", create=True, size=PAGE, track=track)
+    assert interrupted == ["ok"]
+    assert not names(at)
+    assert not held(at)
+    segment = SharedMemory("mine", create=True, size=PAGE, track=track)
+    segment.close()
+    segment.unlink()
 
 
 # --- no room
