@@ -163,7 +163,8 @@ class SharedMemory(_stdlib.SharedMemory):
             buffer = self._client.alloc_contig(size, zero=True)
             try:
                 # Cleared before it has its name: nobody attaches to what is not.
-                buffer.keep(called, root().pid if self._track else None)
+                until = root() if self._track else None
+                self._client._keep(buffer._number, called, (until.pid, until.start) if until is not None else None)
             except BaseException:
                 # Refused; or interrupted (Ctrl-C), and it may have been done: nobody knows of the segment who could unlink it.
                 with contextlib.suppress(GcmaError):

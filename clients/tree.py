@@ -29,8 +29,8 @@ class Process:
 
     @property
     def lives(self) -> bool:
-        """Whether it is there."""
-        return start_time(self.pid) == self.start
+        """Whether it is there. To ask the kernel costs as much as a request, so this process does not ask about itself."""
+        return self == _self or start_time(self.pid) == self.start
 
 
 def root() -> Process:
@@ -65,7 +65,10 @@ def _tell_children(root: Process) -> None:
 
 
 def _this() -> Process:
-    return Process(os.getpid(), start_time(os.getpid()) or 0)
+    global _self  # noqa: PLW0603 - one a process
+    if _self is None:
+        _self = Process(os.getpid(), start_time(os.getpid()) or 0)
+    return _self
 
 
 def _process(pid: int) -> Process | None:
@@ -90,6 +93,14 @@ def _is_started_by_multiprocessing() -> bool:
         or bool(getattr(multiprocessing.current_process(), "_inheriting", False))
     )
 
+
+def _after_fork_in_child() -> None:
+    global _self  # noqa: PLW0603 - it is another process
+    _self = None
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+_self: Process | None = None  # this one, if it was asked for
 
 # A root says so when it is imported: a forkserver that is started later has it for all of its children.
 _root: Process | None = None
