@@ -727,6 +727,49 @@ def test_a_program_without_a_broker(method: str, first: str, end: str, tmp_path:
     assert (done.returncode, done.stdout, done.stderr) == (-9 if end == "killed" else 0, "7 [1, 2] 0\n" * 2, "")
 
 
+LAUNCHED = """
+import os, sys, time
+from pathlib import Path
+from gcma_shm.clients import shared_memory
+socket = Path(os.environ["GCMA_ENDPOINT"].removeprefix("ipc://"))
+print("started", flush=True)
+sys.stdin.readline()
+while socket.exists():
+    time.sleep(0.01)
+segment = shared_memory.SharedMemory("of its own", create=True, size=10)
+again = shared_memory.SharedMemory("of its own")
+for one in (segment, again):
+    one.close()
+segment.unlink()
+print("well", flush=True)
+"""
+LAUNCHER = """
+import subprocess, sys
+from gcma_shm.clients import shared_memory
+segment = shared_memory.SharedMemory(create=True, size=10)
+subprocess.Popen([sys.executable, "-X", "dev", "-W", "error", "-c", sys.argv[1]]).returncode = 0
+"""
+
+
+def test_a_program_that_outlives_the_broker_of_who_started_it_has_its_own() -> None:
+    """It was given that one's endpoint, and asks for a segment when nobody serves there any more."""
+    launcher = program(LAUNCHER, LAUNCHED, GCMA_SIZE="16M")
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "started\n"
+    out, err = launcher.communicate(
+        "go\n", timeout=WAIT_S
+    )  # until the other one has ended, too, which has the same streams
+    assert (launcher.returncode, out, err) == (0, "well\n", "")
+
+
+def test_an_endpoint_that_somebody_has_set_is_meant(tmp_path: Path) -> None:
+    code = "from gcma_shm.clients import shared_memory\nshared_memory.SharedMemory(create=True, size=1)"
+    alone = program(code, GCMA_ENDPOINT=f"ipc://{tmp_path}/nobody/broker")
+    _, err = alone.communicate(timeout=WAIT_S)
+    assert alone.returncode == 1
+    assert "BrokerUnavailable" in err
+
+
 def test_children_that_come_first_at_the_same_time_have_one_arena(tmp_path: Path) -> None:
     code = """
 import multiprocessing
