@@ -171,8 +171,9 @@ class Allocator(Stepping[Buffer, Reservation]):
         def free() -> None:
             channel.free(number, claim, hold)
 
-        self._spans[id(span)] = span
-        return Buffer(span, place, self, number, free, claim)
+        buffer = Buffer(span, place, self, number, free, claim)
+        self._note(buffer, span)
+        return buffer
 
     def _reservation(self, place: dict[str, Any]) -> Reservation:
         return Reservation(self, place)

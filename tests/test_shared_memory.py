@@ -236,6 +236,21 @@ def test_an_array_that_has_no_view_does_not_stand_in_the_way(at: Client) -> None
     assert eventually(lambda: not held(at))
 
 
+def test_a_client_is_not_closed_under_an_array_on_a_closed_segment(client: EmbeddedClient) -> None:
+    with gcma_shm.connect(client.endpoint) as mine:
+        with using(mine):
+            segment = SharedMemory(create=True, size=PAGE)
+        array = np.ndarray((PAGE,), np.uint8, buffer=segment.buf)
+        segment.close()
+        segment.unlink()
+        with pytest.raises(BufferError, match="views or arrays of its buffers are alive"):
+            mine.close()
+        array[:] = 7
+        assert held(mine) == PAGE
+        del array
+        assert eventually(lambda: not held(mine))
+
+
 @pytest.mark.parametrize(
     "array_of", [lambda of: np.frombuffer(of, np.uint8), lambda of: np.ndarray((PAGE,), np.uint8, of)]
 )
