@@ -169,12 +169,12 @@ class Allocations:
         self._hold(allocation, keeper)
         return keeper
 
-    def unlink(self, name: str, keepers: Collection[int]) -> None:
-        """Takes the name off a buffer, and ends its being kept: `keepers` and BROKER hold it no longer. Others do. Raises
-        NoSuchBuffer.
+    def unlink(self, name: str, keepers: Collection[int], number: int | None = None) -> None:
+        """Takes the name off a buffer, and ends its being kept: `keepers` and BROKER hold it no longer. Others do. `number`: only if it
+        is the name of that one. Raises NoSuchBuffer.
         """
         allocation = self._by_name.get(name)
-        if allocation is None or allocation.is_reservation:
+        if allocation is None or allocation.is_reservation or number not in (None, allocation.number):
             raise NoSuchBuffer(f"there is no buffer {name[:80]!r}")
         # The keepers first: should we die in between, it has its name for as long as others hold it, and not a keeper without one.
         for keeper in sorted(allocation.holders & {*keepers, layout.BROKER}):

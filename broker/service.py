@@ -437,7 +437,8 @@ class Service:
 
     def _unlink(self, client: Client, request: Request) -> dict[str, Any]:
         _refuse_unmapped(client)
-        self.allocations.unlink(request.parameters["name"], self.sessions.keepers())
+        p = request.parameters
+        self.allocations.unlink(p["name"], self.sessions.keepers(), p.get("buffer"))
         return {}
 
     def _names(self, _client: Client, request: Request) -> dict[str, Any]:

@@ -185,8 +185,8 @@ class Sessions:
 
         Raises QuotaExceeded: no record is free; ArenaError: nor do we see the client.
         """
-        own = (client.pid, start_time(client.pid) or 0)
-        there = (pid, start) if self._records.read(client.number).pidns in (0, self._pidns) else own
+        is_seen = self._records.read(client.number).pidns in (0, self._pidns)
+        there = (pid, start) if is_seen else self._as_seen(client)
         if there not in self._keepers:
             if not there[0]:
                 raise ArenaError(
@@ -196,10 +196,16 @@ class Sessions:
             try:
                 self._keepers[there] = self._enter(*there, self._pidns, there[0], keeps=True)
             except ProtocolError:  # it has ended
+                own = self._as_seen(client)
                 if there == own:
                     raise
                 return self.keeper(client, *own)
         return self._keepers[there]
+
+    @staticmethod
+    def _as_seen(client: Client) -> tuple[int, int]:
+        """The client's own process, by our PID namespace; 0: we do not see it."""
+        return client.pid, start_time(client.pid) or 0
 
     def keepers(self) -> set[int]:
         """The numbers of all of them."""

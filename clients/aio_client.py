@@ -256,8 +256,9 @@ class Client(Stepping[Buffer, Reservation]):
 
     def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
         number, channel, hold = place["buffer"], self._channel, place["hold"]
-        self._spans[id(span)] = span
-        return Buffer(span, place, self, number, lambda: channel.free(number, claim, hold), claim)
+        buffer = Buffer(span, place, self, number, lambda: channel.free(number, claim, hold), claim)
+        self._note(buffer, span)
+        return buffer
 
     def _reservation(self, place: dict[str, Any]) -> Reservation:
         return Reservation(self, place)

@@ -158,6 +158,10 @@ class Allocator(Stepping[Buffer, Reservation]):
     def _keep(self, number: int, name: str, process: tuple[int, int] | None) -> None:
         self._run(self._keeping(number, name, process))
 
+    def _unkeep(self, number: int, name: str) -> None:
+        """Undoes a `keep` of a buffer that had no name, if it was done. Raises what `unlink` does."""
+        self._run(self._unlinking(name, number))
+
     def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
         number, channel = place["buffer"], self._channel
         hold = place["hold"]
@@ -167,8 +171,9 @@ class Allocator(Stepping[Buffer, Reservation]):
         def free() -> None:
             channel.free(number, claim, hold)
 
-        self._spans[id(span)] = span
-        return Buffer(span, place, self, number, free, claim)
+        buffer = Buffer(span, place, self, number, free, claim)
+        self._note(buffer, span)
+        return buffer
 
     def _reservation(self, place: dict[str, Any]) -> Reservation:
         return Reservation(self, place)

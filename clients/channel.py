@@ -315,9 +315,10 @@ class Channel(Correspondence):
         self.drop()
 
     def rest(self) -> None:
-        """Closes the socket until the next request."""
-        with self.lock:
-            self._close()
+        """Closes the socket until the next request, unless one is under way. Waits for nobody."""
+        with Trying(self.lock) as got:
+            if got:
+                self._close()
 
     def disown(self) -> None:
         """In a forked child that is no client: nothing of this channel is to be used; its lock is held, for ever."""

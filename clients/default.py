@@ -2,7 +2,8 @@
 
 One client a process. It is connected to `$GCMA_ENDPOINT`, or to this user's default endpoint when a broker serves there; else to the
 embedded broker of its tree of processes (tree.py), which whoever comes first starts. That broker ends with the tree's root. Whoever of
-the tree comes later finds it by an endpoint that follows from the root, other programs by `$GCMA_ENDPOINT`, which is set for them.
+the tree comes later finds it by an endpoint that follows from the root, other programs by `$GCMA_ENDPOINT`, which is set for them; when it
+has ended by then, they have one of their own.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _client: Client | None = None
 def default_client() -> Client:
     """This process's client. It maps the arena.
 
-    Raises BrokerUnavailable when nobody serves `$GCMA_ENDPOINT`, ArenaError when there is too little shared memory for an arena of
+    Raises BrokerUnavailable when nobody serves the `$GCMA_ENDPOINT` that somebody has set, ArenaError when there is too little shared memory for an arena of
     `$GCMA_SIZE`, by default 1 GiB.
     """
     global _client  # noqa: PLW0603 - one a process
@@ -42,15 +43,21 @@ def _make() -> Client:
     try:
         return connect(mapped=True)
     except BrokerUnavailable:
-        if os.environ.get(ENDPOINT):
+        # Of the tree of who started this program, say: that broker may have ended before us, and nobody wished for it by name.
+        if not os.environ.get(ENDPOINT, _trees()).startswith(_trees()):
             raise
     client = _client_of_tree(root())
     os.environ[ENDPOINT] = client.endpoint
     return client
 
 
+def _trees() -> str:
+    """What the endpoint of any tree's broker begins with."""
+    return f"ipc://{runtime_dir()}/tree-"
+
+
 def _client_of_tree(owner: Process) -> Client:
-    endpoint = f"ipc://{runtime_dir() / f'tree-{owner.pid}-{owner.start}' / 'broker'}"
+    endpoint = f"{_trees()}{owner.pid}-{owner.start}/broker"
     try:
         return connect(endpoint, mapped=True)
     except BrokerUnavailable:

@@ -29,7 +29,9 @@ connecting = threading.Lock()
 
 
 def _rest() -> None:
-    """At the interpreter's exit: a socket that is open when it is collected would be warned of. Whoever comes later opens it again."""
+    """At the interpreter's exit: a socket that is open when it is collected would be warned of. Whoever comes later opens it again. A
+    daemon thread that is in the middle of a request goes on, and keeps nobody from leaving.
+    """
     for client in list(clients):
         client._channel.rest()
 

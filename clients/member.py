@@ -19,6 +19,7 @@ from gcma_shm.sizes import check_seconds
 
 if TYPE_CHECKING:
     from gcma_shm.clients.aio_channel import AsyncChannel
+    from gcma_shm.clients.buffer import Held
     from gcma_shm.clients.channel import Channel
 
 
@@ -44,6 +45,9 @@ class Member:
         self._generation = 0  # of the record, while the arena is mapped
         # The memory and not the Buffer: an array that outlives its Buffer keeps the memory.
         self._spans: weakref.WeakValueDictionary[int, Span] = weakref.WeakValueDictionary()  # by identity
+        self._buffers: weakref.WeakValueDictionary[int, Held] = (
+            weakref.WeakValueDictionary()
+        )  # by their spans' identity
 
     @property
     def number(self) -> int:
@@ -79,6 +83,11 @@ class Member:
             if span is not None and begin <= at and at + nbytes <= begin + span.nbytes:
                 return Reference(self.endpoint, self.arena_id, *span.held), at - begin
         return None
+
+    def _note(self, buffer: Held, span: Span) -> None:
+        """A new buffer and its memory."""
+        self._buffers[id(span)] = buffer
+        self._spans[id(span)] = span
 
     def _living_spans(self) -> list[Span]:
         """Taken at once: another thread may be about to add one."""
@@ -152,7 +161,8 @@ class Member:
         for span in (*self._living_spans(), *claimed):
             if span is None or span.sealed:
                 continue
-            if not span.seal():
+            # Memory without a Buffer and without a view: something refers to the memory itself, as an array may on a closed SharedMemory.
+            if (id(span) in self._spans and id(span) not in self._buffers) or not span.seal():
                 for other in sealed:
                     other.unseal()
                 raise BufferError(

@@ -27,7 +27,7 @@ from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.default import default_client
 from gcma_shm.clients.handles import client_of
 from gcma_shm.clients.tree import root
-from gcma_shm.errors import ArenaExhausted, BufferExists, Closed, NoSuchBuffer, QuotaExceeded, StaleHandle
+from gcma_shm.errors import ArenaExhausted, BufferExists, Closed, GcmaError, NoSuchBuffer, QuotaExceeded, StaleHandle
 from gcma_shm.layout import NAME_BYTES
 
 if TYPE_CHECKING:
@@ -130,7 +130,9 @@ class SharedMemory(_stdlib.SharedMemory):
             name = "/" + name if self._prepend_leading_slash else name
             self._buffer = self._open(name, size)
         assert self._buffer is not None
-        self._name, self._size, self._buf = name, self._buffer.nbytes, self._buffer.view
+        # Of the memory itself, and not `view`: what refers to that as its base, np.ndarray(shape, dtype, buffer=segment.buf), keeps the
+        # memory and does not stand in the way of `close`, as it does not in the standard library.
+        self._name, self._size, self._buf = name, self._buffer.nbytes, memoryview(self._buffer._living())
 
     def _open(self, name: str, size: int) -> Buffer:
         """As the flags say."""
@@ -161,8 +163,12 @@ class SharedMemory(_stdlib.SharedMemory):
             buffer = self._client.alloc_contig(size, zero=True)
             try:
                 # Cleared before it has its name: nobody attaches to what is not.
-                buffer.keep(called, root().pid if self._track else None)
+                until = root() if self._track else None
+                self._client._keep(buffer._number, called, (until.pid, until.start) if until is not None else None)
             except BaseException:
+                # Refused; or interrupted (Ctrl-C), and it may have been done: nobody knows of the segment who could unlink it.
+                with contextlib.suppress(GcmaError):
+                    self._client._unkeep(buffer._number, called)
                 buffer.free()
                 raise
         except BufferExists as error:
@@ -174,7 +180,10 @@ class SharedMemory(_stdlib.SharedMemory):
         return buffer
 
     def close(self) -> None:
-        """Ends this object's access to the segment, which stays. Raises BufferError while a view or array of it is alive."""
+        """Ends this object's access to the segment, which stays. Raises BufferError while a view of it, or an array that has one
+        (`np.frombuffer`, `np.asarray`), is alive. An `np.ndarray(shape, dtype, buffer=segment.buf)` has none: it may outlive this, and keeps
+        the memory.
+        """
         if self._buf is not None:
             self._buf.release()
             self._buf = None

@@ -310,7 +310,8 @@ class Stepping(Member, Generic[B, R]):
         until = {} if process is None else {"pid": process[0], "start": process[1]}
         yield Ask("keep", {"buffer": number, "name": name} | until)
 
-    def _unlinking(self, name: str) -> Steps[None]:
+    def _unlinking(self, name: str, number: int | None = None) -> Steps[None]:
+        """`number`: only if it is that buffer's name."""
         layout.refuse_name("buffer", name)
         self._refuse_unmapped()
-        yield Ask("unlink", {"name": name})
+        yield Ask("unlink", {"name": name} | ({} if number is None else {"buffer": number}))

@@ -152,7 +152,7 @@ OPERATIONS: dict[str, Operation] = {
             "start": _integer(0, NUMBER_MAX, required=False),
         }
     ),
-    "unlink": Operation({"name": _NAME}),
+    "unlink": Operation({"name": _NAME, "buffer": _integer(1, NUMBER_MAX, required=False)}),
     "names": Operation({"after": _text(layout.NAME_BYTES, required=False)}),
     "quota": Operation(
         {"client": _integer(2, layout.CLIENTS_MAX, required=False), "nbytes": _integer(0, 2**62, required=False)}

@@ -289,3 +289,31 @@ def test_children_that_become_other_programs_by_preexec_fn(client: EmbeddedClien
         )
         assert (done.returncode, done.stdout) == (0, b"1\n"), done.stderr
     assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
+
+
+BUSY = """
+import sys, threading
+import gcma_shm
+client = gcma_shm.connect(sys.argv[1], timeout=2 * float(sys.argv[2]))
+print("connected", flush=True)
+sys.stdin.readline()
+threading.Thread(target=client.stats, daemon=True).start()
+while not client._channel.lock.locked():
+    pass
+print("asking", flush=True)
+"""
+
+
+def test_a_daemon_thread_that_waits_for_the_broker_keeps_nobody_from_leaving(client: EmbeddedClient) -> None:
+    program = start_python(BUSY, client.endpoint, str(WAIT_S))
+    assert program.stdin is not None
+    assert program.stdout is not None
+    try:
+        assert program.stdout.readline() == "connected\n"
+        os.kill(client.broker_pid, signal.SIGSTOP)
+        assert program.communicate("go\n", timeout=WAIT_S)[0] == "asking\n"
+        assert program.returncode == 0
+    finally:
+        os.kill(client.broker_pid, signal.SIGCONT)
+        program.kill()
+        program.communicate()

@@ -67,6 +67,16 @@ def test_until_it_is_unlinked(client: EmbeddedClient) -> None:
     check_at_rest(arena_name(client.endpoint))
 
 
+def test_a_name_is_taken_off_one_buffer_and_no_other(client: EmbeddedClient) -> None:
+    with client.alloc_contig(PAGE) as buffer, client.alloc_contig(PAGE) as other:
+        buffer.keep("frames")
+        with pytest.raises(NoSuchBuffer):
+            client._unkeep(other._number, "frames")
+        assert kept_by(client) == {"frames": (layout.BROKER,)}
+        client._unkeep(buffer._number, "frames")
+        assert not kept_by(client)
+
+
 def test_until_a_process_ends(client: EmbeddedClient) -> None:
     with forked(waits) as first, forked(waits) as second:
         for name, process in (("a", first), ("b", first), ("c", second), ("both", first)):

@@ -48,7 +48,7 @@ SOUND: dict[str, dict[str, Any]] = {
     "hand_over": {"buffer": 1, "claim": 1, "timeout_ms": 0, "after_end_ms": 0},
     "free_claim": {"buffer": 1, "claim": 1},
     "keep": {"buffer": 1, "name": "n", "pid": 1, "start": 0},
-    "unlink": {"name": "n"},
+    "unlink": {"name": "n", "buffer": 1},
     "names": {"after": "n"},
     "quota": {"client": 2, "nbytes": 0, "arena_id": bytes(16)},
     "area_drain": {"area": "a", "arena_id": bytes(16)},

@@ -27,6 +27,7 @@ from gcma_shm.clients import shared_memory, tree
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.shared_memory import ShareableList, SharedMemory, SharedMemoryManager, buffer_name, using
 from gcma_shm.endpoint import arena_name
+from gcma_shm.messages import Reply, Request
 from tests.cpython import shared_memory as cpython
 from tests.invariants import check_at_rest
 from tests.processes import WAIT_S, Said, broker, eventually, forked, in_fork
@@ -212,6 +213,44 @@ def test_views_and_arrays(at: Client) -> None:
     assert not held(at)
 
 
+def test_an_array_that_has_no_view_does_not_stand_in_the_way(at: Client) -> None:
+    """As in the standard library, where the last line is a crash; here the memory is the array's until it has gone."""
+    for kind in (SharedMemory, stdlib.SharedMemory):
+        segment = kind(create=True, size=PAGE)
+        array = np.ndarray((PAGE,), np.uint8, buffer=segment.buf)
+        array[:] = 7
+        segment.close()
+        segment.unlink()
+        with pytest.raises(FileNotFoundError):
+            kind(segment.name)
+    segment = SharedMemory(create=True, size=PAGE)
+    array = np.ndarray((PAGE,), np.uint8, buffer=segment.buf)
+    array[:] = 7
+    segment.close()
+    segment.unlink()
+    assert held(at) == PAGE
+    with at.alloc_contig(PAGE) as other:
+        other.view[:] = bytes(PAGE)
+        assert (array == 7).all()
+    del array
+    assert eventually(lambda: not held(at))
+
+
+def test_a_client_is_not_closed_under_an_array_on_a_closed_segment(client: EmbeddedClient) -> None:
+    with gcma_shm.connect(client.endpoint) as mine:
+        with using(mine):
+            segment = SharedMemory(create=True, size=PAGE)
+        array = np.ndarray((PAGE,), np.uint8, buffer=segment.buf)
+        segment.close()
+        segment.unlink()
+        with pytest.raises(BufferError, match="views or arrays of its buffers are alive"):
+            mine.close()
+        array[:] = 7
+        assert held(mine) == PAGE
+        del array
+        assert eventually(lambda: not held(mine))
+
+
 @pytest.mark.parametrize(
     "array_of", [lambda of: np.frombuffer(of, np.uint8), lambda of: np.ndarray((PAGE,), np.uint8, of)]
 )
@@ -243,6 +282,33 @@ def test_a_name_is_free_as_soon_as_it_is_unlinked(at: Client) -> None:
     assert held(at) == PAGE
     second.unlink()
     assert not held(at)
+
+
+@pytest.mark.parametrize("track", [True, False])
+def test_an_interrupt_before_the_answer_leaves_no_segment(
+    track: bool, at: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C when the broker has done its part, and nobody knows of it."""
+    channel = at._channel
+    receive = channel._receive
+    interrupted: list[str] = []
+
+    def interrupt(request: Request, deadline: float) -> Reply:
+        reply = receive(request, deadline)
+        if request.operation == "keep" and not interrupted:
+            interrupted.append(reply.status)
+            raise KeyboardInterrupt
+        return reply
+
+    monkeypatch.setattr(channel, "_receive", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        SharedMemory("mine", create=True, size=PAGE, track=track)
+    assert interrupted == ["ok"]
+    assert not names(at)
+    assert not held(at)
+    segment = SharedMemory("mine", create=True, size=PAGE, track=track)
+    segment.close()
+    segment.unlink()
 
 
 # --- no room
@@ -674,6 +740,49 @@ def test_a_program_without_a_broker(method: str, first: str, end: str, tmp_path:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (-9 if end == "killed" else 0, "7 [1, 2] 0\n" * 2, "")
+
+
+LAUNCHED = """
+import os, sys, time
+from pathlib import Path
+from gcma_shm.clients import shared_memory
+socket = Path(os.environ["GCMA_ENDPOINT"].removeprefix("ipc://"))
+print("started", flush=True)
+sys.stdin.readline()
+while socket.exists():
+    time.sleep(0.01)
+segment = shared_memory.SharedMemory("of its own", create=True, size=10)
+again = shared_memory.SharedMemory("of its own")
+for one in (segment, again):
+    one.close()
+segment.unlink()
+print("well", flush=True)
+"""
+LAUNCHER = """
+import subprocess, sys
+from gcma_shm.clients import shared_memory
+segment = shared_memory.SharedMemory(create=True, size=10)
+subprocess.Popen([sys.executable, "-X", "dev", "-W", "error", "-c", sys.argv[1]]).returncode = 0
+"""
+
+
+def test_a_program_that_outlives_the_broker_of_who_started_it_has_its_own() -> None:
+    """It was given that one's endpoint, and asks for a segment when nobody serves there any more."""
+    launcher = program(LAUNCHER, LAUNCHED, GCMA_SIZE="16M")
+    assert launcher.stdout is not None
+    assert launcher.stdout.readline() == "started\n"
+    out, err = launcher.communicate(
+        "go\n", timeout=WAIT_S
+    )  # until the other one has ended, too, which has the same streams
+    assert (launcher.returncode, out, err) == (0, "well\n", "")
+
+
+def test_an_endpoint_that_somebody_has_set_is_meant(tmp_path: Path) -> None:
+    code = "from gcma_shm.clients import shared_memory\nshared_memory.SharedMemory(create=True, size=1)"
+    alone = program(code, GCMA_ENDPOINT=f"ipc://{tmp_path}/nobody/broker")
+    _, err = alone.communicate(timeout=WAIT_S)
+    assert alone.returncode == 1
+    assert "BrokerUnavailable" in err
 
 
 def test_children_that_come_first_at_the_same_time_have_one_arena(tmp_path: Path) -> None:
