@@ -38,11 +38,16 @@ class Grid:  # scikit-learn's takes seconds to be imported by each worker; tests
         self.backend = joblib.parallel.get_active_backend()[0]
         self.found = joblib.Parallel()(joblib.delayed(numpy.dot)(X.T, y) for _ in range(4))
 grid = Grid()
+def average(buffer):
+    return float(buffer.numpy(buffer.nbytes).mean())
+from gcma_shm.clients.executor import ArenaExecutor
+workers = ArenaExecutor(1, client=client)
 array, numpy_array, queue = numpy.ones(1 << 18), numpy.arange(5000), multiprocessing.SimpleQueue()
 X, y = numpy.ones((200_000, 3)), numpy.ones(200_000)
 """,
         """
-assert means == [1.0] * 100
+assert means == [1.0] * 100 and 0 <= mean < 256
+workers.shutdown()
 assert all((one == 200_000).all() for one in grid.found) and grid.backend.copied >= X.nbytes
 assert isinstance(queue.get(), gcma_shm.Buffer)
 assert bytes(segment.buf) == bytes(1 << 20) and list(numbers) == [1, 2.5, "three"]
