@@ -114,3 +114,18 @@ def test_headings_that_are_linked_to_are_there(document: Path) -> None:
     for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)]+)\)", place.read_text()):
         if "://" not in target:
             assert anchor in anchors(place.parent / target if target else place), f"{target}#{anchor}"
+
+
+def test_the_benchmarks_are_all_told_of() -> None:
+    """Each file of bench/, in its table."""
+    readme = (ROOT / "bench" / "README.md").read_text()
+    assert not [path.name for path in (ROOT / "bench").glob("*.py") if f"`{path.name}`" not in readme]
+
+
+def test_the_map_of_the_code_has_every_file() -> None:
+    """By its name, or that of a family: `stress_*.py`."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for part in ("gcma_shm", "broker", "clients"):
+        for path in (ROOT / part).glob("[!_]*.py"):
+            family = f"`{path.stem.partition('_')[0]}_*.py`"
+            assert f"`{path.name}`" in text or f"/{path.name}`" in text or family in text, path
