@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from pyarrow import plasma  # type: ignore[import-not-found]
+from pyarrow import plasma
 
 
 class Pages:

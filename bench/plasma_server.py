@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pyarrow import plasma  # type: ignore[import-not-found]
+from pyarrow import plasma
 
 SMALL = 4096
 PROBE = 64  # objects between two looks whether the first one is still there

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
-from joblib import register_parallel_backend
+try:
+    from joblib import register_parallel_backend
+except ImportError:
+    raise ImportError("gcma_shm.clients.joblib needs joblib: pip install 'gcma-shm[joblib]'") from None
 from joblib._parallel_backends import FallbackToBackend, LokyBackend, SequentialBackend
 from joblib.externals.loky.backend.queues import SimpleQueue
 from joblib.externals.loky.backend.reduction import loads

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,10 @@ from gcma_shm.clients.embedded import EmbeddedClient
 # multiprocessing makes its temporary directory once and removes it at the very end: not in the directory of the one test
 # that happens to be the first to want it.
 multiprocessing_util.get_temp_dir()
+
+# Whoever runs the tests in a shell's background may have had SIGINT ignored, in all that they start as well; some send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SHM = Path("/dev/shm")
 GONE_S = 20.0  # a killed owner's broker takes a moment to notice

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -39,6 +40,26 @@ def cpu_seconds(pid: int) -> float:
     """User and system time that a process has used."""
     after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """SIGSTOP, until SIGCONT. Begins once each thread of the process stands still, in the middle of whatever it was doing."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert eventually(lambda: stands_still(pid)), f"process {pid} does not stop"
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def stands_still(pid: int) -> bool:
+    """Whether each thread of the process is stopped, or has ended: SIGSTOP takes a moment for each."""
+    try:
+        states = [path.read_text().rpartition(")")[2].split()[0] for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    except (FileNotFoundError, ProcessLookupError):  # one has just ended
+        return False
+    return bool(states) and set(states) <= set("TZ")
 
 
 @contextlib.contextmanager
@@ -166,6 +187,22 @@ def start_python(code: str, *arguments: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def running_python(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The same, killed in the end. (Its pipes are closed, not read to their end: children of it may have them, and live on.)"""
+    process = start_python(textwrap.dedent(code), *arguments)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
 
 
 class Broker:

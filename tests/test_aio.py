@@ -23,7 +23,7 @@ from gcma_shm import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, NoSu
 from gcma_shm.clients.aio_channel import AsyncChannel, Pending
 from gcma_shm.clients.embedded import EmbeddedClient
 from tests.keys import Keys, tcp_of
-from tests.processes import WAIT_S, Said, broker, eventually, forked, in_fork, start_python
+from tests.processes import WAIT_S, Said, broker, eventually, forked, in_fork, start_python, stopped
 
 PAGE = 4096
 AREA_PAGES = 16
@@ -74,15 +74,6 @@ async def steps(count: int) -> None:
     """So many turns of the loop."""
     for _ in range(count):
         await asyncio.sleep(0)
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 # --- the same client

@@ -19,7 +19,7 @@ import pytest
 
 from tests.faults.storm import HOWS, How, Plan, Storm, progress, rage
 from tests.invariants import check_at_rest
-from tests.processes import Child, eventually
+from tests.processes import Child, eventually, stopped
 from tests.register import Log
 
 SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))
@@ -57,21 +57,6 @@ def finish(storm: Storm) -> None:
     check_at_rest(storm.owner.stats()["arena"]["name"], storm.spill_dir())
     counters = storm.counters()
     assert not {name: counters[name] for name in NEVER_OCCURRED if counters[name]}
-
-
-@contextlib.contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """SIGSTOP, until SIGCONT. Returns once the process stands still, in the middle of whatever it was doing."""
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        assert eventually(lambda: _state(pid) in "TZ"), f"process {pid} does not stop"
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
-
-
-def _state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 @pytest.mark.parametrize("page_size", [4096, 65536])

@@ -9,39 +9,38 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-ABSENT = (
-    77  # the programs' exit status when there are no such tests. (Not imported: they put things in others' places.)
-)
+from tests.cpython.where import HOW, has
+
+ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 280.0  # a bound: each takes less than a minute on an idle machine
 
 
 def run(program: str, *arguments: str, at_least: int) -> None:
-    """Runs one of the programs beside this file, which run CPython's tests. Skips where they are not installed."""
+    """Runs one of the programs in tests/cpython (which put things in others' places, so they are not imported here)."""
     done = subprocess.run(
-        [sys.executable, str(HERE / program), *arguments],
+        [sys.executable, "-m", f"tests.cpython.{program}", *arguments],
         cwd="/",
-        env=os.environ | {"GCMA_SIZE": "32M"},
+        env=os.environ | {"GCMA_SIZE": "32M", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=WAIT_S,
         check=False,
     )
-    if done.returncode == ABSENT:
-        pytest.skip(f"CPython's tests are not installed (Debian: libpython3.X-testsuite): {done.stdout.strip()}")
     assert done.returncode == 0, done.stderr[-20_000:]
     assert done.stderr.count("... ok") >= at_least, done.stderr
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has("test_concurrent_futures"), reason=HOW)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("method", "at_least"), [("fork", 40), ("spawn", 25), ("forkserver", 25)])
 def test_the_executor_passes_cpythons_tests(method: str, at_least: int) -> None:
-    run("cpython_futures.py", method, at_least=at_least)
+    run("futures", method, at_least=at_least)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not has("_test_multiprocessing"), reason=HOW)
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_the_reducer_breaks_none_of_cpythons_tests(method: str) -> None:
-    run("cpython_multiprocessing.py", method, at_least=80)
+    run("queues", method, at_least=80)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,7 +23,7 @@ from gcma_shm import BrokerUnavailable, Client
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name, socket_path
 from tests.invariants import check_at_rest
-from tests.processes import WAIT_S, Said, eventually, in_fork, start_python
+from tests.processes import WAIT_S, Said, eventually, in_fork, start_python, stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -63,15 +63,6 @@ def reserved(client: Client) -> int:
 
 def clients(client: Client) -> int:
     return int(client.stats()["broker"]["clients"])
-
-
-@contextlib.contextmanager
-def stopped(client: EmbeddedClient) -> Iterator[None]:
-    os.kill(client.broker_pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(client.broker_pid, signal.SIGCONT)
 
 
 # --- exits without close
@@ -185,7 +176,7 @@ def test_a_lost_socket(mapped: bool, client: EmbeddedClient) -> None:
 def test_what_was_allocated_by_a_request_that_was_lost_is_given_back(client: EmbeddedClient) -> None:
     lossy = Cut(client)
     with lossy.client as other:
-        with stopped(client):
+        with stopped(client.broker_pid):
             with pytest.raises(BrokerUnavailable):
                 other.alloc_contig(10 * PAGE)
             lossy.cut()
@@ -268,7 +259,7 @@ def test_a_fork_in_the_middle_of_a_batch_by_message(client: EmbeddedClient) -> N
             return swap.load(1), len(other.areas())
 
         thread = threading.Thread(target=load)
-        with stopped(client):
+        with stopped(client.broker_pid):
             thread.start()
             assert eventually(other._channel.lock.locked)
             assert in_fork(child) == ((bytes([1]) + b"-gcma--") * (PAGE // 8), 1)

@@ -6,21 +6,18 @@ Stated in docs/usage.md, "When a process ends, or becomes another".
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
-import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gcma_shm import Client
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.processes import Said, forked, start_python
+from tests.processes import Said, forked, running_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -50,16 +47,6 @@ def is_another(pid: int) -> bool:
     return b"-S" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
 
 
-@contextlib.contextmanager
-def running(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = start_python(textwrap.dedent(code), *arguments)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
 # --- exec
 
 
@@ -78,7 +65,7 @@ def test_a_client_that_becomes_another_program(client: EmbeddedClient) -> None:
         sys.stdin.readline()
         os.execv(sys.argv[2], sys.argv[2:])
     """
-    with running(code, client.endpoint, *ANOTHER) as process:
+    with running_python(code, client.endpoint, *ANOTHER) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
@@ -163,7 +150,7 @@ def test_a_child_that_is_killed_before_its_first_instruction(parent_lives: bool,
         print("freed", flush=True)
         sys.stdin.readline()
     """
-    with running(code, client.endpoint) as process:
+    with running_python(code, client.endpoint) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stdout.readline() == "forked\n"

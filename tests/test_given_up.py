@@ -6,7 +6,6 @@ import os
 import signal
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -16,18 +15,9 @@ import gcma_shm
 from gcma_shm import BrokerUnavailable, Client
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.messages import BATCHES
-from tests.processes import broker, eventually
+from tests.processes import broker, eventually, stopped
 
 PAGE = 4096
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
 
 
 @pytest.fixture

@@ -76,10 +76,48 @@ WORKS = (
     "    assert swap.load(7) == b'x-gcma--' * (client.page_size // 8)\n"
     "print('works', gcma_shm.__version__)\n"
 )
+# The adapters need none of the extras, but for what says so.
+ADAPTERS = """
+import asyncio, multiprocessing, os, sys
+import gcma_shm, gcma_shm.aio
+from gcma_shm.clients import executor, mapping, reducer, shared_memory
+
+with gcma_shm.embedded("16M") as client:
+    os.environ["GCMA_ENDPOINT"] = client.endpoint
+    with executor.ArenaExecutor(1, multiprocessing.get_context("spawn"), client=client) as pool:
+        assert pool.submit(bytes.upper, b"x" * (1 << 20)).result() == b"X" * (1 << 20)
+        assert pool.fallbacks == 0
+    cache = mapping.SwapMapping(client, type=1, slots=100)
+    cache["a"] = b"b" * 10_000
+    assert cache["a"] == b"b" * 10_000
+    reducer.register()
+    queue = multiprocessing.SimpleQueue()
+    queue.put(client.alloc_contig(4096))
+    queue.get().free()
+    segment = shared_memory.SharedMemory(create=True, size=4096)
+    segment.close(), segment.unlink()
+
+    async def ask():
+        async with gcma_shm.aio.connect() as asking:
+            assert await asking.areas()
+
+    asyncio.run(ask())
+    try:
+        client.alloc_contig(4096).numpy(4096)
+    except ImportError as error:
+        assert "pip install 'gcma-shm[numpy]'" in str(error)
+try:
+    import gcma_shm.clients.joblib
+except ImportError as error:
+    assert "pip install 'gcma-shm[joblib]'" in str(error), error
+assert not {"numpy", "joblib"} & set(sys.modules)
+print("works")
+"""
 
 
 def check_installed(python: Path) -> None:
     assert run_well(python, "-c", WORKS).startswith("works")
+    assert run_well(python, "-c", ADAPTERS) == "works\n"
     site = Path(run_well(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip())
     assert not [path for path in site.iterdir() if path.name.startswith(("broker", "clients", "tests", "bench"))]
     assert (site / "gcma_shm" / "py.typed").exists()
@@ -124,6 +162,8 @@ def test_what_is_in_them(built: tuple[Path, Path]) -> None:
         "gcma_shm/broker/cli.py",
         "gcma_shm/clients/swap.py",
     } <= names
+    for part in ("broker", "clients"):
+        assert {f"gcma_shm/{part}/{path.name}" for path in (ROOT / part).glob("*.py")} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"gcma_shm"}
     assert [name for name in names if name.startswith("gcma_shm/_core.") and name.endswith(".so")]
     assert [name for name in names if name.endswith("LICENSE")]

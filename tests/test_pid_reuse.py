@@ -25,7 +25,7 @@ import pytest
 from gcma_shm import Client
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.process import open_pidfd, start_time
-from tests.processes import eventually, start_python
+from tests.processes import eventually, running_python, stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -89,30 +89,6 @@ def successor(pid: int, code: str, *arguments: str) -> Iterator[Successor]:
         made.end()
 
 
-@contextlib.contextmanager
-def stopped(client: EmbeddedClient) -> Iterator[None]:
-    os.kill(client.broker_pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(client.broker_pid, signal.SIGCONT)
-
-
-@contextlib.contextmanager
-def running(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    process = start_python(textwrap.dedent(code), *arguments)
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
-
-
 def line(process: subprocess.Popen[str] | Successor) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
@@ -150,7 +126,7 @@ chosen = pytest.mark.skipif(not MAY_CHOOSE, reason="in a namespace of its own: t
 @chosen
 def test_who_has_a_number() -> None:
     """A pidfd and the start time tell one process of that number from the next."""
-    with running("print(1, flush=True); input()") as process:
+    with running_python("print(1, flush=True); input()") as process:
         line(process)
         start = start_time(process.pid)
         assert start is not None
@@ -186,10 +162,10 @@ CONNECT = """
 @chosen
 def test_a_client_whose_number_another_process_has(client: EmbeddedClient) -> None:
     """What the dead one held is back, though a process of its number lives; and with `hello` that one becomes a client of its own."""
-    with running(CONNECT, client.endpoint, "10") as process:
+    with running_python(CONNECT, client.endpoint, "10") as process:
         line(process)
         assert held(client) == 10 * PAGE
-        with stopped(client):
+        with stopped(client.broker_pid):
             process.kill()
             process.wait()
             other = Successor(process.pid, "print(flush=True); input()")
@@ -199,9 +175,9 @@ def test_a_client_whose_number_another_process_has(client: EmbeddedClient) -> No
             assert pids(client) == {os.getpid()}
         finally:
             other.end()
-    with running(CONNECT, client.endpoint, "10") as process:
+    with running_python(CONNECT, client.endpoint, "10") as process:
         line(process)
-        with stopped(client):
+        with stopped(client.broker_pid):
             process.kill()
             process.wait()
             other = Successor(process.pid, CONNECT, client.endpoint, "3")
@@ -240,9 +216,9 @@ FORKS = """
 @chosen
 def test_a_forked_child_whose_number_another_process_has(client: EmbeddedClient) -> None:
     """The broker first looks at the child's record when the child is dead and its number another's: its part in the buffer is over."""
-    with running(FORKS, client.endpoint) as process:
+    with running_python(FORKS, client.endpoint) as process:
         line(process)
-        with stopped(client):
+        with stopped(client.broker_pid):
             tell(process)
             said = {line(process), line(process)}  # in either order
             assert "child" in said

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import pickle
 import random
 import signal
@@ -22,7 +21,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import load_buffer
 from gcma_shm.endpoint import arena_name
 from tests.invariants import check_at_rest
-from tests.processes import WAIT_S, Said, eventually, forked, in_fork
+from tests.processes import WAIT_S, Said, eventually, forked, in_fork, stopped
 
 PAGE = 4096
 MIB = 1 << 20
@@ -46,15 +45,6 @@ def is_there(client: Client, offset: int, nbytes: int = SIZE) -> bool:
     except ArenaExhausted:
         return False
     return True
-
-
-@contextlib.contextmanager
-def stopped(client: EmbeddedClient) -> Iterator[None]:
-    os.kill(client.broker_pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(client.broker_pid, signal.SIGCONT)
 
 
 @pytest.fixture
@@ -383,7 +373,7 @@ def test_an_interrupt_before_a_fork_leaves_no_lock_held(
 def test_a_request_whose_ticket_never_arrived(client: EmbeddedClient, goes_on: bool) -> None:
     everything = client.alloc_contig(32 * MIB)
     with gcma_shm.connect(client.endpoint, timeout=0.5) as other, ThreadPoolExecutor(1) as pool:
-        with stopped(client), pytest.raises(BrokerUnavailable):
+        with stopped(client.broker_pid), pytest.raises(BrokerUnavailable):
             other.alloc_contig(16 * MIB, timeout=None)
         if goes_on:
             assert eventually(lambda: is_answered(other))
@@ -414,7 +404,7 @@ def test_a_claim_attached_to_too_late_is_given_back(client: EmbeddedClient) -> N
         arguments = buffer.__reduce__()[1]
         assert isinstance(arguments, tuple)
         (reference,) = arguments
-        with stopped(client), pytest.raises(BrokerUnavailable):
+        with stopped(client.broker_pid), pytest.raises(BrokerUnavailable):
             load_buffer(reference, other)
         for _ in range(2):  # the first takes the reply, the second gives back what it says
             assert eventually(lambda: is_answered(other))

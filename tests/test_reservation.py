@@ -34,7 +34,7 @@ from gcma_shm import (
 )
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import Swap
-from tests.processes import WAIT_S, Said, eventually, forked, in_fork
+from tests.processes import WAIT_S, Said, eventually, forked, in_fork, stands_still
 
 PAGE = 4096
 SLOTS = 2000  # twice what the arena of these tests has room for
@@ -79,17 +79,6 @@ def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
 
 
-def all_stopped(pid: int) -> bool:
-    """All threads of it: SIGSTOP takes a moment for each."""
-    try:
-        return all(
-            (task / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
-            for task in Path(f"/proc/{pid}/task").iterdir()
-        )
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
 def filling(client: Client) -> int:
     """The page that the broker is just copying to, and 1; 0: none."""
     assert client._plane is not None
@@ -103,7 +92,7 @@ def stopped(client: EmbeddedClient, in_copy: bool = False) -> Iterator[bool]:
     try:
         for _ in range(STOPS_MAX):
             os.kill(pid, signal.SIGSTOP)
-            assert eventually(lambda: all_stopped(pid))
+            assert eventually(lambda: stands_still(pid))
             if bool(filling(client)) == in_copy:
                 break
             os.kill(pid, signal.SIGCONT)

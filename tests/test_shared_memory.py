@@ -29,6 +29,7 @@ from gcma_shm.clients.shared_memory import ShareableList, SharedMemory, SharedMe
 from gcma_shm.endpoint import arena_name
 from gcma_shm.messages import Reply, Request
 from tests.cpython import shared_memory as cpython
+from tests.cpython.where import HOW, has
 from tests.invariants import check_at_rest
 from tests.processes import WAIT_S, Said, broker, eventually, forked, in_fork
 
@@ -83,7 +84,7 @@ def said(process: subprocess.Popen[str]) -> str:
 # --- CPython's own tests
 
 
-@pytest.mark.skipif(cpython.source() is None, reason="this Python came without its own tests (libpython3-testsuite)")
+@pytest.mark.skipif(not has(cpython.THEIRS), reason=HOW)
 @pytest.mark.parametrize("method", METHODS)
 def test_cpythons_own_tests(method: str, tmp_path: Path) -> None:
     cpython.write(tmp_path)

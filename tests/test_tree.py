@@ -127,7 +127,7 @@ PUBLIC = {
 def test_the_public_interface_is_there(owner: str) -> None:
     where = getattr(gcma_shm, owner) if owner else gcma_shm
     classes = (
-        [kind for kind in getattr(where, "__mro__", [where]) if kind.__module__.startswith("gcma_shm.")]
+        [kind for kind in getattr(where, "__mro__", [where]) if kind.__module__.startswith("gcma_shm.clients.")]
         if owner
         else [where]
     )
@@ -164,6 +164,26 @@ def test_arguments_are_called_as_promised(call: str, names: list[str]) -> None:
         thing = getattr(thing, part)
     assert callable(thing)
     assert set(names) <= set(inspect.signature(thing).parameters)
+
+
+@pytest.mark.parametrize(
+    ("door", "name", "arguments"),
+    [
+        ("aio", "connect", ["endpoint", "mapped", "prefault", "timeout", "wait_for_broker"]),
+        ("clients.executor", "ArenaExecutor", ["max_workers", "mp_context", "initializer", "initargs", "client"]),
+        ("clients.joblib", "register", []),
+        ("clients.mapping", "SwapMapping", ["client", "type", "slots"]),
+        ("clients.reducer", "register", []),
+        ("clients.shared_memory", "SharedMemory", ["name", "create", "size", "track"]),
+        ("clients.shared_memory", "ShareableList", ["sequence", "name"]),
+        ("clients.shared_memory", "SharedMemoryManager", []),
+        ("clients.default", "default_client", []),
+    ],
+)
+def test_the_other_doors_are_there(door: str, name: str, arguments: list[str]) -> None:
+    thing = getattr(importlib.import_module(f"gcma_shm.{door}"), name)
+    assert thing.__doc__
+    assert set(arguments) <= set(inspect.signature(thing).parameters)
 
 
 def test_the_three_parts_are_one_package() -> None:

@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ import pytest
 import gcma_shm
 from gcma_shm import ArenaExhausted, BrokerUnavailable, Buffer, BufferExists, Client, QuotaExceeded
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.processes import WAIT_S, Child, Said, eventually, forked
+from tests.processes import WAIT_S, Child, Said, eventually, forked, stands_still
 
 PAGE = 4096
 AREA_PAGES = 16
@@ -64,13 +63,6 @@ def waiter(client: Client, nbytes: int, **options: Any) -> Callable[[Said], None
             said.hear()
 
     return child
-
-
-def all_stopped(pid: int) -> bool:
-    return all(
-        (task / "stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
-        for task in Path(f"/proc/{pid}/task").iterdir()
-    )
 
 
 # --- served
@@ -395,7 +387,7 @@ def test_a_stopped_waiter_blocks_nobody(client: EmbeddedClient, pool: ThreadPool
         behind = pool.submit(client.alloc_contig, 8 * PAGE, timeout=WAIT_S)
         assert in_line(client, 2)
         os.kill(running.pid, signal.SIGSTOP)
-        assert eventually(lambda: all_stopped(running.pid))
+        assert eventually(lambda: stands_still(running.pid))
         first.free()
         behind.result(WAIT_S).free()
         for _ in range(3):
@@ -415,7 +407,7 @@ def test_a_stopped_waiter_that_is_killed(client: EmbeddedClient, pool: ThreadPoo
         running.tell()
         assert in_line(client, 1)
         os.kill(running.pid, signal.SIGSTOP)
-        assert eventually(lambda: all_stopped(running.pid))
+        assert eventually(lambda: stands_still(running.pid))
         first.free()
         assert held(client) == SIZE
         assert [told.name for told in client.names()] == ["theirs"]

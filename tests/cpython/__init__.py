@@ -1,1 +1,1 @@
-"""CPython's own tests of `multiprocessing.shared_memory`, pointed at ours."""
+"""CPython's own tests of pools, queues and shared memory, pointed at ours."""

@@ -21,6 +21,9 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+from tests.cpython.where import DEBIAN, HOW, has
+
+THEIRS = "_test_multiprocessing"
 OURS = "gcma_shm.clients.shared_memory"
 MODULE = "arena_test_multiprocessing"
 CLASS = "WithProcessesTestSharedMemory"
@@ -57,20 +60,15 @@ REPLACEMENTS_OF_TRACK = (
 )
 
 
-def source() -> Path | None:
-    """CPython's file; None: this Python came without its tests."""
-    try:
-        found = find_spec("test._test_multiprocessing")
-    except ModuleNotFoundError:
-        return None
-    return None if found is None or found.origin is None else Path(found.origin)
+def source() -> Path:
+    """CPython's file. There is one, or the tests are skipped."""
+    found = find_spec(f"test.{THEIRS}")
+    return DEBIAN / f"{THEIRS}.py" if found is None or found.origin is None else Path(found.origin)
 
 
 def write(directory: Path) -> None:
     """The tests, and a main module for each start method."""
-    path = source()
-    assert path is not None, "this Python came without its tests"
-    text = path.read_text()
+    text = source().read_text()
     for pattern, by in REPLACEMENTS + (REPLACEMENTS_OF_TRACK if HAS_TRACK else ()):
         text, times = re.subn(pattern, by, text)
         assert times, f"{pattern} was not found"
@@ -94,6 +92,9 @@ def run(method: str, directory: Path) -> subprocess.CompletedProcess[str]:
 
 
 def main() -> int:
+    if not has(THEIRS):
+        print(HOW)
+        return 1
     status = 0
     with tempfile.TemporaryDirectory() as scratch:
         write(Path(scratch))

@@ -1,6 +1,6 @@
 """Runs CPython's own tests of what multiprocessing pickles, with the reducer registered: nothing may change. A program, for test_cpython_pools.
 
-Its argument is a start method. Prints what unittest prints; exits with ABSENT when there are no such tests.
+Its argument is a start method: `python -m tests.cpython.queues fork`. Prints what unittest prints.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import unittest
 import test
 
 from gcma_shm.clients import reducer
+from tests.cpython.where import DEBIAN
 
-ABSENT = 77
 # What goes through ForkingPickler: what is sent by queues, pipes, pools and managers, and the arguments of processes. The others are about
 # locks, signals, logging, the heap, and shared memory, which pickle nothing of a user's.
 CHOSEN = (
@@ -26,14 +26,10 @@ SLEEPS = (
     "test_make_pool",
 )  # for seconds, and send next to nothing
 
-test.__path__.append(f"/usr/lib/python{sys.version_info.major}.{sys.version_info.minor}/test")
+test.__path__.append(str(DEBIAN))
 reducer.register()  # in worker processes that import this program as well
 
-try:
-    from test import _test_multiprocessing as tests
-except ModuleNotFoundError as missing:
-    print(missing)
-    sys.exit(ABSENT)
+from test import _test_multiprocessing as tests  # noqa: E402 - where there are Debian's only, they are found by now
 
 METHOD = sys.argv[1] if len(sys.argv) > 1 else "spawn"
 tests.install_tests_in_module_dict(globals(), METHOD)

@@ -1,7 +1,6 @@
 """Runs CPython's own tests of concurrent.futures with ArenaExecutor in the place of ProcessPoolExecutor. A program, for test_cpython_pools.
 
-They are the running Python's, or those that Debian's package of this version installs (libpython3.X-testsuite). Its argument is a start method of
-multiprocessing. Prints what unittest prints; exits with ABSENT when there are no such tests.
+Its argument is a start method of multiprocessing: `python -m tests.cpython.futures spawn`. Prints what unittest prints.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ import test
 from test.support import script_helper
 
 from gcma_shm.clients.executor import ArenaExecutor
+from tests.cpython.where import DEBIAN
 
-ABSENT = 77
-PARTS = ("process_pool", "shutdown", "wait", "as_completed", "init", "deadlock")  # of a package since 3.12
-DEBIAN = f"/usr/lib/python{sys.version_info.major}.{sys.version_info.minor}/test"
+PARTS = ("process_pool", "shutdown", "wait", "as_completed", "init", "deadlock")
 
 # What fails while it is unpickled breaks the standard library's pool, whose queues cannot tell what failed. Here it is the task's
 # exception, and the pool goes on; tests/test_executor.py has that.
@@ -35,13 +33,13 @@ ONCE = ("WaitTest", "AsCompletedTest", "test_map_timeout")
 
 # Before the tests name it; in their worker processes too, which import this program.
 concurrent.futures.ProcessPoolExecutor = ArenaExecutor  # type: ignore[misc]
-test.__path__.append(DEBIAN)
+test.__path__.append(str(DEBIAN))
 
 
 def _assert_python_ok(*arguments: str, **environment: str) -> Any:
     """Some tests run a program that imports the executor by its name, and something of theirs."""
     theirs, ours = "from concurrent.futures import Arena", "from gcma_shm.clients.executor import Arena"
-    found = f"import test; test.__path__.append({DEBIAN!r}); {ours}"
+    found = f"import test; test.__path__.append({str(DEBIAN)!r}); {ours}"
     return _run(*(argument.replace(theirs, found) for argument in arguments), **environment)
 
 
@@ -55,7 +53,7 @@ def cases(suite: unittest.TestSuite, method: str) -> Iterator[unittest.TestCase]
             yield from cases(item, method)
             continue
         name = item._testMethodName
-        is_debians = str(sys.modules[type(item).__module__].__file__).startswith(DEBIAN)
+        is_debians = str(sys.modules[type(item).__module__].__file__).startswith(str(DEBIAN))
         wanted = getattr(item, "ctx", None) == method and name not in TASKS_FAIL_ALONE
         once = method == "fork" or not any(part in item.id() for part in ONCE)
         # The program that this one runs has worker processes that import the tests, and would not find Debian's.
@@ -65,7 +63,7 @@ def cases(suite: unittest.TestSuite, method: str) -> Iterator[unittest.TestCase]
 
 
 def load(method: str) -> Iterator[unittest.TestCase]:
-    """Raises ModuleNotFoundError."""
+    """The modules, of a package since 3.12."""
     package = importlib.import_module("test.test_concurrent_futures")
     if hasattr(package, "__path__"):
         modules = [importlib.import_module(f"{package.__name__}.test_{part}") for part in PARTS]
@@ -76,10 +74,6 @@ def load(method: str) -> Iterator[unittest.TestCase]:
 
 
 if __name__ == "__main__":
-    try:
-        found = list(load(sys.argv[1]))
-    except ModuleNotFoundError as error:
-        print(error)
-        sys.exit(ABSENT)
+    found = list(load(sys.argv[1]))
     done = unittest.TextTestRunner(verbosity=2).run(unittest.TestSuite(found))
     sys.exit(0 if found and done.wasSuccessful() else 1)
