@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import os
 import threading
 import weakref
 from collections import deque
@@ -109,6 +110,7 @@ class AsyncChannel(Correspondence):
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at = 0.0
         self._drains = False  # a call of `_drain` is scheduled
+        self._parting = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # --- the socket
@@ -141,7 +143,7 @@ class AsyncChannel(Correspondence):
         # both have.
         self._socket = zmq.asyncio.Socket.from_socket(self._plain)
         self._loop = loop
-        self._goodbye = weakref.finalize(self, _part, loop, self._plain, self._context)
+        self._goodbye = weakref.finalize(self, _part, os.getpid(), loop, self._plain, self._context)
         self._goodbye.atexit = False  # the broker sees the process end
         self._listen()
 
@@ -206,6 +208,8 @@ class AsyncChannel(Correspondence):
             if reply.status in BEGIN_AGAIN and one.request.operation == "attach":
                 self._resent.append(one.request)  # it may have been served: the next hello is to say that we hold it
             one.settle(reply)
+            if one.outcome is not reply:  # nobody has taken what it grants
+                self._take_late(reply)
         self._pending.pop(one.request.number, None)
 
     # --- requests
@@ -236,7 +240,7 @@ class AsyncChannel(Correspondence):
         await self._room_for(request, kind, deadline)
         try:
             while True:
-                one = Pending(request, deadline, then, loop.create_future())
+                one = Pending(request, self._anew(deadline), then, loop.create_future())
                 reply = await self._exchange(one, undo)
                 if reply.status not in BEGIN_AGAIN:
                     break
@@ -269,16 +273,24 @@ class AsyncChannel(Correspondence):
         assert one.outcome is not None
         raise one.outcome
 
+    def _anew(self, deadline: float) -> float:
+        """Of what is sent only now, or once more: its time may have passed while no broker was there."""
+        assert self._loop is not None
+        return max(deadline, min(self._loop.time() + self.timeout, deadline + self._wait_for_broker))
+
     async def _wait_to_send(self, one: Pending, sending: asyncio.Future[Any]) -> None:
         assert self._loop is not None
         left = one.deadline + self._wait_for_broker - self._loop.time()
         await asyncio.wait((sending, one.settled), timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done() and not one.settled.done():
             raise self._unavailable(one.request)
+        one.deadline = self._anew(one.deadline)
 
     def _dispatch(self, one: Pending) -> asyncio.Future[Any]:
         """Gives it its number and sends it; pyzmq sends in order what it could not send at once."""
         assert self._loop is not None
+        if self.closed:  # while its task waited, or was about to go on
+            raise Closed("this client is closed")
         request = one.request
         self._renumber(request)
         self._pending[request.number] = one
@@ -318,7 +330,7 @@ class AsyncChannel(Correspondence):
         turn: asyncio.Future[None] = self._loop.create_future()
         line.append(turn)
         try:
-            await self._until(turn, request, deadline)
+            await self._until(turn, request, deadline + self._wait_for_broker)
         except BaseException:
             if turn in line:
                 line.remove(turn)
@@ -326,9 +338,6 @@ class AsyncChannel(Correspondence):
                 self._under_way[kind] -= 1
                 self._admit()
             raise
-        if self.closed:
-            self._under_way[kind] -= 1
-            raise Closed("this client is closed")
 
     def _kind(self, operation: str) -> str:
         return kind_of(operation) or CONTROL
@@ -356,6 +365,8 @@ class AsyncChannel(Correspondence):
         """Until the broker knows us. A hello has the channel's own time; `deadline` ends one hello after the other."""
         while not self._greeted:
             loop = self.enter()
+            if self._parting:  # a hello after the bye would begin another session
+                raise Closed("this client is about to be closed")
             if self._greeting_task is None:
                 self._greeting_task = loop.create_task(self._hello())
                 self._greeting_task.add_done_callback(self._has_greeted)
@@ -418,8 +429,7 @@ class AsyncChannel(Correspondence):
         overdue = [one for one in self._pending.values() if one.sent and now >= one.deadline]
         connected = True
         if overdue or now - self._heard_at >= self._interval:
-            connected = self._post(self._make("ping", {}, ()))
-            self._late += connected
+            connected = self._post(self._make("ping", {}, ()))  # whose reply nobody waits for
         for one in overdue:
             if connected or now >= one.deadline + self._wait_for_broker:
                 self._pending.pop(one.request.number, None)
@@ -533,12 +543,16 @@ class AsyncChannel(Correspondence):
         if self.closed:
             return
         self._wait_for_broker = 0.0
+        self._parting = True
         try:
             with contextlib.suppress(GcmaError):
                 if self._greeted:
                     await self.request("bye")
         finally:
-            self.drop()
+            if self._greeting_task is None:
+                self.drop()
+            else:
+                self.part()
 
     def part(self) -> None:
         """Says bye, waits for no reply, and closes the socket. Also after a hello whose reply has not come: it begins a session all the same."""
@@ -595,8 +609,12 @@ def _drain_later(channel: weakref.ref[AsyncChannel]) -> None:
         found._drain()
 
 
-def _part(loop: asyncio.AbstractEventLoop, plain: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def _part(
+    pid: int, loop: asyncio.AbstractEventLoop, plain: zmq.Socket[bytes], context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
     """For a channel that nobody closed and nobody can reach any more; in the loop's thread, if the loop still runs."""
+    if os.getpid() != pid:
+        return  # forked while it was connecting: the session, the socket and what the loop waits on are the parent's
 
     def part() -> None:
         say_goodbye(plain)
