@@ -20,7 +20,8 @@ import uvloop
 
 import gcma_shm
 from gcma_shm import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, NoSuchBuffer, StaleHandle, aio
-from gcma_shm.clients.aio_channel import AsyncChannel, Pending
+from gcma_shm.clients.aio_channel import AsyncChannel
+from gcma_shm.clients.aio_requests import Pending
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import Handle
 from tests.keys import Keys, tcp_of
@@ -668,7 +669,7 @@ def test_an_attach_that_was_served_by_a_broker_that_died(run: Runs, monkeypatch:
         handle = buffer.hand_over()
         buffer.free()
         with monkeypatch.context() as patched:
-            patched.setattr(AsyncChannel, "_take", lambda _channel, _frames: None)
+            patched.setattr(AsyncChannel, "take", lambda _channel, _frames: None)
             attaching = asyncio.ensure_future(own.attach(handle))
             assert await soon(lambda: maker.stats()["broker"]["requests"].get("attach") == 1)
             first.stop(signal.SIGKILL)
@@ -993,8 +994,8 @@ def test_a_child_forked_while_it_connects(client: EmbeddedClient, run: Runs, tur
     def child(said: Said) -> None:
         asyncio.set_event_loop(None)
         channel = connecting._client._channel
-        if channel._loop is not None:
-            channel._goodbye()  # as the collector would
+        if channel._socket is not None:
+            channel._socket._part()  # as the collector would
         asyncio.run(asyncio.sleep(0))
         gc.collect()
         said.say("collected")
