@@ -127,7 +127,7 @@ PUBLIC = {
 def test_the_public_interface_is_there(owner: str) -> None:
     where = getattr(gcma_shm, owner) if owner else gcma_shm
     classes = (
-        [kind for kind in getattr(where, "__mro__", [where]) if kind.__module__.startswith("gcma_shm.")]
+        [kind for kind in getattr(where, "__mro__", [where]) if kind.__module__.startswith("gcma_shm.clients.")]
         if owner
         else [where]
     )
