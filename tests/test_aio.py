@@ -10,6 +10,7 @@ import pickle
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,6 +29,7 @@ from tests.keys import Keys, tcp_of
 from tests.processes import WAIT_S, Said, broker, eventually, forked, in_fork, start_python
 
 PAGE = 4096
+SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))
 AREA_PAGES = 16
 SIZE = AREA_PAGES * PAGE
 T = TypeVar("T")
@@ -707,10 +709,11 @@ def test_a_broker_that_is_away_for_longer_than_the_timeout(run: Runs) -> None:
         run(main(first))
 
 
+@pytest.mark.timeout(120 + 3 * SOAK_S)
 @pytest.mark.parametrize("seed", range(2))
 def test_everything_at_once(run: Runs, seed: int) -> None:
     """Hundreds of tasks, cancelled at random, and brokers that are killed and taken over from. In the end nothing is held but what the tasks hold, and each
-    reply went to its request.
+    reply went to its request. Once, or for GCMA_SOAK_S seconds.
     """
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
     options = ("--area", "a=4M")
@@ -741,6 +744,14 @@ def test_everything_at_once(run: Runs, seed: int) -> None:
                     elif kind == 3:
                         async with await own.reserve(PAGE, timeout=WAIT_S) as reservation:
                             await reservation.claim().free()
+                    elif n % 10 == 1:
+                        # Not to be done twice; and what is handed over, and whose task is cancelled, is free when its time is over.
+                        with contextlib.suppress(BrokerUnavailable, StaleHandle):
+                            async with await own.alloc_contig(PAGE, timeout=WAIT_S) as buffer:
+                                handle = await buffer.hand_over(1)
+                                await buffer.free()
+                                async with await own.attach(handle) as again:
+                                    assert again.offset == buffer.offset
                     elif n % 10 == 0:
                         kept.append(await own.alloc_contig(PAGE, timeout=WAIT_S))
                     done += 1
@@ -776,8 +787,12 @@ def test_everything_at_once(run: Runs, seed: int) -> None:
             assert not own._channel._pending
             assert not own._channel.holds.buffers()
 
-    with contextlib.ExitStack() as stack:
-        run(main(stack.enter_context(broker(endpoint, *options, size="64M")), stack))
+    ends = time.monotonic() + SOAK_S
+    while True:
+        with contextlib.ExitStack() as stack:
+            run(main(stack.enter_context(broker(endpoint, *options, size="64M")), stack))
+        if time.monotonic() >= ends:
+            break
 
 
 # --- loops, threads, forks, ends
