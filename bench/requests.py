@@ -33,6 +33,7 @@ from _common import (
     write_json,
 )
 from report import cell
+from requests_aio import beside, beside_section
 from requests_echo import Bare, Wanted, make_echo
 
 import gcma_shm
@@ -333,11 +334,13 @@ def main() -> None:
         "--count", type=int, default=200, help="requests of one contender in a round (default %(default)s)"
     )
     parser.add_argument("--laps", type=int, default=8, help="of 4 MiB, in a round (default %(default)s)")
-    parser.add_argument("--part", choices=["latency", "rate", "bandwidth"], action="append", help="only this")
+    parser.add_argument(
+        "--part", choices=["latency", "rate", "asyncio", "bandwidth"], action="append", help="only this"
+    )
     parser.add_argument("--out", type=Path, default=OUT / "requests.json")
     options = parser.parse_args()
     print(describe_machine(found := machine()))
-    parts = options.part or ["latency", "rate", "bandwidth"]
+    parts = options.part or ["latency", "rate", "asyncio", "bandwidth"]
     everywhere = os.sched_getaffinity(0)
     figures: dict[str, Figures] = {}
     sections: list[Section] = []
@@ -352,6 +355,10 @@ def main() -> None:
             if "rate" in parts:
                 here["rate"] = many_at_once(options.rounds, 5 * options.count, directory)
                 sections.append(rate_section(where, here["rate"]))
+            if "asyncio" in parts:
+                with echo(PAGE, copies=True) as (bare, _):
+                    here["asyncio"] = beside(options.rounds, options.count, directory, bare)
+                sections.append(beside_section(where, here["asyncio"]))
             if "bandwidth" in parts:
                 here["bandwidth"] = found_here = bandwidth(options.rounds, options.laps, directory)
                 sections += [bandwidth_section(where, found_here, judged), shares_section(where, found_here)]

@@ -68,6 +68,7 @@ class Bare:
     """A DEALER that speaks the protocol by hand, to the echo or to a broker."""
 
     def __init__(self, stack: ExitStack, endpoint: str) -> None:
+        self.endpoint = endpoint
         context = stack.enter_context(zmq.Context())
         self._socket = stack.enter_context(context.socket(zmq.DEALER))
         self._socket.setsockopt(zmq.LINGER, LINGER_MS)

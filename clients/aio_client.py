@@ -56,16 +56,19 @@ class Client(Stepping[Buffer, Reservation]):
     async def _connect(self, required: bool, prefault: bool) -> None:
         try:
             arena = await self._run(self._connecting(required))
+            async_clients.add(
+                self
+            )  # before anything else may fork: from now on there is a lock that a child must not keep
             if arena is not None and prefault:
                 await asyncio.to_thread(arena.prefault)
                 plane = cast(Plane, self._plane)
                 await asyncio.to_thread(plane.populate, 0, arena.geometry.pages * self.page_size)
         except BaseException:
             # The session, if there is one, is ended by its arena's lock and socket; and nothing is awaited after a cancellation.
+            async_clients.discard(self)
             self._leave_arena()
             self._channel.part()
             raise
-        async_clients.add(self)
 
     # --- swap types
 
@@ -188,10 +191,13 @@ class Client(Stepping[Buffer, Reservation]):
         sealed = self._seal()
         if self._watch is not None:
             self._watch.end()
-        if not await self._close_plane():
+        try:
+            if not await self._close_plane():
+                raise TimeoutError("a store or load in another thread has not ended; call close() again")
+        except BaseException:  # or cancelled
             for span in sealed:
                 span.unseal()
-            raise TimeoutError("a store or load in another thread has not ended; call close() again")
+            raise
         for swap in list(self._swaps):
             swap.close()
         self._leave_arena()
@@ -252,7 +258,7 @@ class Client(Stepping[Buffer, Reservation]):
             self._channel.leave(taken)
             return
         place, _ = taken
-        self._channel.give_up(place["buffer"], place.get("claim", 0), place["hold"])
+        self._channel.give_up(place["buffer"], place.get("claim", 0), place["hold"])  # a claim's attach tells which
 
     def _buffer(self, place: dict[str, Any], span: Span, claim: int = 0) -> Buffer:
         number, channel, hold = place["buffer"], self._channel, place["hold"]

@@ -14,6 +14,7 @@ import threading
 import weakref
 
 from gcma_shm._core import Plane
+from gcma_shm.errors import Closed
 
 SLEEP_S = 1.0  # of the thread, at a time: a client that is forgotten keeps it no longer
 
@@ -31,7 +32,7 @@ class Watch:
         self._runs = False
 
     async def wait(self, seen: int, seconds: float) -> None:
-        """Until the client was woken more than `seen` times, or so many seconds, or the end of the client."""
+        """Until the client was woken more than `seen` times, or so many seconds. Raises Closed."""
         woken: asyncio.Future[None] = self._loop.create_future()
         with self._lock:
             self._waiting[woken] = seen
@@ -43,6 +44,8 @@ class Watch:
                 threading.Thread(target=_sleep, args=arguments, name="gcma-wake", daemon=True).start()
             if self._plane.wake_count() == seen and not self._plane.closed:
                 await asyncio.wait((woken,), timeout=max(seconds, 0.0))
+            if self._plane.closed:  # also when `close` has not succeeded: what is granted now nobody could use
+                raise Closed("this client is closed")
         finally:
             with self._lock:
                 del self._waiting[woken]

@@ -10,9 +10,10 @@ import pickle
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pytest
@@ -20,12 +21,15 @@ import uvloop
 
 import gcma_shm
 from gcma_shm import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, NoSuchBuffer, StaleHandle, aio
-from gcma_shm.clients.aio_channel import AsyncChannel, Pending
+from gcma_shm.clients.aio_channel import AsyncChannel
+from gcma_shm.clients.aio_requests import Pending
 from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.handles import Handle
 from tests.keys import Keys, tcp_of
 from tests.processes import WAIT_S, Said, broker, eventually, forked, in_fork, start_python, stopped
 
 PAGE = 4096
+SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))
 AREA_PAGES = 16
 SIZE = AREA_PAGES * PAGE
 T = TypeVar("T")
@@ -434,6 +438,87 @@ def test_cancelled_between_the_reply_and_the_task(
     run(main())
 
 
+def test_a_claims_handle_that_is_cancelled(client: EmbeddedClient, run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes back is the part in the claim, and nothing of the reservation: it can be claimed again as soon as its maker has freed it."""
+    settle = Pending.settle
+
+    async def main() -> None:
+        async with aio.connect(client.endpoint) as own:
+            reservation = client.reserve(PAGE)
+            task: asyncio.Future[aio.Buffer]
+
+            def and_cancel(one: Pending, reply: Any) -> None:
+                settle(one, reply)
+                task.cancel()
+
+            for count in range(40):
+                claimed = await asyncio.to_thread(reservation.claim, WAIT_S)
+                handle = Handle(claimed.reference)
+                task = asyncio.ensure_future(own.attach(handle))
+                if count % 2:
+                    monkeypatch.setattr(Pending, "settle", and_cancel)
+                else:
+                    await steps(count // 2)
+                    task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await (await task).free()
+                monkeypatch.undo()
+                claimed.free()
+                assert await soon(lambda: not own._channel.holds.shares())
+            (await asyncio.to_thread(reservation.claim, WAIT_S)).free()
+            reservation.release()
+            assert await soon(lambda: client.areas()[0].reserved == 0)
+
+    run(main())
+
+
+def test_keep_and_unlink(client: EmbeddedClient, run: Runs) -> None:
+    async def main() -> None:
+        async with aio.connect(client.endpoint) as own:
+            buffer = await own.alloc_contig(PAGE)
+            buffer.numpy(1)[:] = 5
+            await buffer.keep("kept")
+            assert buffer.name == "kept"
+            await buffer.free()
+            assert held(client) == PAGE
+            async with await own.attach("kept") as again:
+                assert again.numpy(1)[0] == 5
+                await own.unlink("kept")
+                with pytest.raises(NoSuchBuffer):
+                    await own.attach("kept")
+                with pytest.raises(NoSuchBuffer):
+                    await own.unlink("kept")
+            assert held(client) == 0
+            with pytest.raises(StaleHandle):
+                await again.keep("late")
+
+    run(main())
+
+
+def test_keep_and_unlink_that_are_cancelled(client: EmbeddedClient, run: Runs) -> None:
+    """Done, or not; and whoever asks next is told which."""
+
+    async def main() -> None:
+        async with aio.connect(client.endpoint) as own:
+            for count in range(20):
+                buffer = await own.alloc_contig(PAGE)
+                task = asyncio.ensure_future(buffer.keep("kept"))
+                await steps(count)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await buffer.keep("kept")  # a second time has no effect
+                await buffer.free()
+                task = asyncio.ensure_future(own.unlink("kept"))
+                await steps(count)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                with contextlib.suppress(NoSuchBuffer):
+                    await own.unlink("kept")
+                assert nothing_is_left(client)
+
+    run(main())
+
+
 def test_cancelled_while_the_broker_is_stopped(client: EmbeddedClient, run: Runs) -> None:
     """What it grants when it goes on is given back without anybody asking."""
 
@@ -565,10 +650,61 @@ def test_a_takeover(run: Runs) -> None:
         run(main(first))
 
 
+def test_an_attach_that_was_served_by_a_broker_that_died(run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reply is lost, and its handle spent. The hello tells of it, so the next broker keeps the memory until the attach comes again."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    options = ("--area", f"a={SIZE}")
+
+    async def main(first: Any, maker: gcma_shm.Client) -> None:
+        own = await aio.connect(endpoint, timeout=WAIT_S, wait_for_broker=WAIT_S)
+        buffer = maker.alloc_contig(PAGE)
+        buffer.numpy(1)[:] = 3
+        handle = buffer.hand_over()
+        buffer.free()
+        with monkeypatch.context() as patched:
+            patched.setattr(AsyncChannel, "take", lambda _channel, _frames: None)
+            attaching = asyncio.ensure_future(own.attach(handle))
+            assert await soon(lambda: maker.stats()["broker"]["requests"].get("attach") == 1)
+            first.stop(signal.SIGKILL)
+            await steps(10)
+        with broker(endpoint, *options):
+            async with await attaching as attached:
+                assert attached.numpy(1)[0] == 3
+            assert (await own.areas())[0].held == 0
+            await own.close()
+            maker.close()
+
+    with broker(endpoint, *options) as first:
+        run(main(first, gcma_shm.connect(endpoint, wait_for_broker=WAIT_S)))
+
+
+def test_a_broker_that_is_away_for_longer_than_the_timeout(run: Runs) -> None:
+    """`wait_for_broker` is about all that wait: for a connection, for others' replies, and for the hello."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    options = ("--area", "a=4M")
+
+    async def main(first: Any) -> None:
+        async with aio.connect(endpoint, timeout=0.2, wait_for_broker=WAIT_S) as own:
+            first.stop(signal.SIGKILL)
+            tasks = [asyncio.ensure_future(own.alloc_contig(PAGE)) for _ in range(100)]
+            await asyncio.sleep(0.5)  # the time that is told
+            assert not any(task.done() for task in tasks)
+            own._channel.timeout = WAIT_S
+            with broker(endpoint, *options):
+                for buffer in await asyncio.gather(*tasks):
+                    await buffer.free()
+                assert (await own.areas())[0].held == 0
+                await own.close()
+
+    with broker(endpoint, *options) as first:
+        run(main(first))
+
+
+@pytest.mark.timeout(120 + 3 * SOAK_S)
 @pytest.mark.parametrize("seed", range(2))
 def test_everything_at_once(run: Runs, seed: int) -> None:
     """Hundreds of tasks, cancelled at random, and brokers that are killed and taken over from. In the end nothing is held but what the tasks hold, and each
-    reply went to its request.
+    reply went to its request. Once, or for GCMA_SOAK_S seconds.
     """
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
     options = ("--area", "a=4M")
@@ -599,6 +735,14 @@ def test_everything_at_once(run: Runs, seed: int) -> None:
                     elif kind == 3:
                         async with await own.reserve(PAGE, timeout=WAIT_S) as reservation:
                             await reservation.claim().free()
+                    elif n % 10 == 1:
+                        # Not to be done twice; and what is handed over, and whose task is cancelled, is free when its time is over.
+                        with contextlib.suppress(BrokerUnavailable, StaleHandle):
+                            async with await own.alloc_contig(PAGE, timeout=WAIT_S) as buffer:
+                                handle = await buffer.hand_over(1)
+                                await buffer.free()
+                                async with await own.attach(handle) as again:
+                                    assert again.offset == buffer.offset
                     elif n % 10 == 0:
                         kept.append(await own.alloc_contig(PAGE, timeout=WAIT_S))
                     done += 1
@@ -634,8 +778,12 @@ def test_everything_at_once(run: Runs, seed: int) -> None:
             assert not own._channel._pending
             assert not own._channel.holds.buffers()
 
-    with contextlib.ExitStack() as stack:
-        run(main(stack.enter_context(broker(endpoint, *options, size="64M")), stack))
+    ends = time.monotonic() + SOAK_S
+    while True:
+        with contextlib.ExitStack() as stack:
+            run(main(stack.enter_context(broker(endpoint, *options, size="64M")), stack))
+        if time.monotonic() >= ends:
+            break
 
 
 # --- loops, threads, forks, ends
@@ -699,6 +847,95 @@ def test_close_ends_what_others_wait_for(client: EmbeddedClient, run: Runs) -> N
     run(main())
 
 
+class BusyPlane:
+    """A plane where an operation of another thread is under way for as long as it is busy."""
+
+    def __init__(self, plane: Any) -> None:
+        self._plane = plane
+        self.idle = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._plane, name)
+
+    def close(self, timeout: float) -> bool:
+        return bool(self._plane.close(0)) and self.idle.wait(timeout)
+
+
+def test_a_close_that_times_out(client: EmbeddedClient, run: Runs) -> None:
+    """Nothing new begins, and who waits in line is told; the next `close` succeeds."""
+
+    async def main() -> None:
+        own = await aio.connect(client.endpoint, timeout=WAIT_S)
+        swap = await own.swap(3, 10)
+        own._plane = busy = cast(Any, BusyPlane(own._plane))
+        buffer = await own.alloc_contig(SIZE)
+        waiting = asyncio.ensure_future(own.alloc_contig(PAGE, timeout=None))
+        assert await soon(lambda: client.stats()["broker"]["in_line"] == 1)
+        own._channel.timeout = 0.05
+        with pytest.raises(TimeoutError, match="call close"):
+            await own.close()
+        assert not own.closed
+        assert not buffer.freed, "views can be made of it again"
+        with pytest.raises(Closed):
+            await asyncio.wait_for(waiting, WAIT_S)
+        assert await soon(lambda: client.stats()["broker"]["in_line"] == 0)
+        with pytest.raises(Closed):
+            swap.load(0)
+        own._channel.timeout = WAIT_S
+        closing = asyncio.ensure_future(own.close())
+        await steps(5)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        assert not own.closed
+        assert not buffer.freed
+        busy.idle.set()
+        await own.close()
+        with pytest.raises(Closed):
+            await own.areas()
+        assert await soon(lambda: nothing_is_left(client) and client.stats()["broker"]["clients"] == 1)
+
+    run(main())
+
+
+def test_what_was_granted_and_cannot_be_had_is_given_back(
+    client: EmbeddedClient, run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with aio.connect(client.endpoint) as own:
+
+            def take(*_: Any) -> Any:
+                raise MemoryError
+
+            monkeypatch.setattr(own, "_take", take)
+            for ask in (own.alloc_contig, own.reserve):
+                with pytest.raises(MemoryError):
+                    await ask(PAGE)
+            assert await soon(lambda: nothing_is_left(client) and client.areas()[0].reserved == 0)
+
+    run(main())
+
+
+def test_close_while_others_are_being_introduced(client: EmbeddedClient, run: Runs) -> None:
+    """Whatever the others stand at, no session is left behind: neither by a hello under way nor by one after the bye."""
+
+    async def main() -> None:
+        for count in range(30):
+            own = await aio.connect(client.endpoint, mapped=count % 2 == 0)
+            own._channel._greeted = False
+            tasks = [asyncio.ensure_future(own.swap_by_messages(n, 10)) for n in range(5)]
+            await steps(count // 2)
+            closing = asyncio.ensure_future(own.close())
+            await steps(count // 4)
+            tasks += [asyncio.ensure_future(own.swap_by_messages(n, 10)) for n in range(5)]
+            await closing
+            for result in await asyncio.gather(*tasks, return_exceptions=True):
+                assert isinstance(result, aio.MessageSwap | Closed)
+        assert await soon(lambda: client.stats()["broker"]["clients"] == 1)
+
+    run(main())
+
+
 def test_a_connect_that_is_cancelled_leaves_no_session(client: EmbeddedClient, run: Runs) -> None:
     async def main() -> None:
         for count in range(40):
@@ -752,6 +989,40 @@ def test_a_forked_child_is_a_client_of_its_own(client: EmbeddedClient, run: Runs
                 pass
 
     run(main())
+
+
+@pytest.mark.parametrize("turns", [1, 3, 6, 12, 100])
+def test_a_child_forked_while_it_connects(client: EmbeddedClient, run: Runs, turns: int) -> None:
+    """It collects what it finds, and runs and closes a loop of its own; the parent's session, socket and loop are as before. Nor does it keep
+    the parent's lock: when the parent is closed, its number is free.
+    """
+
+    def child(said: Said) -> None:
+        asyncio.set_event_loop(None)
+        channel = connecting._client._channel
+        if channel._socket is not None:
+            channel._socket._part()  # as the collector would
+        asyncio.run(asyncio.sleep(0))
+        gc.collect()
+        said.say("collected")
+        said.hear()
+
+    connecting = aio.connect(client.endpoint, prefault=True)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(connecting._connected())
+        await steps(turns)
+        with forked(child) as running:
+            assert await asyncio.to_thread(running.receive) == "collected"
+            own = await asyncio.wait_for(task, WAIT_S)
+            async with await own.alloc_contig(PAGE):
+                await asyncio.gather(*(own.areas() for _ in range(50)))
+            await own.close()
+            assert held(client) == 0
+            running.tell()
+
+    run(main())
+    assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
 
 
 def test_a_fork_in_another_thread(client: EmbeddedClient, run: Runs) -> None:

@@ -198,6 +198,8 @@ def test_a_waiter_that_lost_its_socket_keeps_its_place_in_the_line(client: Embed
         thread = threading.Thread(target=wait)
         thread.start()
         assert eventually(lambda: client.stats()["broker"]["in_line"] == 1)
+        # Its reply has come too, or a second place would be asked for.
+        assert eventually(lambda: client.stats()["broker"]["requests"].get("collect", 0) >= 1)
         lossy.cut()
         patiently(lambda: other.swap(0, 10))  # over a new one
         assert client.stats()["broker"]["in_line"] == 1

@@ -12,8 +12,10 @@ from tests import test_swap_contract
 from tests.faults.disks import needs_direct
 from tests.test_swap_contract import Place, Write, served
 
-# The tests, and their fixtures; three of those are other ones here.
-globals().update({name: found for name, found in vars(test_swap_contract).items() if not name.startswith("__")})
+# The tests, and their fixtures; three of those are other ones here, each for all tests.
+globals().update(
+    {name: found for name, found in vars(test_swap_contract).items() if not name.startswith(("__", "pytest_"))}
+)
 
 
 @pytest.fixture(scope="module", params=[("4K", "direct"), ("64K", "uncached")], ids="-".join)

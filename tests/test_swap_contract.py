@@ -35,13 +35,15 @@ Write = Literal["through", "behind"]
 _types = itertools.cycle(range(256))
 
 
-WAYS = (
-    "mapped",
-    "messages",
-    "tcp",
-    "aio",
-    "aio by messages",
-)  # the last two: gcma_shm.aio, under asyncio's loop and under uvloop
+# By each way, pages of these sizes. The last two are gcma_shm.aio, under asyncio's loop and under uvloop: what depends on the size of a page is
+# the same code as without.
+WAYS = {
+    "mapped": ("4K", "64K"),
+    "messages": ("4K", "64K"),
+    "tcp": ("4K", "64K"),
+    "aio": ("4K",),
+    "aio by messages": ("64K",),
+}
 
 
 def is_mapped(way: str) -> bool:
@@ -95,13 +97,20 @@ def served(directory: Path, size: str, page_size: str, *options: str) -> Iterato
         yield Place(running.endpoint, tcp_of(running), ours, running.pid, directory / "spill", parse_size(page_size))
 
 
-@pytest.fixture(scope="module", params=["4K", "64K"])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All tests: of each way with its sizes, those of one size together, as they share a broker."""
+    if "place" in metafunc.fixturenames:
+        pairs = sorted((size, way) for way, sizes in WAYS.items() for size in sizes)
+        metafunc.parametrize("place, way", pairs, indirect=True, scope="module", ids=map("-".join, pairs))
+
+
+@pytest.fixture(scope="module")
 def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     with served(tmp_path_factory.mktemp("place"), "16M", request.param, "--slots", "1000", "--clients", "12") as place:
         yield place
 
 
-@pytest.fixture(params=WAYS)
+@pytest.fixture(scope="module")
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
