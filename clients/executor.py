@@ -18,11 +18,11 @@ from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import default_client
 from gcma_shm.clients.packers import PLAIN_MAX, Sharing, large_in, plain_call
 from gcma_shm.clients.parcels import Parcel
+from gcma_shm.clients.places import AFTER_END_S
 
 THRESHOLD = 256 << 10  # bytes: below, a pipe is quicker than the requests for a buffer
-# How long a result waits for a pool that is stopped or busy, after its worker has ended. While that lives it waits for a day.
-AFTER_END_S = 60.0  # a worker was killed, so the pool is broken
-AFTER_END_OF_MANY_S = 600.0  # workers end in the ordinary course, by max_tasks_per_child
+# In place of AFTER_END_S, for a pool that is stopped or busy: workers end in the ordinary course, by max_tasks_per_child.
+AFTER_END_OF_MANY_S = 600.0
 _numbers = itertools.count()  # of this process's pools
 
 P = ParamSpec("P")

@@ -7,10 +7,6 @@ arguments and result are small is to both sides what it is in the standard libra
 from __future__ import annotations
 
 import multiprocessing
-import os
-import select
-import signal
-import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures.process import _ResultItem
@@ -20,6 +16,7 @@ from typing import Any, cast
 from gcma_shm.clients.handles import client_of
 from gcma_shm.clients.packers import PLAIN_MAX, Giving, Packer, large_in, plainly_small
 from gcma_shm.clients.parcels import Parcel
+from gcma_shm.clients.parents import end_with
 
 #: In the parent: of its pools, by number.
 packers: weakref.WeakValueDictionary[int, Packer] = weakref.WeakValueDictionary()
@@ -41,7 +38,9 @@ def begin(
     """The pool's initializer, which calls its user's. Connects to nobody: that is left to the first parcel which needs it."""
     global _pool, _results, _threshold
     _pool, _results, _threshold = pool, Giving(lambda: client_of(endpoint, arena_id), threshold, after_end), threshold
-    _end_with_parent()
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with(parent.pid)
     if initializer is not None:
         initializer(*initargs)
 
@@ -85,25 +84,3 @@ def _arrive(pool: int, work_id: int, exit_pid: int | None, parcel: Parcel) -> _R
         return _ResultItem(work_id, result=parcel.open(), exit_pid=exit_pid)
     except BaseException as error:
         return _ResultItem(work_id, exception=cast(Exception, error), exit_pid=exit_pid)
-
-
-def _end_with_parent() -> None:
-    """A worker of the standard library's pool whose parent was killed waits for ever for its next task, and this one would hold the
-    parent's buffers with it, as far as it was forked.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None or parent.pid is None:
-        return
-
-    def watch(descriptor: int) -> None:
-        ended = select.poll()
-        ended.register(descriptor, select.POLLIN)
-        ended.poll()
-        os.kill(os.getpid(), signal.SIGTERM)  # as the pool ends its workers when one of them was killed
-
-    try:
-        descriptor = os.pidfd_open(parent.pid)
-    except ProcessLookupError:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return
-    threading.Thread(target=watch, args=(descriptor,), daemon=True, name="gcma-parent").start()

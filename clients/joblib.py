@@ -8,6 +8,7 @@ makes a file, nor a temporary folder.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import threading
@@ -29,8 +30,9 @@ from joblib.externals.loky.reusable_executor import _ReusablePoolExecutor
 
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import ENDPOINT, default_client
-from gcma_shm.clients.handles import client_of
-from gcma_shm.clients.joblib_arrays import Given, Returned
+from gcma_shm.clients.handles import Reference, client_of
+from gcma_shm.clients.joblib_arrays import Given, Returned, Room, give_up
+from gcma_shm.clients.parents import end_with
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         self._pool: _Workers | None = None
         self._asked: dict[str, Any] = {}  # what `configure` was called with
         self._given: Given | None = None
-        self._given_as: tuple[Client, int | None, str | None]
+        self._given_as: tuple[Room, int | None, str | None]
 
     def configure(
         self,
@@ -107,10 +109,14 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         parameters = {**getattr(self, "backend_kwargs", {}), **parameters}  # joblib 1.4 has none
         if "timeout" in parameters:
             raise ValueError("timeout: use `idle_worker_timeout`, as with joblib's loky")
-        client = parameters.get("client") or self._client_given or _worker_client or default_client()
+        client = parameters.get("client") or self._client_given or (default_client() if _room is None else _room.client)
         if not client.mapped:
             raise ValueError("the backend needs a client that maps the arena; connect with mapped=True")
-        self._given_as = (client, parameters.get("max_nbytes", MAX_NBYTES), parameters.get("mmap_mode", "r"))
+        self._given_as = (
+            Room(lambda: client),
+            parameters.get("max_nbytes", MAX_NBYTES),
+            parameters.get("mmap_mode", "r"),
+        )
         if idle_worker_timeout is None:
             idle_worker_timeout = parameters.get("idle_worker_timeout", IDLE_S)
         how = {
@@ -137,10 +143,10 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
 
     def submit(self, func: Any, callback: Callable[[Future[Any]], None] | None = None) -> Future[Any]:
         """Called by Parallel, with a batch of tasks."""
-        client, max_nbytes, _ = self._given_as
+        room, max_nbytes, _ = self._given_as
         pool = self._pool = self._pool or _pool(self._made[0], **self._made[1])
         task = _Task(pool, cast(Given, self._given), func, callback, self._note)
-        desk = _Desk(client.endpoint, client.arena_id, max_nbytes)
+        desk = _Desk(room.client.endpoint, room.client.arena_id, os.getpid(), max_nbytes)
         future: Future[Any] = pool.submit(_work, task, desk)
         future.add_done_callback(task.end)
         return future
@@ -174,13 +180,13 @@ class _Results(SimpleQueue):  # type: ignore[misc]
     """What workers send."""
 
     def close(self) -> None:
-        """Takes what was sent by workers that were killed since, and nobody waits for: the arena would keep it for a minute."""
+        """Takes what was sent by workers that were killed since, and nobody waits for, or the arena would keep it for a minute."""
         os.set_blocking(self._reader.fileno(), False)  # the last of it may have been cut off
         with contextlib.suppress(Exception):
             while True:
                 result = getattr(self._reader.recv(), "result", None)
                 if isinstance(result, _Result):
-                    loads(result.data)
+                    give_up(result.handles)
         super().close()
 
 
@@ -261,14 +267,14 @@ class _Task:
         return self._what is None
 
     def end(self, future: Future[Any]) -> None:
-        """The future is done. Its result is unpacked now, also if nobody asks for it, or the arena would keep it for a minute."""
+        """The future is done. Its result is unpacked now, also if nobody asks for it, or the arena would keep it."""
         self._what, self._kept = None, []
         opened: Future[Any] = Future()
         try:
             result = future.result()
             for refusal in result.refusals:
                 self._note(refusal)
-            opened.set_result(loads(result.data))
+            opened.set_result(result.open())
         except BaseException as error:
             opened.set_exception(error.with_traceback(None))
         callback, self._callback = self._callback, None  # it refers to the future, which refers to us
@@ -283,6 +289,7 @@ class _Desk:
 
     endpoint: str
     arena_id: bytes
+    parent: int  # its pid
     max_nbytes: int | None
 
 
@@ -291,18 +298,29 @@ class _Result:
     """What a batch returned, packed, and why which arrays found no room."""
 
     data: bytes
+    handles: list[Reference]
     refusals: list[str]
 
+    def open(self) -> Any:
+        """Raises what unpickling it raises; nothing of it is held then."""
+        try:
+            return loads(self.data)
+        except BaseException:
+            give_up(self.handles)
+            raise
 
-_worker_client: Client | None = None
+
+_room: Room | None = None  # in a worker
 
 
 def _work(batch: bytes, desk: _Desk) -> _Result:
     """In a worker."""
-    global _worker_client  # noqa: PLW0603 - kept, so that the worker connects once
+    global _room  # noqa: PLW0603 - kept, so that the worker connects once
     register()  # for tasks that use the backend by its name
-    if _worker_client is None:
-        _worker_client = client_of(desk.endpoint, desk.arena_id)
+    if _room is None:
+        _room = Room(functools.partial(client_of, desk.endpoint, desk.arena_id))
+        end_with(desk.parent)
     result = loads(batch)()
     refusals: list[str] = []
-    return _Result(Returned(_worker_client, desk.max_nbytes, refusals.append).dumps(result)[0], refusals)
+    packer = Returned(_room, desk.max_nbytes, refusals.append)
+    return _Result(packer.dumps(result)[0], packer.handles, refusals)

@@ -10,10 +10,12 @@ the original has gone, and as long as a task that it was packed for is under way
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
+import time
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,19 +24,43 @@ from joblib.externals.loky.backend.reduction import dumps
 
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.client import Client
-from gcma_shm.clients.handles import Reference, clients
+from gcma_shm.clients.handles import Reference, load_buffer
+from gcma_shm.clients.packers import RETRY_S
+from gcma_shm.clients.places import AFTER_END_S, HOLD_S, locate_array
 from gcma_shm.clients.reducer import load_array
-from gcma_shm.errors import ArenaExhausted, QuotaExceeded
+from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
 
 if TYPE_CHECKING:
     import numpy as np
 
     Array = np.ndarray[Any, Any]
 
-HAND_OVER_S = 60.0  # a result that is not received for so long is given up
-
 Reduced = tuple[Any, ...]  # what a reducer returns: a function, and its arguments
 Refused = Callable[[str], None]  # told why a large array went through the pipe
+
+
+class Room:
+    """Room for copies in an arena. `client`: gives this process's client of it; it is called at the first need, and may raise."""
+
+    def __init__(self, client: Callable[[], Client]) -> None:
+        self._connect = client
+        self._refusal: Exception | None = None
+        self._ask_again_at = 0.0
+
+    @functools.cached_property
+    def client(self) -> Client:
+        """Raises BrokerUnavailable, StaleHandle."""
+        return self._connect()
+
+    def alloc(self, nbytes: int) -> Buffer:
+        """Raises ArenaExhausted, QuotaExceeded; BrokerUnavailable, ArenaError: at once, for a while after the first, or each array would wait."""
+        if self._refusal is not None and time.monotonic() < self._ask_again_at:
+            raise self._refusal.with_traceback(None)
+        try:
+            return self.client.alloc_contig(nbytes)
+        except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
+            self._refusal, self._ask_again_at = error, time.monotonic() + RETRY_S
+            raise
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,20 +87,11 @@ class _Shared:
     copy: _Copy
 
 
-@dataclass(frozen=True)
-class _Located:
-    """Where in which buffer an array's first element lies, and the client that holds that."""
-
-    client: Client
-    reference: Reference
-    start: int
-
-
 class _Arrays:
-    """Pickles what may contain arrays. `max_nbytes`: an array larger than that is copied into the arena; None: none is."""
+    """Pickles what may contain arrays. `max_nbytes`: an array larger than that is copied into `room`; None: none is."""
 
-    def __init__(self, client: Client, max_nbytes: int | None, refused: Refused, usual: dict[type, Any]) -> None:
-        self._client = client
+    def __init__(self, room: Room, max_nbytes: int | None, refused: Refused, usual: dict[type, Any]) -> None:
+        self._room = room
         self._max_nbytes = max_nbytes
         self._refused = refused
         self._usual = usual  # by type (numpy's; none without numpy), what reduces the arrays that are not ours to carry
@@ -113,8 +130,8 @@ class _Arrays:
         import numpy as np
 
         try:
-            buffer = self._client.alloc_contig(array.nbytes)
-        except (ArenaExhausted, QuotaExceeded) as error:
+            buffer = self._room.alloc(array.nbytes)
+        except (ArenaExhausted, QuotaExceeded, BrokerUnavailable, ArenaError) as error:
             self._refused(f"{array.nbytes} bytes: {error}")
             return None
         fortran = array.flags.f_contiguous and not array.flags.c_contiguous
@@ -129,9 +146,9 @@ class Given(_Arrays):
     `mmap_mode`: "r": they may read the copy; "r+", "w+": write to it, and see what others write; "c", None: each has its own.
     """
 
-    def __init__(self, client: Client, max_nbytes: int | None, mmap_mode: str | None, refused: Refused) -> None:
+    def __init__(self, room: Room, max_nbytes: int | None, mmap_mode: str | None, refused: Refused) -> None:
         # Told to copy nothing to files, joblib's own reducers still pass what is mapped from a file by its name.
-        super().__init__(client, max_nbytes, refused, get_memmapping_reducers(max_nbytes=None)[0])
+        super().__init__(room, max_nbytes, refused, get_memmapping_reducers(max_nbytes=None)[0])
         self._mode = mmap_mode
         self._copied_bytes = 0
         # By where and how the original lies. The memory is its owner's: as long as that lives, nothing else comes to lie there.
@@ -146,8 +163,8 @@ class Given(_Arrays):
             return copied
 
     def _where_it_lies(self, array: Array) -> _Placed | None:
-        located = _locate(array)
-        if located is None:
+        place = locate_array(array)
+        if place is None:
             return None
         # One that its user did not build there to be shared, or may not write to himself, is as any other to the tasks, but for the copy.
         shared = array.flags.writeable and id(_owner(array)) not in _results
@@ -155,7 +172,7 @@ class Given(_Arrays):
             return None
         load = load_array if shared or self._mode == "r" else load_own
         layout = (array.dtype, array.shape, array.strides)
-        return _Placed((load, (located.reference, located.start, *layout, shared)), array)
+        return _Placed((load, (place.reference, place.start, *layout, shared)), array)
 
     def _copied(self, array: Array) -> _Placed | None:
         copy = self._share(array) if self._is_large(array) else None
@@ -189,24 +206,48 @@ class Given(_Arrays):
 class Returned(_Arrays):
     """What a task returns."""
 
-    def __init__(self, client: Client, max_nbytes: int | None, refused: Refused) -> None:
-        super().__init__(client, max_nbytes, refused, get_memmapping_reducers(max_nbytes=None)[1])
+    def __init__(self, room: Room, max_nbytes: int | None, refused: Refused) -> None:
+        super().__init__(room, max_nbytes, refused, get_memmapping_reducers(max_nbytes=None)[1])
+        #: What was given away.
+        self.handles: list[Reference] = []
+
+    def dumps(self, what: object) -> tuple[bytes, list[object]]:
+        """As for all; what is given away is nobody's when that fails."""
+        try:
+            return super().dumps(what)
+        except BaseException:
+            give_up(self.handles)
+            raise
 
     def _where_it_lies(self, array: Array) -> _Placed | None:
         # What the worker may only read is others' as well, and a result is to be the caller's own.
-        located = _locate(array) if array.flags.writeable else None
-        if located is None:
+        place = locate_array(array) if array.flags.writeable else None
+        if place is None:
             return None
-        handle = located.client.hand_over(located.reference, HAND_OVER_S)
         load = load_result if id(_owner(array)) in _results else load_array
         layout = (array.dtype, array.shape, array.strides)
-        return _Placed((load, (handle.reference, located.start, *layout, True)))
+        handle = place.hand_over(HOLD_S, AFTER_END_S)
+        self.handles.append(handle)
+        return _Placed((load, (handle, place.start, *layout, True)))
 
     def _copied(self, array: Array) -> _Placed | None:
         copy = self._copy(array) if self._is_large(array) else None
         if copy is None:
             return None
-        return _Placed((load_result, (copy.buffer.hand_over(HAND_OVER_S).reference, 0, *copy.layout, True)))
+        try:
+            handle = copy.buffer.hand_over(HOLD_S, AFTER_END_S).reference
+        except (BrokerUnavailable, QuotaExceeded) as error:
+            self._refused(f"{array.nbytes} bytes: {error}")
+            return None
+        self.handles.append(handle)
+        return _Placed((load_result, (handle, 0, *copy.layout, True)))
+
+
+def give_up(handles: Iterable[Reference]) -> None:
+    """Nobody will come for these any more. Those that somebody has come for stay his."""
+    for handle in handles:
+        with contextlib.suppress(GcmaError):
+            load_buffer(handle).free()
 
 
 # Owners of the memory of results in this process: arrays that lie in the arena without their users' knowing.
@@ -240,24 +281,3 @@ def _is_mapped_from_file(array: Array) -> bool:
     import numpy as np
 
     return isinstance(_get_backing_memmap(array), np.memmap)
-
-
-def _locate(array: Array) -> _Located | None:
-    """The Buffer that an array lies on; None: it lies on none."""
-    address = array.__array_interface__["data"][0]
-    for client in list(clients):
-        if array.size and client.locate(address, 1) is not None:
-            begin, end = _byte_bounds(array)
-            located = client.locate(begin, end - begin)
-            if located is not None:
-                return _Located(client, located[0], located[1] + address - begin)
-    return None
-
-
-def _byte_bounds(array: Array) -> tuple[int, int]:
-    try:
-        from numpy.lib.array_utils import byte_bounds
-    except ImportError:  # before numpy 2
-        from numpy import byte_bounds  # type: ignore[attr-defined,no-redef]
-    begin, end = byte_bounds(array)
-    return int(begin), int(end)

@@ -26,13 +26,13 @@ from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.clients.parcels import Blob, BlobPickler, Parcel, Pickler, Piece
+from gcma_shm.clients.places import HOLD_S, locate
 from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
 
 log = logging.getLogger(__name__)
 
 ITEMS_MAX = 1000  # that are looked at for bytes: more take longer to look through than their copies
 RETRY_S = 10.0  # the broker is not asked for so long after it gave no answer, or each buffer would wait for one
-HOLD_S = 86400.0  # what is given away waits so long for its receiver while the giver lives
 
 Placed = tuple[Piece, object]  # and what must be kept until it was opened
 
@@ -142,13 +142,11 @@ class Packer(ABC):
             return None
         with given.raw() as memory:
             try:
-                client = self._client()
-                located = client.locate(address_of(memory), memory.nbytes)
-                if located is not None:
-                    reference, start = located
+                place = None if alone else locate(address_of(memory), memory.nbytes)
+                if place is not None:
                     # Built there, to be shared: who gets it may write as its maker may.
-                    return Piece(reference, start, memory.nbytes, memory.readonly), given
-                return self._copy(client, memory, None if alone else given)
+                    return Piece(place.reference, place.start, memory.nbytes, memory.readonly, place.client), given
+                return self._copy(self._client(), memory, None if alone else given)
             except (ArenaExhausted, QuotaExceeded) as error:
                 self._refusal = error
             except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
@@ -233,12 +231,13 @@ class Giving(Packer):
         """A handle, or it would be gone with this process's own hold."""
         return buffer.hand_over(HOLD_S, self._after_end)
 
-    def _give(self, reference: Reference) -> Reference:
-        return self._client().hand_over(reference, HOLD_S, self._after_end).reference
+    def _give(self, piece: Piece) -> Reference:
+        assert piece.holder is not None, "this process has made it"
+        return piece.holder.hand_over(piece.reference, HOLD_S, self._after_end).reference
 
     def _copy(self, client: Client, memory: memoryview, _original: PickleBuffer | None) -> Placed:
         buffer = self._make_copy(client, memory)
-        return Piece(buffer.reference, 0, memory.nbytes, memory.readonly), buffer
+        return Piece(buffer.reference, 0, memory.nbytes, memory.readonly, client), buffer
 
 
 class _Packing:

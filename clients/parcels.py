@@ -12,11 +12,14 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gcma_shm.clients import reducer
 from gcma_shm.clients.handles import Reference, load_buffer
 from gcma_shm.errors import GcmaError
+
+if TYPE_CHECKING:
+    from gcma_shm.clients.client import Client
 
 PROTOCOL = 5  # of pickle: buffers out of band (PEP 574)
 
@@ -25,12 +28,13 @@ Blob = bytes | bytearray
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one allocation. Its sender holds that, or a handle that the reference tells of does."""
+    """A part of one allocation. Its sender holds that, through `holder`, or a handle that the reference tells of does."""
 
     reference: Reference
     start: int
     nbytes: int
     readonly: bool
+    holder: Client | None = None  # not in its pickle
 
     def open(self) -> memoryview:
         """The memory, which is held as long as the view, or anything on it. Raises StaleHandle, BrokerUnavailable."""
@@ -66,11 +70,11 @@ class Parcel:
         self._blobs = blobs
         self.in_pipe = in_pipe
 
-    def by(self, way: Callable[[Reference], Reference]) -> Parcel:
+    def by(self, way: Callable[[Piece], Reference]) -> Parcel:
         """The same, whose pieces are reached by other references."""
 
         def led(piece: Piece) -> Piece:
-            return replace(piece, reference=way(piece.reference))
+            return replace(piece, reference=way(piece))
 
         data = led(self._data) if isinstance(self._data, Piece) else self._data
         blobs = [(kind, led(piece)) for kind, piece in self._blobs]

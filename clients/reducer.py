@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.handles import Reference, clients, load_buffer
+from gcma_shm.clients.handles import Reference, load_buffer
+from gcma_shm.clients.places import Place, locate, locate_array
 from gcma_shm.sizes import check_seconds
 
 if TYPE_CHECKING:
@@ -47,21 +48,15 @@ def _reduce_buffer(buffer: Buffer) -> tuple[Any, ...]:
     return buffer.hand_over(_timeout, _after_end).__reduce__()
 
 
-def _locate(address: int, nbytes: int) -> tuple[Reference, int] | None:
-    """A handle of the buffer in which this memory lies, and where; None: in none."""
-    for client in list(clients):
-        located = None if client.closed or not nbytes else client.locate(address, nbytes)
-        if located is not None:
-            reference, start = located
-            return client.hand_over(reference, _timeout, _after_end).reference, start
-    return None
+def _given(place: Place) -> tuple[Reference, int]:
+    return place.hand_over(_timeout, _after_end), place.start
 
 
 def _reduce_view(view: memoryview) -> tuple[Any, ...]:
-    located = _locate(address_of(view), view.nbytes) if view.c_contiguous else None
-    if located is None:
+    place = locate(address_of(view), view.nbytes) if view.c_contiguous else None
+    if place is None:
         return view.__reduce_ex__(4)  # type: ignore[return-value] # raises: elsewhere they cannot be pickled
-    return _load_view, (*located, view.nbytes, view.format, view.shape, view.readonly)
+    return _load_view, (*_given(place), view.nbytes, view.format, view.shape, view.readonly)
 
 
 def _load_view(
@@ -73,24 +68,10 @@ def _load_view(
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
     """For pickle: a handle, and how the array lies on it; or what it always was."""
-    begin, end = _bounds(array)
-    located = _locate(begin, end - begin) if array.size else None
-    if located is None:
+    place = locate_array(array)
+    if place is None:
         return array.__reduce_ex__(4)  # type: ignore[return-value] # as multiprocessing does
-    reference, at = located
-    start = at + array.__array_interface__["data"][0] - begin
-    return load_array, (reference, start, array.dtype, array.shape, array.strides, array.flags.writeable)
-
-
-def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
-    """The addresses of the first byte of an array, and of the one behind its last; strides may be negative."""
-    begin = end = array.__array_interface__["data"][0]
-    for count, stride in zip(array.shape, array.strides, strict=True):
-        if stride < 0:
-            begin += (count - 1) * stride
-        else:
-            end += (count - 1) * stride
-    return begin, end + array.itemsize
+    return load_array, (*_given(place), array.dtype, array.shape, array.strides, array.flags.writeable)
 
 
 def load_array(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -26,11 +29,12 @@ from sklearn.model_selection import GridSearchCV, cross_val_score
 
 import gcma_shm
 from gcma_shm.clients import joblib as ours
+from gcma_shm.clients import joblib_arrays
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import clients
 from gcma_shm.clients.joblib import ArenaBackend, end_workers, register
 
-from .processes import Said, eventually, in_fork, run_python
+from .processes import Said, broker, eventually, in_fork, run_python
 
 Array = npt.NDArray[Any]
 LARGE = 200_000  # floats: 1.5 MiB, more than joblib's default for max_nbytes
@@ -375,6 +379,95 @@ def test_what_fails_while_it_is_unpickled_is_the_tasks_exception(backend: ArenaB
         Parallel()(delayed(echo)(Gone()) for _ in range(2))
     with pytest.raises(ZeroDivisionError, match="planted"):
         Parallel()(delayed(Gone)() for _ in range(2))
+
+
+def refuse_pickling() -> Any:
+    return ones(LARGE), threading.Lock()
+
+
+def refuse_unpickling() -> Any:
+    return ones(LARGE), Gone(), ones(LARGE)
+
+
+def test_a_result_that_fails_on_its_way_leaves_nothing(backend: ArenaBackend, client: EmbeddedClient) -> None:
+    for task, error in ((refuse_pickling, "pickle"), (refuse_unpickling, "planted")):
+        with pytest.raises(Exception, match=error):
+            Parallel()(delayed(task)() for _ in range(2))
+        assert nothing_is_held(client), task
+
+
+def give_away_and_die(after_end: float) -> Any:
+    vars(joblib_arrays)["AFTER_END_S"] = after_end
+    return ones(LARGE), Die()
+
+
+class Die:
+    """Kills the worker that packs it, which has given away an array before."""
+
+    def __reduce__(self) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_result_whose_worker_was_killed_is_held_for_a_while(backend: ArenaBackend, client: EmbeddedClient) -> None:
+    with pytest.raises(TerminatedWorkerError, match="SIGKILL"):
+        Parallel()(delayed(give_away_and_die)(0.1) for _ in range(1))
+    assert nothing_is_held(client)
+
+
+def test_the_broker_dies_during_a_call(tmp_path: Path) -> None:
+    register()
+    endpoint = f"ipc://{tmp_path}/b"
+    array = np.ones(LARGE)
+    with broker(endpoint, size="32M") as served:
+        client = gcma_shm.connect(endpoint, timeout=0.3)
+        with parallel_config(backend="gcma", n_jobs=2, client=client) as config:
+            results = Parallel(return_as="generator", batch_size=1, pre_dispatch=2)(
+                delayed(echo)(ones(LARGE, n) if n in (0, 1, 7) else n) for n in range(8)
+            )
+            assert next(results)[0] == 0
+            served.stop(signal.SIGKILL)
+            with contextlib.suppress(gcma_shm.BrokerUnavailable):  # what was on its way
+                assert [float(np.max(result)) for result in results] == [float(n) for n in range(1, 8)]
+            del results
+            # Calls that begin now do without.
+            found = Parallel()(delayed(echo)(array) for _ in range(2))
+            assert [result.tolist() == array.tolist() for result in found] == [True, True]
+            assert config["backend"].fallbacks >= 4
+        end_workers()
+        with contextlib.suppress(gcma_shm.GcmaError):
+            client.close()
+    with broker(endpoint, size="32M"):
+        pass  # takes over what is left, and removes it
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from joblib import Parallel, delayed, parallel_config
+from gcma_shm.clients.joblib import register
+
+def work(n):
+    print(os.getpid(), flush=True)
+    return np.ones(300_000)
+
+register()
+with parallel_config(backend="gcma", n_jobs=2):
+    for result in Parallel(return_as="generator", batch_size=1)(delayed(work)(n) for n in range(8)):
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_workers_end_with_a_caller_that_was_killed(client: EmbeddedClient, tmp_path: Path) -> None:
+    program = tmp_path / "killed.py"
+    program.write_text(KILLED.replace("\nregister()\n", "\nif __name__ != '__main__': sys.exit()\nregister()\n"))
+    done = subprocess.run(
+        [sys.executable, str(program)], env=os.environ | {"GCMA_ENDPOINT": client.endpoint}, capture_output=True, text=True,
+        timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    workers = {int(line) for line in done.stdout.split()}
+    assert workers
+    assert eventually(lambda: not any(Path(f"/proc/{number}").exists() for number in workers))
 
 
 def test_workers_stay_for_the_next_call_and_are_resized(backend: ArenaBackend, client: EmbeddedClient) -> None:

@@ -200,6 +200,20 @@ def test_without_a_broker_all_goes_through_the_pipe(
     assert caplog.text.count("planted") == 1
 
 
+def test_what_was_built_through_another_client_is_not_copied(client: EmbeddedClient) -> None:
+    with gcma_shm.connect(client.endpoint) as other:
+        array = other.alloc_contig(80_000).numpy(10_000, "float64")
+        array[:] = 1
+        for packer in (Sharing(lambda: client, THRESHOLD), Giving(lambda: client, THRESHOLD, 60.0)):
+            got, sent = travel(packer, array)
+            assert (packer.copied, packer.fallbacks, sent < 1000) == (0, 0, True)
+            got[0] += 1
+            del got
+        assert array[0] == 3
+        del array
+    assert eventually(lambda: held(client) == 0)
+
+
 def test_without_room_some_goes_through_the_pipe(packer: Packer, client: EmbeddedClient) -> None:
     guest = client.alloc_contig(client.areas()[0].largest_free - (64 << 10))
     parcel, kept = packer.pack([np.ones(4000), np.ones(100_000)])

@@ -1,0 +1,63 @@
+"""Where in an arena this process's memory lies, whichever of its clients holds that, and the way of it to others.
+
+A process may have several clients of one arena: its parent's, which it was forked with, and its own. It owns nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gcma_shm.clients.handles import Reference, clients
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from gcma_shm.clients.client import Client
+
+HOLD_S = 86400.0  # what a worker gives away waits so long for its receiver, stopped or busy, while that worker lives
+AFTER_END_S = 60.0  # ... and so long when it was killed
+
+
+@dataclass(frozen=True)
+class Place:
+    """Memory on a buffer, `start` bytes from that buffer's own, and the client that holds it."""
+
+    client: Client
+    reference: Reference
+    start: int
+
+    def hand_over(self, timeout: float, after_end: float) -> Reference:
+        """A handle's. Raises QuotaExceeded, BrokerUnavailable."""
+        return self.client.hand_over(self.reference, timeout, after_end).reference
+
+
+def locate(address: int, nbytes: int) -> Place | None:
+    """The place of this memory; None: not all of it lies in one buffer, or there is none of it."""
+    if not nbytes:
+        return None
+    for client in list(clients):
+        located = None if client.closed else client.locate(address, nbytes)
+        if located is not None:
+            return Place(client, *located)
+    return None
+
+
+def locate_array(array: np.ndarray[Any, Any]) -> Place | None:
+    """The place of an array's first element; None: not all that its strides reach lies in one buffer."""
+    begin, end = _bounds(array)
+    place = locate(begin, end - begin) if array.size else None
+    if place is None:
+        return None
+    return Place(place.client, place.reference, place.start + array.__array_interface__["data"][0] - begin)
+
+
+def _bounds(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """The addresses of the first byte of an array, and of the one behind its last; strides may be negative."""
+    begin = end = array.__array_interface__["data"][0]
+    for count, stride in zip(array.shape, array.strides, strict=True):
+        if stride < 0:
+            begin += (count - 1) * stride
+        else:
+            end += (count - 1) * stride
+    return begin, end + array.itemsize
