@@ -8,6 +8,7 @@ has ended by then, they have one of their own.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import threading
 
@@ -58,6 +59,18 @@ def _trees() -> str:
 
 def _client_of_tree(owner: Process) -> Client:
     endpoint = f"{_trees()}{owner.pid}-{owner.start}/broker"
+    # One after the other: whose broker finds another one's arena, half made, would clear away what it takes for its own leftovers.
+    runtime_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
+    directory = os.open(runtime_dir(), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)  # for as long as a broker takes to start; it ends with its holder, too
+        return _connect_or_start(endpoint, owner)
+    finally:
+        fcntl.flock(directory, fcntl.LOCK_UN)  # a child that was forked meanwhile has the same descriptor
+        os.close(directory)
+
+
+def _connect_or_start(endpoint: str, owner: Process) -> Client:
     try:
         return connect(endpoint, mapped=True)
     except BrokerUnavailable:
