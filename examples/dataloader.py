@@ -39,7 +39,9 @@ class Pictures:
 @functools.cache
 def arena(endpoint: str) -> gcma_shm.Client:
     """A worker's client, connected with its first batch."""
-    reducer.register()  # from now on arrays on Buffers go through torch's queues as handles
+    # From now on arrays on Buffers go through torch's queues as handles. A batch that a loop which ended early left in one is held for no
+    # more than ten seconds after its worker.
+    reducer.register(after_end=10)
     return gcma_shm.connect(endpoint)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,13 +41,28 @@ Array = npt.NDArray[Any]
 LARGE = 200_000  # floats: 1.5 MiB, more than joblib's default for max_nbytes
 
 
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedClient]:
+    """One arena, and one pool of workers, for all tests here: to start them for each takes longer than what is tested. Each test sees to
+    it that it leaves nothing held.
+    """
+    short = Path(tempfile.mkdtemp(prefix="gt-"))  # for a socket
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_RUNTIME_DIR", str(short))
+        with gcma_shm.embedded("16M") as owner:
+            yield owner
+            end_workers()
+    shutil.rmtree(short)
+
+
 @pytest.fixture
 def backend(client: EmbeddedClient) -> Iterator[ArenaBackend]:
-    """The active one, on the test's arena."""
+    """The active one, on the module's arena; its counters are the test's own."""
     register()
     with parallel_config(backend="gcma", n_jobs=2, client=client) as config:
         yield config["backend"]
-    end_workers()
+    assert nothing_is_held(client)
 
 
 def held(client: gcma_shm.Client) -> int:
