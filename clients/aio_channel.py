@@ -54,7 +54,7 @@ class AsyncChannel(Requests):
     def _drain(self) -> None:
         """Sends what was given up, and waits for no reply."""
         self._drains = False
-        if not self._greeted or self.closed:
+        if not self._greeted or self.closed or self._attaches:
             return
 
         def tell(operation: str, parameters: dict[str, Any]) -> None:
@@ -104,7 +104,7 @@ class AsyncChannel(Requests):
             loop = self.enter()
             await self._greet(loop.time() + self.timeout)
             self._drain()
-            while self.holds:  # the socket takes nothing
+            while self.holds:  # the socket takes nothing, or an attach is under way
                 await self.request("ping")
                 self._drain()
             last = self._last_told

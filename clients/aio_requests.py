@@ -10,6 +10,9 @@ has a Buffer or Reservation that the caller was given, or is freed.
 
 No hello is sent while a request is under way that the broker might serve: it would list what we hold without what that one is granted, and the broker would free
 it. A HelloNeeded says that none is: what was sent before it is lost, and what was sent after it, before the hello, is answered like it.
+
+Nor is a hold ended while an attach is under way: the broker counts no more than one hold of a client, so the end of an older one, sent after the attach, would
+end the one that it grants. What is to be given back waits for the attaches under way, and the next attach for that.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from gcma_shm.messages import Frame, Reply, Request
 # stand in it.
 CONTROL, TOLD = "control", "told"
 ROOM_MIN = 2
+ATTACHES = ("attach", "attach_name")
 
 Then = Callable[[Reply], Any]
 
@@ -87,6 +91,7 @@ class Requests(Correspondence):
         self._hello_number = 0  # of the last hello: a HelloNeeded from before it is old news
         self._pending: dict[int, Pending] = {}  # in the order of their numbers
         self._rooms = Rooms()
+        self._attaches = 0  # of those that somebody waits for
         self._resent: list[Request] = []  # attaches that wait for a hello to be sent again
         self._greeting_task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -101,6 +106,10 @@ class Requests(Correspondence):
 
     def _schedule(self) -> None:
         """Does that soon. For any thread, at any moment."""
+        raise NotImplementedError
+
+    async def settled(self) -> None:
+        """Until the broker has done all that was given up so far."""
         raise NotImplementedError
 
     # --- what comes
@@ -188,9 +197,13 @@ class Requests(Correspondence):
         await self._greet(deadline)
         if self.holds:
             self._drain()
+        attaches = operation in ATTACHES
+        if attaches and self.holds:
+            await self.settled()
         request = Request(0, operation, parameters or {}, tuple(pages))
         kind = self._kind(operation)
         await self._wait_for_room(request, kind, deadline)
+        self._attaches += attaches
         try:
             while True:
                 one = Pending(request, self._anew(deadline), then, loop.create_future())
@@ -203,7 +216,10 @@ class Requests(Correspondence):
                     raise self._lost(request)
                 await self._greet_again(request, deadline)
         finally:
+            self._attaches -= attaches
             self._rooms.leave(kind, self._room)
+            if attaches and self.holds:
+                self._schedule()
         if reply.status != "ok":
             raise messages.reply_error(reply)
         return reply if then is None else one.taken
@@ -259,6 +275,8 @@ class Requests(Correspondence):
             del self._pending[one.request.number]
             if was_sent:
                 self._give_up([one.request])
+            else:
+                self._take_back(one.request)
         elif isinstance(one.outcome, Reply) and one.outcome.status == "ok" and undo is not None:
             undo(one.taken)  # it had come, between the cancellation and now
             self._schedule()
@@ -298,8 +316,17 @@ class Requests(Correspondence):
         """Before a request is sent again."""
         try:
             await self._greet(deadline)
+        except BaseException:
+            self._take_back(request)
+            raise
         finally:
             self._forget_resent(request)
+
+    def _take_back(self, request: Request) -> None:
+        """It is not sent again, and a hello may have told that we hold what it asks for."""
+        if request.operation == "attach":
+            self.holds.give_up(request.parameters["buffer"], request.parameters.get("claim", 0), None)
+            self._schedule()
 
     def _forget_resent(self, request: Request) -> None:
         self._resent = [other for other in self._resent if other is not request]

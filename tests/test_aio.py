@@ -316,6 +316,32 @@ def test_each_reply_goes_to_its_request(client: EmbeddedClient, run: Runs) -> No
     run(main())
 
 
+def test_a_free_beside_an_attach_to_the_same(client: EmbeddedClient, run: Runs) -> None:
+    """Whichever comes first at the broker, which counts one hold of a client: what the attach returns is held."""
+
+    async def main() -> None:
+        async with aio.connect(client.endpoint) as own:
+            for count in range(12):
+                buffer = await own.alloc_contig(PAGE, name="b")
+                handle = await buffer.hand_over()
+                by_handle = asyncio.ensure_future(own.attach(handle))
+                by_name = asyncio.ensure_future(own.attach("b"))
+                dropped = asyncio.ensure_future(own.attach("b"))
+                await steps(count)
+                dropped.cancel()
+                await asyncio.wait_for(buffer.free(), WAIT_S)
+                attached = await by_handle, await by_name
+                assert [name.name for name in client.names()] == ["b"]
+                await attached[0].free()
+                assert held(client) == PAGE
+                await attached[1].free()
+                for result in await asyncio.gather(dropped, return_exceptions=True):
+                    await give_back(result)
+                assert await soon(lambda: nothing_is_left(client))
+
+    run(main())
+
+
 def test_waiting_in_line(client: EmbeddedClient, run: Runs) -> None:
     async def main() -> None:
         async with aio.connect(client.endpoint) as own:
@@ -671,6 +697,42 @@ def test_an_attach_that_was_served_by_a_broker_that_died(run: Runs, monkeypatch:
             async with await attaching as attached:
                 assert attached.numpy(1)[0] == 3
             assert (await own.areas())[0].held == 0
+            await own.close()
+            maker.close()
+
+    with broker(endpoint, *options) as first:
+        run(main(first, gcma_shm.connect(endpoint, wait_for_broker=WAIT_S)))
+
+
+def test_an_attach_that_is_cancelled_while_the_next_broker_is_greeted(
+    run: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dead broker had served it, and the hello has told the next one: which is told as well that nobody wants it any more."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    options = ("--area", f"a={SIZE}")
+    greeted_with = AsyncChannel._greeted_with
+
+    async def main(first: Any, maker: gcma_shm.Client) -> None:
+        own = await aio.connect(endpoint, timeout=WAIT_S, wait_for_broker=WAIT_S)
+        buffer = maker.alloc_contig(PAGE)
+        handle = buffer.hand_over()
+        buffer.free()
+        with monkeypatch.context() as patched:
+            patched.setattr(AsyncChannel, "take", lambda _channel, _frames: None)
+            attaching = asyncio.ensure_future(own.attach(handle))
+            assert await soon(lambda: maker.stats()["broker"]["requests"].get("attach") == 1)
+            first.stop(signal.SIGKILL)
+            await steps(10)
+
+        def and_cancel(channel: AsyncChannel, reply: Any) -> None:
+            greeted_with(channel, reply)
+            attaching.cancel()
+
+        with monkeypatch.context() as patched, broker(endpoint, *options):
+            patched.setattr(AsyncChannel, "_greeted_with", and_cancel)
+            with pytest.raises(asyncio.CancelledError):
+                await attaching
+            assert await soon(lambda: held(maker) == 0)
             await own.close()
             maker.close()
 
