@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import atexit
 import threading
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gcma_shm.clients.living import Living
 from gcma_shm.errors import StaleHandle
 
 if TYPE_CHECKING:
@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from gcma_shm.clients.client import Client
     from gcma_shm.clients.reservation import Reservation
 
-clients: weakref.WeakSet[Client] = weakref.WeakSet()  # of this process
-async_clients: weakref.WeakSet[AsyncClient] = (
-    weakref.WeakSet()
-)  # which no handle is loaded by: that would need an await
+clients: Living[Client] = Living()  # of this process
+async_clients: Living[AsyncClient] = Living()  # which no handle is loaded by: that would need an await
 connecting = threading.Lock()
 
 
@@ -32,7 +30,7 @@ def _rest() -> None:
     """At the interpreter's exit: a socket that is open when it is collected would be warned of. Whoever comes later opens it again. A
     daemon thread that is in the middle of a request goes on, and keeps nobody from leaving.
     """
-    for client in list(clients):
+    for client in clients:
         client._channel.rest()
 
 
@@ -97,7 +95,7 @@ def client_of(endpoint: str, arena_id: bytes) -> Client:
     from gcma_shm.clients.client import connect
 
     with connecting:  # two threads that load handles share one client
-        for client in list(clients):
+        for client in clients:
             if client.mapped and not client.closed and client.arena_id == arena_id:
                 return client
         client = connect(endpoint, mapped=True)  # lives as long as what is attached through it

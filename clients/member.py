@@ -10,6 +10,7 @@ from gcma_shm import layout
 from gcma_shm._core import Plane, Span
 from gcma_shm.arena import Arena, open_arena
 from gcma_shm.clients.handles import Reference
+from gcma_shm.clients.living import Living
 from gcma_shm.clients.reservation import Claims
 from gcma_shm.endpoint import is_tcp
 from gcma_shm.errors import ArenaError, Closed
@@ -44,7 +45,7 @@ class Member:
         self._greeted_pid = 0
         self._generation = 0  # of the record, while the arena is mapped
         # The memory and not the Buffer: an array that outlives its Buffer keeps the memory.
-        self._spans: weakref.WeakValueDictionary[int, Span] = weakref.WeakValueDictionary()  # by identity
+        self._spans: Living[Span] = Living()
         self._buffers: weakref.WeakValueDictionary[int, Held] = (
             weakref.WeakValueDictionary()
         )  # by their spans' identity
@@ -78,7 +79,7 @@ class Member:
         if plane is None or at < 0:
             return None
         claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
-        for span in (*self._living_spans(), *claimed):
+        for span in (*self._spans, *claimed):
             begin = 0 if span is None else span.first * plane.page_size
             if span is not None and begin <= at and at + nbytes <= begin + span.nbytes:
                 return Reference(self.endpoint, self.arena_id, *span.held), at - begin
@@ -87,11 +88,7 @@ class Member:
     def _note(self, buffer: Held, span: Span) -> None:
         """A new buffer and its memory."""
         self._buffers[id(span)] = buffer
-        self._spans[id(span)] = span
-
-    def _living_spans(self) -> list[Span]:
-        """Taken at once: another thread may be about to add one."""
-        return [span for reference in self._spans.valuerefs() if (span := reference()) is not None]
+        self._spans.add(span)
 
     def _introduce(self) -> dict[str, Any]:
         pid = os.getpid()
@@ -158,11 +155,11 @@ class Member:
         """No view of a buffer can be made any more; all of them that were not sealed before. Raises BufferError when there is one."""
         claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
         sealed: list[Span] = []
-        for span in (*self._living_spans(), *claimed):
+        for span in (*self._spans, *claimed):
             if span is None or span.sealed:
                 continue
             # Memory without a Buffer and without a view: something refers to the memory itself, as an array may on a closed SharedMemory.
-            if (id(span) in self._spans and id(span) not in self._buffers) or not span.seal():
+            if (span in self._spans and id(span) not in self._buffers) or not span.seal():
                 for other in sealed:
                     other.unseal()
                 raise BufferError(

@@ -36,7 +36,7 @@ def locate(address: int, nbytes: int) -> Place | None:
     """The place of this memory; None: not all of it lies in one buffer, or there is none of it."""
     if not nbytes:
         return None
-    for client in list(clients):
+    for client in clients:
         located = None if client.closed else client.locate(address, nbytes)
         if located is not None:
             return Place(client, *located)
