@@ -146,7 +146,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         room, max_nbytes, _ = self._given_as
         pool = self._pool = self._pool or _pool(self._made[0], **self._made[1])
         task = _Task(pool, cast(Given, self._given), func, callback, self._note)
-        desk = _Desk(room.client.endpoint, room.client.arena_id, os.getpid(), max_nbytes)
+        desk = _Desk(room.client.endpoint, room.client.arena_id, max_nbytes)
         future: Future[Any] = pool.submit(_work, task, desk)
         future.add_done_callback(task.end)
         return future
@@ -193,9 +193,11 @@ class _Results(SimpleQueue):  # type: ignore[misc]
 class _Workers(_ReusablePoolExecutor):  # type: ignore[misc]
     """loky's pool of workers that can be resized. Not the one of joblib's own backend, whose reducers write files."""
 
-    def __init__(self, n_jobs: int, arena_id: bytes, **how: Any) -> None:
-        super().__init__(threading.RLock(), max_workers=n_jobs, **how)
-        self.made = how | {"arena_id": arena_id}
+    def __init__(self, n_jobs: int, **how: Any) -> None:
+        self.made = how
+        begin = (os.getpid(), how["initializer"], how["initargs"])
+        loky = {"timeout": how["timeout"], "env": how["env"], "initializer": _begin, "initargs": begin}
+        super().__init__(threading.RLock(), max_workers=n_jobs, **loky)
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As loky's, but that pool of joblib's backend is not asked when this one has been shut down."""
@@ -289,7 +291,6 @@ class _Desk:
 
     endpoint: str
     arena_id: bytes
-    parent: int  # its pid
     max_nbytes: int | None
 
 
@@ -313,13 +314,19 @@ class _Result:
 _room: Room | None = None  # in a worker
 
 
+def _begin(parent: int, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+    """In a worker, before its first task, should it ever get one."""
+    end_with(parent)
+    if initializer is not None:
+        initializer(*initargs)
+
+
 def _work(batch: bytes, desk: _Desk) -> _Result:
     """In a worker."""
     global _room  # noqa: PLW0603 - kept, so that the worker connects once
     register()  # for tasks that use the backend by its name
     if _room is None:
         _room = Room(functools.partial(client_of, desk.endpoint, desk.arena_id))
-        end_with(desk.parent)
     result = loads(batch)()
     refusals: list[str] = []
     packer = Returned(_room, desk.max_nbytes, refusals.append)

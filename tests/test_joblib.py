@@ -105,6 +105,12 @@ def echo(value: Any) -> Any:
     return value
 
 
+def give_away_for(after_end: float, result: Any) -> Any:
+    """The result, which is held for so many seconds when its worker is killed on the way."""
+    vars(joblib_arrays)["AFTER_END_S"] = after_end
+    return result
+
+
 def ones(size: int, value: float = 1.0) -> Array:
     return np.full(size, value)
 
@@ -348,7 +354,8 @@ def test_generators(backend: ArenaBackend, client: EmbeddedClient, return_as: st
     results = Parallel(return_as=return_as)(delayed(echo)(ones(LARGE, n)) for n in range(10))
     assert sorted(result[0] for result in results) == list(range(10))
     assert nothing_is_held(client)
-    results = Parallel(return_as=return_as)(delayed(echo)(ones(LARGE, n)) for n in range(10))
+    # Its workers are killed in the midst of what they give away.
+    results = Parallel(return_as=return_as)(delayed(give_away_for)(0.1, ones(LARGE, n)) for n in range(10))
     assert next(results)[0] < 10
     with pytest.warns(UserWarning, match="cancelled|not used"):
         del results
@@ -413,8 +420,7 @@ def test_a_result_that_fails_on_its_way_leaves_nothing(backend: ArenaBackend, cl
 
 
 def give_away_and_die(after_end: float) -> Any:
-    vars(joblib_arrays)["AFTER_END_S"] = after_end
-    return ones(LARGE), Die()
+    return give_away_for(after_end, (ones(LARGE), Die()))
 
 
 class Die:
