@@ -22,7 +22,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gcma_shm import curve, messages
+from gcma_shm import messages
 from gcma_shm.clients.aio_rooms import Rooms
 from gcma_shm.clients.aio_socket import AsyncSocket
 from gcma_shm.clients.correspondence import BEGIN_AGAIN, HELLO_NEEDED, LOST, ONCE, PROBE_S, Correspondence, kind_of
@@ -73,21 +73,9 @@ class Pending:
 class Requests(Correspondence):
     """Those of one session, for the tasks of one event loop: the one that it was first used in."""
 
-    def __init__(
-        self,
-        endpoint: str,
-        timeout: float,
-        wait_for_broker: float,
-        introduce: Callable[[], dict[str, Any]],
-        credentials: curve.Credentials | None = None,
-    ) -> None:
-        super().__init__(endpoint, timeout, wait_for_broker, introduce)
-        self._credentials = credentials
-        self._begin()
-
     def _begin(self) -> None:
         self.lock = threading.Lock()
-        self._begin_numbers()
+        super()._begin()
         self._hello_number = 0  # of the last hello: a HelloNeeded from before it is old news
         self._pending: dict[int, Pending] = {}  # in the order of their numbers
         self._rooms = Rooms()

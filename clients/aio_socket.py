@@ -17,9 +17,7 @@ import zmq
 import zmq.asyncio
 
 from gcma_shm import curve
-from gcma_shm._core import scheduler_slice
-from gcma_shm.clients.channel import GOODBYE_MS, RECONNECT_MS, SLICE_S, say_goodbye
-from gcma_shm.endpoint import is_tcp
+from gcma_shm.clients.channel import GOODBYE_MS, dealer, say_goodbye
 from gcma_shm.messages import Frame
 
 MESSAGES_MAX = 64  # that are read in one turn of the loop; others have theirs then
@@ -45,16 +43,7 @@ class AsyncSocket:
     ) -> None:
         self._loop = loop
         self._reader = weakref.ref(reader)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        before = scheduler_slice(SLICE_S)  # for ZeroMQ's thread, as in Channel
-        self._plain = self._context.socket(zmq.DEALER)
-        scheduler_slice(before)
-        self._plain.setsockopt(zmq.LINGER, 0)
-        self._plain.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a broker that is not there
-        self._plain.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        if is_tcp(endpoint):
-            curve.prepare(self._plain, endpoint, credentials)
-        self._plain.connect(endpoint)
+        self._context, self._plain = dealer(endpoint, credentials)
         # Over a plain socket: an asyncio socket of its own, collected in a forked child, would take the parent's out of the epoll that
         # both have.
         self._socket = zmq.asyncio.Socket.from_socket(self._plain)

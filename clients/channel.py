@@ -31,6 +31,7 @@ from gcma_shm.clients.correspondence import (
     kind_of,
 )
 from gcma_shm.clients.holds import Hold
+from gcma_shm.endpoint import is_tcp
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
@@ -41,24 +42,29 @@ _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
 
 
+def dealer(
+    endpoint: str, credentials: curve.Credentials | None
+) -> tuple[zmq.Context[zmq.Socket[bytes]], zmq.Socket[bytes]]:
+    """A socket that is being connected to a broker, and its context."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    before = scheduler_slice(SLICE_S)  # for ZeroMQ's thread, which the first socket starts: somebody waits for it
+    socket = context.socket(zmq.DEALER)
+    scheduler_slice(before)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a broker that is not there
+    socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+    if is_tcp(endpoint):
+        curve.prepare(socket, endpoint, credentials)
+    socket.connect(endpoint)
+    return context, socket
+
+
 class Channel(Correspondence):
     """The way to one broker, for threads."""
 
-    def __init__(
-        self,
-        endpoint: str,
-        timeout: float,
-        wait_for_broker: float,
-        introduce: Callable[[], dict[str, Any]],
-        credentials: curve.Credentials | None = None,
-    ) -> None:
-        super().__init__(endpoint, timeout, wait_for_broker, introduce)
-        self._credentials = credentials
-        self._begin()
-
     def _begin(self) -> None:
         self.lock = threading.Lock()
-        self._begin_numbers()
+        super()._begin()
         self._is_open = False
 
     def reset(self) -> None:
@@ -83,17 +89,8 @@ class Channel(Correspondence):
         """
         if self._is_open:
             return
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        before = scheduler_slice(SLICE_S)  # for ZeroMQ's thread, which the first socket starts: somebody waits for it
-        self._socket = self._context.socket(zmq.DEALER)
-        scheduler_slice(before)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a broker that is not there
-        self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self._context, self._socket = dealer(self.endpoint, self._credentials)
         self._socket.setsockopt(zmq.RCVTIMEO, max(int(min(self.timeout, PROBE_S) * 1000), 1))
-        if self._path is None:
-            curve.prepare(self._socket, self.endpoint, self._credentials)
-        self._socket.connect(self.endpoint)
         # Not left to the collector, which may take the context first, and that waits for its sockets.
         self._goodbye = weakref.finalize(self, _part, self._socket, self._context)
         # Not at the interpreter's exit: daemon threads may still store then, and the broker sees the process end.

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from gcma_shm import messages
+from gcma_shm import curve, messages
 from gcma_shm.clients.holds import Holds
 from gcma_shm.endpoint import check_endpoint, is_tcp, refuse_strangers, socket_path
 from gcma_shm.errors import BrokerUnavailable
@@ -43,7 +43,12 @@ class Correspondence:
     """
 
     def __init__(
-        self, endpoint: str, timeout: float, wait_for_broker: float, introduce: Callable[[], dict[str, Any]]
+        self,
+        endpoint: str,
+        timeout: float,
+        wait_for_broker: float,
+        introduce: Callable[[], dict[str, Any]],
+        credentials: curve.Credentials | None = None,
     ) -> None:
         check_endpoint(endpoint)
         self.endpoint = endpoint
@@ -57,9 +62,11 @@ class Correspondence:
         self.attaching: list[
             dict[str, Any]
         ] = []  # parameters of requests to attach that are sent again after the next hello
-        self._begin_numbers()
+        self._credentials = credentials  # for the socket
+        self._begin()
 
-    def _begin_numbers(self) -> None:
+    def _begin(self) -> None:
+        """At first, and in a forked child."""
         self._number = 0
         self._late = 0  # requests whose replies may still come
         self._given_up: dict[int, str] = {}  # of these, the ones that the broker bounds: number to kind

@@ -11,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import os
 import threading
+import time
 
 from gcma_shm.arena import SHM_DIR
 from gcma_shm.clients.client import Client, connect
@@ -22,6 +23,7 @@ from gcma_shm.errors import ArenaError, BrokerUnavailable
 ENDPOINT = "GCMA_ENDPOINT"
 SIZE = "GCMA_SIZE"  # of the arena of an embedded broker
 SIZE_DEFAULT = "1G"
+NAP_S = 0.005  # between two tries to have one's turn: the kernel's own waiting has no bound
 
 _lock = threading.Lock()
 _client: Client | None = None
@@ -63,11 +65,24 @@ def _client_of_tree(owner: Process) -> Client:
     runtime_dir().mkdir(mode=0o700, parents=True, exist_ok=True)
     directory = os.open(runtime_dir(), os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(directory, fcntl.LOCK_EX)  # for as long as a broker takes to start; it ends with its holder, too
+        _take_turn(directory)  # for as long as a broker takes to start; it ends with its holder, too
         return _connect_or_start(endpoint, owner)
     finally:
         fcntl.flock(directory, fcntl.LOCK_UN)  # a child that was forked meanwhile has the same descriptor
         os.close(directory)
+
+
+def _take_turn(directory: int) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            return fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise BrokerUnavailable(
+                    f"another process has been starting its broker for more than {START_S:g} s, with {runtime_dir()} locked: is it stopped?"
+                ) from None
+            time.sleep(NAP_S)
 
 
 def _connect_or_start(endpoint: str, owner: Process) -> Client:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -9,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from gcma_shm.clients import default
+from gcma_shm.clients.tree import root
+from gcma_shm.errors import BrokerUnavailable
 from tests.processes import WAIT_S
 
 METHODS = ("fork", "spawn", "forkserver")
@@ -89,3 +93,17 @@ def test_a_child_that_asks_while_it_is_imported(tmp_path: Path) -> None:
     script = tmp_path / "early.py"
     script.write_text(EARLY)
     assert output(str(script)) == "True\nTrue\n"
+
+
+def test_who_starts_a_broker_is_not_waited_for_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be stopped: whoever else needs one says so."""
+    monkeypatch.setattr(default, "runtime_dir", lambda: tmp_path)
+    monkeypatch.setattr(default, "START_S", 0.1)
+    starting = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(starting, fcntl.LOCK_EX)
+        with pytest.raises(BrokerUnavailable, match=r"more than 0\.1 s"):
+            default._client_of_tree(root())
+    finally:
+        os.close(starting)
+    assert not list(tmp_path.iterdir())
