@@ -14,6 +14,7 @@ import zmq
 import gcma_shm
 from gcma_shm import BrokerUnavailable, Client
 from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.swap import Swap
 from gcma_shm.messages import BATCHES
 from tests.processes import broker, eventually, stopped
 
@@ -111,6 +112,18 @@ def four_given_up(pid: int, other: Client) -> None:
     assert given_up(other) == BATCHES
 
 
+def assert_nothing_of_it_is_left(other: Client, swap: Swap, first: str) -> None:
+    """Whoever hears first of the next session."""
+    if first == "load":
+        assert swap.load(1) is None
+        assert given_up(other) == 0
+    elif first == "Ctrl-C":
+        other._channel._greeted = False
+    for _ in range(2):
+        assert swap.load_many(range(10), bytearray(10 * PAGE)) == [False] * 10
+        assert given_up(other) == 0
+
+
 @pytest.mark.parametrize("first", ["batch", "load", "Ctrl-C"])
 def test_the_next_session_has_nothing_of_what_was_given_up(client: EmbeddedClient, other: Client, first: str) -> None:
     """A lost connection, as far as the broker can tell: the client is not known there any more. The one who hears of it first is a
@@ -121,14 +134,7 @@ def test_the_next_session_has_nothing_of_what_was_given_up(client: EmbeddedClien
     with other._channel.lock:
         other._channel._close()  # the replies go with the socket
     assert eventually(lambda: str(other.number) not in client.stats()["clients"])
-    if first == "load":
-        assert swap.load(1) is None
-        assert given_up(other) == 0
-    elif first == "Ctrl-C":
-        other._channel._greeted = False
-    for _ in range(2):
-        assert swap.load_many(range(10), bytearray(10 * PAGE)) == [False] * 10
-        assert given_up(other) == 0
+    assert_nothing_of_it_is_left(other, swap, first)
     swap.store_many(range(10), bytes(10 * PAGE))
 
 
@@ -144,14 +150,7 @@ def test_the_next_broker_has_nothing_of_what_was_given_up(first: str) -> None:
         killed.stop(signal.SIGKILL)
         with broker(endpoint):
             other._channel.timeout = 60.0
-            if first == "load":
-                assert swap.load(1) is None
-                assert given_up(other) == 0
-            elif first == "Ctrl-C":
-                other._channel._greeted = False
-            for _ in range(2):
-                assert swap.load_many(range(10), bytearray(10 * PAGE)) == [False] * 10
-                assert given_up(other) == 0
+            assert_nothing_of_it_is_left(other, swap, first)
             assert other._channel._late == 0
             other.close()
 
