@@ -59,6 +59,10 @@ class Shared:
         if os.getppid() != self._parent:  # it had ended before
             os._exit(1)
 
+    def begin(self) -> None:
+        """Those that are started from now on are not to stop."""
+        self._memory[_OVER] = 0
+
     def end(self) -> None:
         """Tells all of them to stop."""
         self._memory[_OVER] = 1

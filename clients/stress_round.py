@@ -117,7 +117,8 @@ class Round:
             log.close()
 
     def rage(self, seconds: float) -> None:
-        """Lets all loose for so long, or until something is wrong."""
+        """Lets all loose for so long, or until something is wrong; may be called again."""
+        self._shared.begin()
         for number in range(self._rage.workers):
             self._start("worker", HOWS[number % len(HOWS)])
         self._start("guest", "mapped")
@@ -242,6 +243,7 @@ class Round:
                 self.wrong(f"a {child.role} ({child.how}) stands still")
             elif child.process.exitcode:
                 self.wrong(f"a {child.role} ({child.how}) ended with status {child.process.exitcode}")
+        self.children = [child for child in self.children if child.alive]
 
     def _end_children(self) -> None:
         for child in self.children:

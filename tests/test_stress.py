@@ -64,6 +64,20 @@ def test_everything_at_once(page_size: int, tmp_path: Path) -> None:
     assert not [what for what in (*OCCURRED, "spill_failures") if not result.counts[what]], f"{result.counts}"
 
 
+def test_rages_follow_one_another_with_as_many_processes(tmp_path: Path) -> None:
+    seen: set[int] = set()
+    with Round(Rage(kinds=frozenset({"alloc"}), seed=SEED), tmp_path) as running:
+        running.meanwhile = lambda: seen.add(len(running.children))
+        done = 0
+        for _ in range(2):
+            running.rage(1.0)
+            assert seen == {8}
+            assert running.children == []
+            assert running.operations > done + 1000
+            done = running.operations
+        assert running.judge().lost == []
+
+
 def test_a_recorded_history_that_is_altered_is_found(tmp_path: Path) -> None:
     with Round(Rage(kinds=frozenset(), seed=SEED), tmp_path) as running:
         running.rage(1.0)
