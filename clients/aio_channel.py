@@ -1,4 +1,5 @@
-"""The way to a broker for the tasks of an event loop: what is given back, and the end. How requests go and come is `aio_requests`'s.
+"""The way to a broker for the tasks of an event loop: what is given back, and the end. How requests come to be sent is `aio_requests`'s, how they go and
+come `aio_exchange`'s.
 
 Belongs to the loop that it was first used in; only `give_up` and `leave` may be called from elsewhere, by finalizers, in any thread. The lock is for forks in other
 threads: a child finds a grant and its hold, or neither. After a fork the child starts over, in the loop that uses it there first.
@@ -12,7 +13,8 @@ import functools
 import weakref
 from typing import Any
 
-from gcma_shm.clients.aio_requests import TOLD, Pending, Requests
+from gcma_shm.clients.aio_exchange import Pending
+from gcma_shm.clients.aio_requests import TOLD, Requests
 from gcma_shm.clients.channel import GOODBYE_MS
 from gcma_shm.clients.correspondence import BEGIN_AGAIN
 from gcma_shm.clients.holds import Hold

@@ -22,7 +22,7 @@ import uvloop
 import gcma_shm
 from gcma_shm import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, NoSuchBuffer, StaleHandle, aio
 from gcma_shm.clients.aio_channel import AsyncChannel
-from gcma_shm.clients.aio_requests import Pending
+from gcma_shm.clients.aio_exchange import Pending
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import Handle
 from tests.keys import Keys, tcp_of
