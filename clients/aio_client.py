@@ -276,17 +276,21 @@ class Client(Stepping[Buffer, Reservation]):
 
 
 class Connecting:
-    """What `connect` returns: to be awaited, or entered by `async with`."""
+    """What `connect` returns: to be awaited, or entered by `async with`, once; a second time raises RuntimeError."""
 
     def __init__(self, client: Client, required: bool, prefault: bool) -> None:
         self._client = client
         self._required = required
         self._prefault = prefault
+        self._begun = False
 
     def __await__(self) -> Generator[Any, None, Client]:
         return self._connected().__await__()
 
     async def _connected(self) -> Client:
+        if self._begun:  # another hello and another number, and whoever has the client from before would lose its own
+            raise RuntimeError("this connect() was awaited before: call connect() again for another client")
+        self._begun = True
         await self._client._connect(self._required, self._prefault)
         return self._client
 

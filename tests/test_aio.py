@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import gcma_shm
-from gcma_shm import ArenaError, ArenaExhausted, Closed, NoSuchBuffer, StaleHandle, aio
+from gcma_shm import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, NoSuchBuffer, StaleHandle, aio
 from gcma_shm.clients.embedded import EmbeddedClient
 from tests.keys import Keys, tcp_of
 from tests.loops import AREA_PAGES, PAGE, SIZE, Runs, give_back, held, nothing_is_left, small_arena, soon, steps
@@ -354,5 +354,26 @@ def test_what_was_granted_and_cannot_be_had_is_given_back(
                 with pytest.raises(MemoryError):
                     await ask(PAGE)
             assert await soon(lambda: nothing_is_left(client) and client.areas()[0].reserved == 0)
+
+    run(main())
+
+
+def test_what_connects_is_awaited_once(client: EmbeddedClient, run: Runs) -> None:
+    async def main() -> None:
+        connecting = aio.connect(client.endpoint)
+        own = await connecting
+        with pytest.raises(RuntimeError, match="awaited before"):
+            await connecting
+        with pytest.raises(RuntimeError, match="awaited before"):
+            async with connecting:
+                raise AssertionError
+        assert client.stats()["broker"]["clients"] == 2
+        async with own:
+            assert len(await own.areas()) == 1, "the first one is as before"
+        failing = aio.connect(f"{client.endpoint}-of-nobody")
+        with pytest.raises(BrokerUnavailable):
+            await failing
+        with pytest.raises(RuntimeError, match="awaited before"):
+            await failing
 
     run(main())
