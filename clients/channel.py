@@ -302,14 +302,19 @@ class Channel(Correspondence):
 
     def close(self) -> None:
         """Says bye, if the broker still listens, and closes the socket."""
-        if self.closed:
-            return
-        # Where the broker is gone, or does not know us, nothing of ours is left there.
-        self._wait_for_broker = 0.0
-        with contextlib.suppress(GcmaError):
-            if self._greeted:
-                self.request("bye")
-        self.drop()
+        # In one piece: a request of another thread that came between the bye and the end would introduce us again.
+        with self.lock:
+            if self.closed:
+                return
+            # Where the broker is gone, or does not know us, nothing of ours is left there.
+            self._wait_for_broker = 0.0
+            try:
+                with contextlib.suppress(GcmaError):
+                    if self._greeted:
+                        self._ask("bye", {}, (), 0.0)
+            finally:
+                self.closed = True
+                self._close()
 
     def rest(self) -> None:
         """Closes the socket until the next request, unless one is under way. Waits for nobody."""
