@@ -176,10 +176,11 @@ class Exchange(Correspondence):
             raise Closed("this client is closed")
         request = one.request
         self._renumber(request)
+        frames = self._encode(request)
         self._pending[request.number] = one
         self._watch()
         assert self._socket is not None
-        return self._socket.send(self._encode(request))
+        return self._socket.send(frames)
 
     def _abandon(self, one: Pending, sending: asyncio.Future[Any], undo: Callable[[Any], None] | None) -> None:
         """Nobody waits for it any more: cancelled, or its time is over."""

@@ -8,14 +8,23 @@ import os
 import pickle
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import gcma_shm
-from gcma_shm import ArenaError, ArenaExhausted, BrokerUnavailable, Closed, NoSuchBuffer, StaleHandle, aio
+from gcma_shm import (
+    ArenaError,
+    ArenaExhausted,
+    BrokerUnavailable,
+    Closed,
+    NoSuchBuffer,
+    ProtocolError,
+    StaleHandle,
+    aio,
+)
 from gcma_shm.clients.embedded import EmbeddedClient
 from tests.keys import Keys, tcp_of
 from tests.loops import AREA_PAGES, PAGE, SIZE, Runs, give_back, held, nothing_is_left, small_arena, soon, steps
@@ -377,3 +386,36 @@ def test_what_connects_is_awaited_once(client: EmbeddedClient, run: Runs) -> Non
             await failing
 
     run(main())
+
+
+def test_what_no_message_can_say_leaves_nothing_under_way(client: EmbeddedClient, run: Runs) -> None:
+    async def main() -> None:
+        async with aio.connect(client.endpoint) as own:
+            unsayable: list[Coroutine[Any, Any, Any]] = [
+                own.quota(client=1 << 70),
+                own.quota(1 << 80),
+                own.drain_area("\ud800"),
+            ]
+            for call in unsayable:
+                with pytest.raises(ProtocolError):
+                    await call
+                assert not own._channel._pending
+            buffer = await own.alloc_contig(PAGE)
+            no_name: Any = 5
+            misused: list[Coroutine[Any, Any, Any]] = [
+                own.unlink(no_name),
+                own.attach(no_name),
+                own.attach_reservation(no_name),
+                buffer.keep(no_name),
+                own.alloc_contig(PAGE, name=no_name),
+                own.reserve(PAGE, area=no_name),
+            ]
+            for call in misused:
+                with pytest.raises(TypeError, match="name of type int"):
+                    await call
+            await buffer.free()
+
+    run(main())
+    with pytest.raises(ProtocolError):
+        client.quota(client=1 << 70)
+    assert client._channel._greeted, "and nobody is introduced again for it"
