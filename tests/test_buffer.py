@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import weakref
 from typing import Any
 
@@ -300,3 +301,23 @@ def test_many_at_once_do_not_overlap(client: EmbeddedClient) -> None:
     buffers.clear()
     gc.collect()
     assert eventually(lambda: held(client) == 0)
+
+
+def test_what_is_being_cleared_counts_as_seen(client: EmbeddedClient) -> None:
+    """So another thread can neither free nor close: whoever was given the memory then would find zeros in the middle of his own."""
+    buffer = client.alloc_contig(8 << 20)
+
+    def seen() -> bool:
+        thread = threading.Thread(target=buffer._span.zero)
+        thread.start()
+        found = False
+        while thread.is_alive() and not found:
+            found = buffer.exports == 1
+        thread.join()
+        return found
+
+    assert eventually(seen)
+    assert buffer.exports == 0
+    buffer.free()
+    with pytest.raises(StaleHandle):
+        buffer._span.zero()
