@@ -25,6 +25,8 @@ from gcma_shm.errors import ArenaError
 from gcma_shm.presence import Presence
 from gcma_shm.sizes import parse_size
 
+CLEARED_AT_ONCE_MAX = 1 << 20  # bytes: what a thread would be woken for takes longer
+
 
 class Client(Stepping[Buffer, Reservation]):
     """Made by `connect`. For all tasks of the event loop that it was connected in, at once; used in another loop or thread it raises
@@ -47,6 +49,7 @@ class Client(Stepping[Buffer, Reservation]):
         super().__init__(endpoint, mapped, timeout, wait_for_broker)
         self._swaps: weakref.WeakSet[Swap | MessageSwap] = weakref.WeakSet()
         self._watch: Watch | None = None
+        self._clearing: set[asyncio.Future[None]] = set()  # memory that threads are clearing
         self._closing = asyncio.Lock()
         owner = weakref.ref(self)
         self._channel = AsyncChannel(
@@ -60,9 +63,7 @@ class Client(Stepping[Buffer, Reservation]):
                 self
             )  # before anything else may fork: from now on there is a lock that a child must not keep
             if arena is not None and prefault:
-                await asyncio.to_thread(arena.prefault)
-                plane = cast(Plane, self._plane)
-                await asyncio.to_thread(plane.populate, 0, arena.geometry.pages * self.page_size)
+                await asyncio.to_thread(self._prefault, arena)
         except BaseException:
             # The session, if there is one, is ended by its arena's lock and socket; and nothing is awaited after a cancellation.
             async_clients.discard(self)
@@ -115,8 +116,25 @@ class Client(Stepping[Buffer, Reservation]):
         place, span = await self._run(self._placing("alloc_contig", nbytes, area, offset, align, timeout, name))
         buffer = self._buffer(place, span)
         if zero:
-            span.zero()
+            await self._clear(buffer, span)
         return buffer
+
+    async def _clear(self, buffer: Buffer, span: Span) -> None:
+        """In a thread, unless it is a matter of microseconds. A thread cannot be cancelled: what nobody wants any more is given back
+        when it is through, and `close` waits for it.
+        """
+        if span.nbytes <= CLEARED_AT_ONCE_MAX:
+            span.zero()
+            return
+        clearing = asyncio.get_running_loop().run_in_executor(None, span.zero)
+        self._clearing.add(clearing)
+        clearing.add_done_callback(self._clearing.discard)
+        try:
+            await asyncio.shield(clearing)
+        except BaseException:
+            # Sealed then: or a `close` that comes before the thread has dropped the memory would take that for an array on it.
+            clearing.add_done_callback(lambda _: buffer._end())
+            raise
 
     async def reserve(
         self,
@@ -188,6 +206,8 @@ class Client(Stepping[Buffer, Reservation]):
 
     async def _close(self) -> None:
         self._channel.enter()  # not in another loop than its own
+        if self._clearing:
+            await asyncio.wait(self._clearing)
         sealed = self._seal()
         if self._watch is not None:
             self._watch.end()
@@ -272,6 +292,7 @@ class Client(Stepping[Buffer, Reservation]):
     def _reset(self, presence: Presence | None) -> None:
         super()._reset(presence)
         self._watch = None
+        self._clearing = set()
         self._closing = asyncio.Lock()
 
 

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 from gcma_shm import layout
-from gcma_shm._core import Plane
 from gcma_shm.clients.allocator import Allocator
 from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import clients
@@ -41,8 +40,7 @@ class Client(Allocator):
         try:
             arena = self._run(self._connecting(required=mapped is True))
             if arena is not None and prefault:
-                arena.prefault()
-                cast(Plane, self._plane).populate(0, arena.geometry.pages * self.page_size)
+                self._prefault(arena)
         except BaseException:
             if self._channel.greeting:
                 self._channel.close()

@@ -25,6 +25,7 @@ from gcma_shm import (
     StaleHandle,
     aio,
 )
+from gcma_shm.clients import aio_client
 from gcma_shm.clients.embedded import EmbeddedClient
 from tests.keys import Keys, tcp_of
 from tests.loops import AREA_PAGES, PAGE, SIZE, Runs, give_back, held, nothing_is_left, small_arena, soon, steps
@@ -419,3 +420,53 @@ def test_what_no_message_can_say_leaves_nothing_under_way(client: EmbeddedClient
     with pytest.raises(ProtocolError):
         client.quota(client=1 << 70)
     assert client._channel._greeted, "and nobody is introduced again for it"
+
+
+class SlowlyCleared:
+    """Memory that is being cleared, by whichever thread, until it is told to end."""
+
+    def __init__(self, span: Any) -> None:
+        self._span = span
+        self.nbytes = span.nbytes
+        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def zero(self) -> None:
+        self.thread = threading.current_thread()
+        with memoryview(self._span):
+            self.begun.set()
+            assert self.go_on.wait(WAIT_S)
+
+
+def test_memory_is_cleared_beside_the_loop(client: EmbeddedClient, run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But little of it. Who is cancelled waits for nothing, and close for the thread: nobody else is given what it still writes to."""
+
+    async def main() -> None:
+        own = await aio.connect(client.endpoint)
+        for at_once_max in (PAGE, 0):
+            monkeypatch.setattr(aio_client, "CLEARED_AT_ONCE_MAX", at_once_max)
+            async with await own.alloc_contig(PAGE, "a", offset=0) as buffer:
+                buffer.numpy(PAGE)[:] = 7
+            async with await own.alloc_contig(PAGE, "a", offset=0, zero=True) as buffer:
+                assert not buffer.numpy(PAGE).any()
+        buffer = await own.alloc_contig(PAGE)
+        slow: Any = SlowlyCleared(buffer._span)
+        clearing = asyncio.ensure_future(own._clear(buffer, slow))
+        del buffer
+        assert await soon(slow.begun.is_set)
+        assert slow.thread is not threading.main_thread()
+        clearing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await clearing
+        del clearing
+        gc.collect()
+        assert held(client) == PAGE
+        closing = asyncio.ensure_future(own.close())
+        await steps(10)
+        assert not closing.done()
+        assert held(client) == PAGE
+        slow.go_on.set()
+        await asyncio.wait_for(closing, WAIT_S)
+        assert held(client) == 0
+
+    run(main())
