@@ -16,6 +16,7 @@ from gcma_shm.clients.aio_channel import AsyncChannel
 from gcma_shm.clients.aio_memory import Buffer, Reservation
 from gcma_shm.clients.aio_swap import MessageSwap, Swap
 from gcma_shm.clients.aio_watch import Watch
+from gcma_shm.clients.buffer import yielding_to
 from gcma_shm.clients.handles import Handle, async_clients
 from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
 from gcma_shm.clients.steps import Ask, Free, Granted, Sleep, Step, Stepping, Steps, T
@@ -241,7 +242,8 @@ class Client(Stepping[Buffer, Reservation]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.close()
+        with yielding_to(error):
+            await self.close()
 
     # --- steps
 
@@ -321,7 +323,8 @@ class Connecting:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._client.close()
+        with yielding_to(error):
+            await self._client.close()
 
 
 def connect(

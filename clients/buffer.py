@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
     from gcma_shm.clients.member import Member
 
 DLPACK_CPU = (1, 0)  # kDLCPU, its only device
+
+
+@contextlib.contextmanager
+def yielding_to(error: BaseException | None) -> Iterator[None]:
+    """Around what ends a block. An error that has ended it already is what its caller is to see, and not that a view or array, in a frame that it
+    comes through, is alive: the memory is given back with that.
+    """
+    try:
+        yield
+    except BufferError:
+        if error is None:
+            raise
 
 
 class Held(Exporter):
@@ -144,6 +157,8 @@ class Buffer(Held):
     Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
     that nothing refers to any more, neither this object nor a view or array of it, is given back. Pickled and loaded in
     another process of the arena it is a Buffer over the same memory, which that process holds as well.
+
+    As a context manager it is freed at the end of the block; where an error ends that while a view or array is alive, with the last of these.
     """
 
     _client: Allocator
@@ -183,4 +198,5 @@ class Buffer(Held):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.free()
+        with yielding_to(error):
+            self.free()

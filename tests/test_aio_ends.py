@@ -61,6 +61,38 @@ def test_a_forgotten_client(client: EmbeddedClient, run: Runs) -> None:
     assert nothing_is_left(client)
 
 
+def test_an_error_that_ends_a_block_is_not_replaced(client: EmbeddedClient, run: Runs) -> None:
+    """Nor is a timeout, by the BufferError of an array in a frame that it comes through."""
+
+    async def work() -> None:
+        async with (
+            aio.connect(client.endpoint) as own,
+            own,
+            await own.reserve(PAGE) as reservation,
+            await own.alloc_contig(PAGE) as buffer,
+            reservation.claim() as claimed,
+        ):
+            arrays = buffer.numpy(8), claimed.numpy(8)
+            await asyncio.sleep(WAIT_S)
+            del arrays
+
+    async def main() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await work()
+        gc.collect()
+        assert await soon(lambda: client.stats()["broker"]["clients"] == 1)
+        with pytest.raises(BufferError):
+            async with aio.connect(client.endpoint) as own:
+                array = (await own.alloc_contig(PAGE)).numpy(8)
+        del array
+        await own.close()
+
+    run(main())
+    assert nothing_is_left(client)
+    assert client.areas()[0].reserved == 0
+
+
 def test_close_ends_what_others_wait_for(client: EmbeddedClient, run: Runs) -> None:
     async def main() -> None:
         own = await aio.connect(client.endpoint)

@@ -321,3 +321,29 @@ def test_what_is_being_cleared_counts_as_seen(client: EmbeddedClient) -> None:
     buffer.free()
     with pytest.raises(StaleHandle):
         buffer._span.zero()
+
+
+def test_an_error_that_ends_a_block_is_not_replaced(client: EmbeddedClient) -> None:
+    """By the BufferError of an array in a frame that it comes through; what could not be given back is with the last of these."""
+
+    def work() -> None:
+        with (
+            gcma_shm.connect(client.endpoint) as own,
+            own.reserve(PAGE) as reservation,
+            own.alloc_contig(PAGE) as buffer,
+            reservation.claim() as claimed,
+        ):
+            arrays = buffer.numpy(8), claimed.numpy(8)
+            arrays[0][8]
+
+    with pytest.raises(IndexError) as raised:
+        work()
+    assert client.stats()["broker"]["clients"] == 2
+    assert held(client) == 2 * PAGE, "the frames have them still"
+    del raised
+    assert eventually(lambda: bool(gc.collect()) or client.stats()["broker"]["clients"] == 1)
+    assert held(client) + client.areas()[0].reserved == 0
+    with pytest.raises(BufferError), client.alloc_contig(PAGE) as buffer:
+        array = buffer.numpy(8)
+    del array
+    buffer.free()
