@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from gcma_shm._core import Exporter, Span
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
@@ -68,7 +69,9 @@ class Held(Exporter):
         """A new writable memoryview of all bytes. Raises StaleHandle after `free`."""
         return memoryview(self)
 
-    def numpy(self, shape: int | Sequence[int], dtype: npt.DTypeLike = "uint8") -> np.ndarray[Any, Any]:
+    def numpy(
+        self, shape: SupportsIndex | Iterable[SupportsIndex], dtype: npt.DTypeLike = "uint8"
+    ) -> np.ndarray[Any, Any]:
         """A writable array over the same memory, from its first byte; it keeps the memory. Needs numpy.
 
         Raises ValueError when the buffer is too small for it, StaleHandle after `free`.
@@ -78,7 +81,7 @@ class Held(Exporter):
         except ImportError:
             raise ImportError("Buffer.numpy needs numpy: pip install 'gcma-shm[numpy]'") from None
         of_type = np.dtype(dtype)
-        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+        dimensions = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
         wanted = math.prod(dimensions) * of_type.itemsize
         if not 0 <= wanted <= self.nbytes:
             raise ValueError(

@@ -347,3 +347,14 @@ def test_an_error_that_ends_a_block_is_not_replaced(client: EmbeddedClient) -> N
         array = buffer.numpy(8)
     del array
     buffer.free()
+
+
+@pytest.mark.parametrize("shape", [6, np.int64(6), (2, 3), [np.int8(2), 3], np.array([2, 3]), range(6, 7)])
+def test_shapes_as_numpy_takes_them(client: EmbeddedClient, shape: Any) -> None:
+    with client.alloc_contig(PAGE) as buffer:
+        assert buffer.numpy(shape).shape == np.empty(shape).shape
+        for wrong in (2.0, "6", None, (2.0, 3)):
+            with pytest.raises(TypeError):
+                buffer.numpy(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="the buffer has"):
+            buffer.numpy((np.int64(1 << 62), 4))  # more than 64 bits hold
