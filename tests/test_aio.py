@@ -470,3 +470,25 @@ def test_memory_is_cleared_beside_the_loop(client: EmbeddedClient, run: Runs, mo
         assert held(client) == 0
 
     run(main())
+
+
+def test_no_thread_to_sleep_in_just_now(client: EmbeddedClient, run: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who would have to wait is told; who waits next has one."""
+
+    async def main() -> None:
+        async with aio.connect(client.endpoint) as own:
+            whole = await own.alloc_contig(SIZE)
+
+            def refuse(_thread: threading.Thread) -> None:
+                raise RuntimeError("can't start new thread")
+
+            with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="new thread"):
+                patched.setattr(threading.Thread, "start", refuse)
+                await own.alloc_contig(PAGE, timeout=None)
+            assert await soon(lambda: client.stats()["broker"]["in_line"] == 0)
+            waiting = asyncio.ensure_future(own.alloc_contig(PAGE, timeout=None))
+            assert await soon(lambda: "gcma-wake" in [thread.name for thread in threading.enumerate()])
+            await whole.free()
+            await (await waiting).free()
+
+    run(main())
