@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import pickle
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from zict.tests.utils_test import check_mapping
 
-import gcma_shm
+import gcma_shm.aio
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.mapping import SwapMapping
 from gcma_shm.clients.mapping_pages import MAGIC, RUNS_INLINE, Shape, find_in_bucket, read_bucket
 from gcma_shm.clients.swap import Swap
+from gcma_shm.presence import Presence
 
 from .processes import Said, eventually, forked, in_fork
 
@@ -60,6 +65,45 @@ def test_bytes_like_values(mapping: SwapMapping, value: bytes | bytearray | memo
     assert mapping["a"] == bytes(value)
 
 
+@pytest.mark.parametrize("dtype", ["u1", ">i4", "f2", "c16", "i4,f8", "?"])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 3), (3, 0), (2, 3)])
+def test_arrays_as_values(mapping: SwapMapping, dtype: str, shape: tuple[int, ...]) -> None:
+    value = np.zeros(shape, dtype)
+    mapping["a"] = value
+    assert mapping["a"] == value.tobytes()
+    with pytest.raises(TypeError):
+        mapping["a"] = np.zeros((4, 4), dtype)[::2, ::2]
+    assert mapping["a"] == value.tobytes()
+
+
+@pytest.mark.parametrize("key", ["\ud800", os.fsdecode(b"caf\xe9.jpg"), "\0", "\U0001f600"])
+def test_keys_of_any_text(mapping: SwapMapping, key: str) -> None:
+    """Also names of files that are none: they are looked for like others, and found."""
+    assert key not in mapping
+    assert mapping.get(key) is None
+    with pytest.raises(KeyError):
+        mapping[key]
+    with pytest.raises(KeyError):
+        del mapping[key]
+    mapping[key] = b"value"
+    assert list(mapping.items()) == [(key, b"value")]
+    assert mapping.pop(key) == b"value"
+
+
+def test_keys_of_other_types_are_not_there(mapping: SwapMapping) -> None:
+    keys: list[Any] = [b"a", 3, None, ("a",), [], {}]
+    for key in keys:
+        assert key not in mapping
+        assert mapping.get(key) is None
+        assert mapping.pop(key, b"none") == b"none"
+        for call in (mapping.__getitem__, mapping.__delitem__, mapping.pop):
+            with pytest.raises(KeyError):
+                call(key)
+        with pytest.raises(TypeError, match="expected text"):
+            mapping[key] = b""
+    assert "x" * PAGE not in mapping
+
+
 def test_misuse(mapping: SwapMapping, client: EmbeddedClient) -> None:
     with pytest.raises(TypeError, match="expected text"):
         mapping[3] = b""  # type: ignore[index]
@@ -79,6 +123,26 @@ def test_misuse(mapping: SwapMapping, client: EmbeddedClient) -> None:
     with pytest.raises(ValueError, match="something else"):
         SwapMapping(client, 3, 500)
     assert not mapping
+    for timeout, error in (
+        (-1, ValueError),
+        (float("nan"), ValueError),
+        (1e9, ValueError),
+        ("5", TypeError),
+        (None, TypeError),
+    ):
+        with pytest.raises(error, match="timeout"):
+            SwapMapping(client, 1, SLOTS, timeout=timeout)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pass client"):
+        pickle.dumps(mapping)
+
+
+def test_a_client_that_awaits_is_refused(client: EmbeddedClient) -> None:
+    async def main() -> None:
+        async with gcma_shm.aio.connect(client.endpoint) as own:
+            with pytest.raises(TypeError, match="needs a client that blocks"):
+                SwapMapping(own, 1, SLOTS)  # type: ignore[arg-type]
+
+    asyncio.run(main())
 
 
 def test_a_mapping_of_another_shape_is_refused(client: EmbeddedClient) -> None:
@@ -211,6 +275,27 @@ def test_a_childs_child_does_not_keep_the_turn_of_a_writer_that_was_killed(
         finally:
             os.kill(grandchild, signal.SIGKILL)
     assert mapping["a"] == b"mine"
+
+
+def test_an_interrupted_writer_keeps_nobody(mapping: SwapMapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, just after the kernel has given it the lock."""
+    lock = Presence.lock
+
+    def and_interrupt(own: Presence, at: int) -> None:
+        lock(own, at)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Presence, "lock", and_interrupt)
+        mapping["a"] = b"never"
+
+    def work(_: Said) -> None:
+        mapping._turn._timeout = 1  # type: ignore[union-attr]
+        mapping["b"] = b"child"
+
+    in_fork(work)
+    mapping["a"] = b"mine"
+    assert dict(mapping) == {"a": b"mine", "b": b"child"}
 
 
 def test_a_closed_client_writes_no_more(client: EmbeddedClient) -> None:
