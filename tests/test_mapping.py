@@ -239,6 +239,41 @@ def test_a_damaged_value_is_told_and_can_be_replaced(mapping: SwapMapping, clien
     assert "a" in mapping
 
 
+@pytest.mark.parametrize("what", ["data", "head", "bucket"])
+def test_a_damaged_file_is_told_and_what_was_there_can_be_replaced(
+    client: EmbeddedClient, what: str, tmp_path: Path
+) -> None:
+    """The page itself is told of by the type under the mapping. Values in other slots are whole."""
+    mapping = SwapMapping(client, 1, SLOTS, write="through")
+    mapping["a"] = value = random.Random(1).randbytes(100_000)
+    bucket = mapping._place("a")[2]
+    elsewhere = next(key for key in map(str, range(SLOTS)) if mapping._place(key)[2] != bucket)
+    mapping[elsewhere] = other = random.Random(2).randbytes(100_000)
+    (entry,) = (e for e in mapping._listed(bucket) if mapping._is_of(e, b"a"))
+    slot = {"data": mapping._values.slots_of(entry)[-1], "head": entry.slot, "bucket": bucket}[what]
+    with client.alloc_contig(client.areas()[0].size):  # no page is in an area, nor will these be in the nursery
+        client.swap(2, SLOTS).store_many(range(SLOTS), random.Random(3).randbytes(SLOTS * PAGE))
+    (file,) = (tmp_path / "cache" / "gcma").glob("*/001.*")
+    with file.open("r+b") as opened:
+        opened.seek(slot * PAGE + PAGE // 2)
+        opened.write(b"damage")
+    with pytest.raises(gcma_shm.SpillCorrupt, match=f"slot {slot} "):
+        mapping["a"]
+    assert mapping[elsewhere] == other
+    if what == "bucket":
+        with pytest.raises(gcma_shm.SpillCorrupt):
+            mapping["a"] = value
+        with pytest.raises(gcma_shm.SpillCorrupt):
+            mapping.collect()  # it does not know whose slots are whose
+        mapping.clear()
+        assert len(mapping._swap) == 1
+    mapping["a"] = value
+    assert mapping["a"] == value
+    del mapping["a"]
+    mapping.collect()
+    assert "a" not in mapping
+
+
 def test_a_child_has_it_and_writes(mapping: SwapMapping) -> None:
     mapping["a"] = b"parent"
 
