@@ -157,6 +157,11 @@ class AsyncChannel(Requests):
         if self._socket is not None:
             self._socket.close(linger_ms)
 
+    def rest(self) -> None:
+        """At the interpreter's exit: closes the socket, unless its loop still runs, in a daemon thread. Waits for nobody."""
+        if self._socket is not None and self._loop is not None and not self._loop.is_running():
+            self._socket.close()
+
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket, loop and lock are of no use."""
         if self._socket is not None:

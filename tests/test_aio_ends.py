@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import gc
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Iterator
 from typing import Any, cast
@@ -348,3 +350,39 @@ def test_ctrl_c_in_the_middle_of_a_reply(client: EmbeddedClient, monkeypatch: py
     assert held(client) == 0
     loop.run_until_complete(own.close())
     loop.close()
+
+
+LEFT_OPEN = """
+import asyncio, sys
+import gcma_shm.aio
+
+async def main():
+    global client, buffer, array
+    client = await gcma_shm.aio.connect(sys.argv[1])
+    buffer = await client.alloc_contig(int(sys.argv[2]))
+    array = buffer.numpy(4)
+
+if sys.argv[3] == "uvloop":
+    import uvloop as loops
+else:
+    import asyncio as loops
+loops.run(main())
+"""
+
+
+@pytest.mark.parametrize("loop", NEW_LOOP)
+def test_the_interpreter_ends_without_a_word(client: EmbeddedClient, loop: str) -> None:
+    """With a client that nobody closed, its array, and a loop that is closed before."""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", LEFT_OPEN, client.endpoint, str(SIZE), loop],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    said = [
+        line for line in done.stderr.splitlines() if not line.startswith("Executing ")
+    ]  # asyncio's, of a slow machine
+    assert (done.returncode, done.stdout, said) == (0, "", [])
+    assert eventually(lambda: nothing_is_left(client) and client.stats()["broker"]["clients"] == 1)
