@@ -317,6 +317,30 @@ def test_a_free_beside_an_attach_to_the_same(client: EmbeddedClient, run: Runs) 
     run(main())
 
 
+def test_a_free_is_not_kept_waiting_by_attaches(client: EmbeddedClient, run: Runs) -> None:
+    """However many there are, one after the other: the next ones let it pass."""
+
+    async def main() -> None:
+        async with aio.connect(client.endpoint) as own:
+            named = client.alloc_contig(PAGE, name="b")
+            buffer = await own.alloc_contig(PAGE)
+
+            async def attach() -> None:
+                while True:
+                    await own.attach("b")
+
+            attaching = [asyncio.ensure_future(attach()) for _ in range(4)]
+            await steps(20)
+            await asyncio.wait_for(buffer.free(), WAIT_S)
+            for task in attaching:
+                task.cancel()
+            await asyncio.wait(attaching)
+            named.free()
+            assert await soon(lambda: nothing_is_left(client))
+
+    run(main())
+
+
 def test_waiting_in_line(client: EmbeddedClient, run: Runs) -> None:
     async def main() -> None:
         async with aio.connect(client.endpoint) as own:

@@ -9,14 +9,14 @@ import os
 import random
 import signal
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 import gcma_shm
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.mapping import SwapMapping
-from gcma_shm.clients.mapping_pages import RUNS_INLINE
+from gcma_shm.clients.mapping_pages import RUNS_INLINE, Shape
 
 from .processes import Said, forked
 
@@ -297,3 +297,25 @@ def test_the_type_ends_under_a_reader(mapping: SwapMapping, client: EmbeddedClie
     step_through(mapping, loading=client.swap(1, SLOTS, "behind").invalidate_area)
     with pytest.raises(gcma_shm.Closed):
         mapping["large"]
+
+
+class SlowToBeWritten(Stepped):
+    """A table whose pages are stored, and visible, when their store fails."""
+
+    def store(self, offset: int, page: Any) -> None:
+        super().store(offset, page)
+        if offset < Shape(PAGE, SLOTS).first:
+            raise gcma_shm.SlotBusy("planted")
+
+
+def test_a_store_that_fails_when_the_value_is_visible(mapping: SwapMapping) -> None:
+    """The value is there, and the slots of the one before are given back."""
+    begin(mapping)
+    swap = mapping._swap
+    mapping._swap = cast(Any, SlowToBeWritten(swap))
+    for key in ("large", "new"):
+        with pytest.raises(gcma_shm.SlotBusy):
+            mapping[key] = OTHER
+    mapping._swap = swap
+    assert (mapping["large"], mapping["new"]) == (OTHER, OTHER)
+    assert len(swap) == slots_used(mapping)
