@@ -319,3 +319,24 @@ def test_a_store_that_fails_when_the_value_is_visible(mapping: SwapMapping) -> N
     mapping._swap = swap
     assert (mapping["large"], mapping["new"]) == (OTHER, OTHER)
     assert len(swap) == slots_used(mapping)
+
+
+def test_slots_that_a_dead_writer_took_are_found_when_they_are_needed(client: EmbeddedClient) -> None:
+    mapping = SwapMapping(client, 1, SLOTS)
+    begin(mapping)
+
+    def work(kill: Callable[[], None]) -> None:
+        step_through(mapping, changing=kill)
+        mapping["new"] = OTHER
+
+    assert not killed_at(10, work)
+    assert len(mapping._swap) == slots_used(mapping) + 10
+    values = slots_used(mapping) - sum(slot in mapping._swap for slot in range(mapping._shape.first))
+    free = SLOTS - mapping._shape.first - values
+    mapping["new"] = value = value_of(5, free - 2)
+    assert mapping._shape.slots_max(b"new", len(value)) == free, "all that is left"
+    assert mapping["new"] == value
+    mapping["one more"] = b""  # it took no list page, as it might have
+    with pytest.raises(gcma_shm.QuotaExceeded):
+        mapping["another"] = b""
+    assert mapping["large"] == LARGE
