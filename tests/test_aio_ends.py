@@ -188,6 +188,23 @@ def test_close_while_others_are_being_introduced(client: EmbeddedClient, run: Ru
     run(main())
 
 
+def test_nobody_is_introduced_again_once_the_goodbye_is_on_its_way(client: EmbeddedClient, run: Runs) -> None:
+    async def main() -> None:
+        own = await aio.connect(client.endpoint, timeout=WAIT_S)
+        with stopped(client.broker_pid):
+            closing = asyncio.ensure_future(own.close())
+            await steps(5)
+            assert not closing.done()
+            own._channel._greeted = False  # as when the broker does not know us
+            with pytest.raises(Closed):
+                await own.areas()
+            assert own._channel._greeting_task is None
+        await closing
+        assert await soon(lambda: client.stats()["broker"]["clients"] == 1)
+
+    run(main())
+
+
 def test_a_forked_child_is_a_client_of_its_own(client: EmbeddedClient, run: Runs) -> None:
     """In a loop of its own. It holds what its parent held, and its end leaves the parent's loop and socket alone."""
 
