@@ -18,7 +18,17 @@ from zict.tests.utils_test import check_mapping
 import gcma_shm.aio
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.mapping import SwapMapping
-from gcma_shm.clients.mapping_pages import MAGIC, RUNS_INLINE, Shape, find_in_bucket, read_bucket
+from gcma_shm.clients.mapping_pages import (
+    MAGIC,
+    RUNS_INLINE,
+    Shape,
+    find_in_bucket,
+    head_page,
+    list_page,
+    read_bucket,
+    read_head,
+    read_list,
+)
 from gcma_shm.clients.swap import Swap
 from gcma_shm.presence import Presence
 
@@ -451,3 +461,21 @@ def test_nothing_but_slots_is_used(client: EmbeddedClient, tmp_path: Path) -> No
     mapping["a"] = b"x" * 50_000
     assert mapping._swap.write_through
     assert repr(mapping) == "<SwapMapping on type 1, 2000 slots>"
+
+
+def test_pages_that_are_not_of_a_value_are_not_read_as_such() -> None:
+    """Or removing a damaged value would free the slots of another."""
+    shape = Shape(PAGE, SLOTS)
+    runs = [(100 + 2 * n, 1) for n in range(RUNS_INLINE + 3)]
+    listed = list_page(7, runs, 5, shape)
+    assert read_list(listed, 7, shape) == (runs, 5)
+    assert read_list(listed, 8, shape) is None
+    too_many = list_page(7, [(1, 1)] * shape.runs_per_list, 0, shape)
+    assert read_list(too_many, 7, shape) is not None
+    assert read_list(too_many[:8] + (shape.runs_per_list + 1).to_bytes(4, "little") + too_many[12:], 7, shape) is None
+    head = head_page(7, b"key", memoryview(bytes(10)), [], 0, shape)
+    found = read_head(head, shape)
+    assert found is not None
+    assert (found.tag, found.key, found.length, bytes(found.inline)) == (7, b"key", 10, bytes(10))
+    for at, wrong in ((20, shape.key_max + 1), (24, RUNS_INLINE + 1)):
+        assert read_head(head[:at] + wrong.to_bytes(4, "little") + head[at + 4 :], shape) is None
