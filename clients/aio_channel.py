@@ -78,7 +78,8 @@ class AsyncChannel(Requests):
         if not self._post(request):
             return None
         then = self._take_late if operation == "collect" else None  # which may have been served
-        one = Pending(request, self._loop.time() + self.timeout, then, self._loop.create_future())
+        deadline = self._loop.time() + self.timeout
+        one = Pending(request, deadline, deadline + self._wait_for_broker, then, self._loop.create_future())
         one.sent = True
         one.settled.add_done_callback(self._told)
         self._rooms.enter(TOLD)

@@ -18,7 +18,7 @@ from typing import Any
 from gcma_shm import messages
 from gcma_shm.clients.aio_rooms import Rooms
 from gcma_shm.clients.aio_socket import AsyncSocket
-from gcma_shm.clients.correspondence import BEGIN_AGAIN, HELLO_NEEDED, LOST, PROBE_S, Correspondence
+from gcma_shm.clients.correspondence import BEGIN_AGAIN, HELLO_NEEDED, LOST, PROBE_S, Correspondence, anew
 from gcma_shm.errors import Closed, GcmaError
 from gcma_shm.messages import Reply, Request
 
@@ -28,11 +28,14 @@ Then = Callable[[Reply], Any]
 class Pending:
     """One request on its way. `then` makes `taken` of its reply, as soon as that comes; `outcome` is the reply, or an error."""
 
-    __slots__ = ("deadline", "outcome", "request", "sent", "settled", "taken", "then")
+    __slots__ = ("deadline", "latest", "outcome", "request", "sent", "settled", "taken", "then")
 
-    def __init__(self, request: Request, deadline: float, then: Then | None, settled: asyncio.Future[None]) -> None:
+    def __init__(
+        self, request: Request, deadline: float, latest: float, then: Then | None, settled: asyncio.Future[None]
+    ) -> None:
         self.request = request
         self.deadline = deadline
+        self.latest = latest  # what no absence of a broker puts the deadline beyond
         self.then = then
         self.settled = settled
         self.sent = False
@@ -68,6 +71,7 @@ class Exchange(Correspondence):
         self._resent: list[Request] = []  # attaches that wait for a hello to be sent again
         self._timer: asyncio.TimerHandle | None = None
         self._heard_at = 0.0
+        self._away = False  # no broker was there when we last looked
         self._loop: asyncio.AbstractEventLoop | None = None
         self._socket: AsyncSocket | None = None
 
@@ -159,15 +163,15 @@ class Exchange(Correspondence):
     def _anew(self, deadline: float) -> float:
         """Of what is sent only now, or once more: its time may have passed while no broker was there."""
         assert self._loop is not None
-        return max(deadline, min(self._loop.time() + self.timeout, deadline + self._wait_for_broker))
+        return anew(deadline, deadline + self._wait_for_broker, self._loop.time(), self.timeout)
 
     async def _wait_to_send(self, one: Pending, sending: asyncio.Future[Any]) -> None:
         assert self._loop is not None
-        left = one.deadline + self._wait_for_broker - self._loop.time()
+        left = one.latest - self._loop.time()
         await asyncio.wait((sending, one.settled), timeout=max(left, 0.0), return_when=asyncio.FIRST_COMPLETED)
         if not sending.done() and not one.settled.done():
             raise self._unavailable(one.request)
-        one.deadline = self._anew(one.deadline)
+        one.deadline = anew(one.deadline, one.latest, self._loop.time(), self.timeout)
 
     def _dispatch(self, one: Pending) -> asyncio.Future[Any]:
         """Gives it its number and sends it; pyzmq sends in order what it could not send at once."""
@@ -224,12 +228,16 @@ class Exchange(Correspondence):
             return
         assert self._loop is not None
         now = self._loop.time()
-        overdue = [one for one in self._pending.values() if one.sent and now >= one.deadline]
+        sent = [one for one in self._pending.values() if one.sent]
         connected = True
-        if overdue or now - self._heard_at >= self._interval:
+        if now - self._heard_at >= self._interval or any(now >= one.deadline for one in sent):
             connected = self._post(self._make("ping", {}, ()))  # whose reply nobody waits for
-        for one in overdue:
-            if connected or now >= one.deadline + self._wait_for_broker:
+        if connected and self._away:  # a broker is there again: it has yet to say whether it knows us
+            for one in sent:
+                one.deadline = anew(one.deadline, one.latest, now, self.timeout)
+        self._away = not connected
+        for one in sent:
+            if now >= (one.deadline if connected else one.latest):
                 self._pending.pop(one.request.number, None)
                 self._give_up([one.request])
                 one.fail(self._unavailable(one.request))

@@ -67,6 +67,7 @@ class Requests(Exchange):
         """
         loop = self.enter()
         deadline = loop.time() + self.timeout + patience
+        latest = deadline + self._wait_for_broker
         await self._greet(deadline)
         if self.holds:
             self._drain()
@@ -79,7 +80,7 @@ class Requests(Exchange):
         self._attaches += attaches
         try:
             while True:
-                one = Pending(request, self._anew(deadline), then, loop.create_future())
+                one = Pending(request, self._anew(deadline), latest, then, loop.create_future())
                 reply = await self._exchange(one, undo)
                 if reply.status not in BEGIN_AGAIN:
                     break
@@ -156,7 +157,14 @@ class Requests(Exchange):
                 self.attaching = []
             self._hello_number = self._number + 1
             reply = await self._exchange(
-                Pending(request, deadline, self._greeted_with, self._loop.create_future()), None
+                Pending(
+                    request,
+                    deadline,
+                    deadline + self._wait_for_broker,
+                    self._greeted_with,
+                    self._loop.create_future(),
+                ),
+                None,
             )
         if reply.status != "ok":
             raise messages.reply_error(reply)

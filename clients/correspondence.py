@@ -168,6 +168,11 @@ class Correspondence:
         )
 
 
+def anew(deadline: float, latest: float, now: float, timeout: float) -> float:
+    """When a request's time is over that is sent, or asked after, only now, since no broker was there before: never after `latest`."""
+    return max(deadline, min(now + timeout, latest))
+
+
 def kind_of(operation: str) -> str:
     """Of those that are bounded together; empty: of none."""
     return operation if operation in BATCHES else "single" if operation in SINGLES else ""

@@ -184,6 +184,33 @@ def test_a_broker_that_is_away_for_longer_than_the_timeout(run: Runs) -> None:
         run(main(first))
 
 
+def test_requests_under_way_when_the_broker_goes_for_longer_than_the_timeout(run: Runs) -> None:
+    """The next one is asked whether it knows them before they are given up."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    options = ("--area", f"a={SIZE}")
+
+    async def main(first: Broker) -> None:
+        async with aio.connect(endpoint, timeout=WAIT_S, wait_for_broker=WAIT_S) as own:
+            os.kill(first.pid, signal.SIGSTOP)
+            tasks = [asyncio.ensure_future(own.alloc_contig(PAGE)) for _ in range(5)]
+            await steps(10)
+            first.stop(signal.SIGKILL)
+            assert len(own._channel._pending) == 5
+            for one in own._channel._pending.values():
+                one.deadline = asyncio.get_running_loop().time()
+            assert await soon(lambda: own._channel._away)
+            await steps(10)
+            assert not any(task.done() for task in tasks)
+            with broker(endpoint, *options):
+                for buffer in await asyncio.gather(*tasks):
+                    await buffer.free()
+                assert (await own.areas())[0].held == 0
+                await own.close()
+
+    with broker(endpoint, *options) as first:
+        run(main(first))
+
+
 @pytest.mark.timeout(120 + 3 * SOAK_S)
 @pytest.mark.parametrize("seed", range(2))
 def test_everything_at_once(run: Runs, seed: int) -> None:
