@@ -479,3 +479,9 @@ def test_pages_that_are_not_of_a_value_are_not_read_as_such() -> None:
     assert (found.tag, found.key, found.length, bytes(found.inline)) == (7, b"key", 10, bytes(10))
     for at, wrong in ((20, shape.key_max + 1), (24, RUNS_INLINE + 1)):
         assert read_head(head[:at] + wrong.to_bytes(4, "little") + head[at + 4 :], shape) is None
+
+
+def test_nobody_knows_which_keys_share_a_bucket(mapping: SwapMapping, client: EmbeddedClient) -> None:
+    """Before there is the mapping: each has a hash of its own, which all that open it share."""
+    assert mapping._place("key") != SwapMapping(client, 2, SLOTS)._place("key")
+    assert mapping._place("key") == SwapMapping(client, 1, SLOTS)._place("key")

@@ -239,6 +239,7 @@ def test_a_reader_at_each_step_of_a_writer(mapping: SwapMapping, client: Embedde
     for key in after:
         order = [one[key] for one in seen]
         assert order == sorted(order), "once new, never old again"
+    assert len(reader._swap) == slots_used(reader), "what it replaced is given back"
 
 
 def overtaking(client: EmbeddedClient, change: Callable[[SwapMapping], object]) -> Iterator[SwapMapping]:
@@ -291,6 +292,33 @@ def test_an_iteration_that_is_overtaken_at_each_step(client: EmbeddedClient, wha
         assert stay <= {*reader}
     for reader in overtaking(client, change):
         assert len(stay) <= len(reader) <= len({*BEFORE, *after})
+
+
+WITHOUT_OTHERS: dict[str, Callable[[SwapMapping], object]] = {
+    "pop": lambda m: m.pop("large"),
+    "popitem": lambda m: m.popitem(),
+    "setdefault": lambda m: m.setdefault("new", SMALL),
+    "del": lambda m: m.__delitem__("large"),
+    "set": lambda m: m.__setitem__("large", SMALL),
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_OTHERS)
+def test_no_other_writer_comes_in_between(mapping: SwapMapping, client: EmbeddedClient, what: str) -> None:
+    begin(mapping)
+    other = SwapMapping(client, 1, SLOTS, timeout=0.001)
+    tried = 0
+
+    def attempt() -> None:
+        nonlocal tried
+        tried += 1
+        with pytest.raises(gcma_shm.SlotBusy):
+            other["large"] = OTHER
+
+    step_through(mapping, loading=attempt)
+    WITHOUT_OTHERS[what](mapping)
+    assert tried > 1
+    other["large"] = OTHER
 
 
 def test_the_type_ends_under_a_reader(mapping: SwapMapping, client: EmbeddedClient) -> None:
