@@ -117,6 +117,23 @@ def test_close_ends_what_others_wait_for(client: EmbeddedClient, run: Runs) -> N
     run(main())
 
 
+def test_who_waits_for_room_is_told_of_the_end(client: EmbeddedClient, run: Runs) -> None:
+    """At once, and not when its own time is over."""
+
+    async def main() -> None:
+        own = await aio.connect(client.endpoint, mapped=False, timeout=2 * WAIT_S)
+        swap = await own.swap_by_messages(3, 1000)
+        with stopped(client.broker_pid):
+            tasks = [asyncio.ensure_future(swap.load(n)) for n in range(200)]
+            await steps(3)
+            own._channel.part()
+            results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), WAIT_S)
+        assert [type(one) for one in results] == [Closed] * 200
+        assert await soon(lambda: client.stats()["broker"]["clients"] == 1)
+
+    run(main())
+
+
 class BusyPlane:
     """A plane where an operation of another thread is under way for as long as it is busy."""
 
