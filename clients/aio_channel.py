@@ -1,4 +1,5 @@
-"""The way to a broker for the tasks of an event loop: what is given back, and the end. How requests go and come is `aio_requests`'s.
+"""The way to a broker for the tasks of an event loop: what is given back, and the end. How requests come to be sent is `aio_requests`'s, how they go and
+come `aio_exchange`'s.
 
 Belongs to the loop that it was first used in; only `give_up` and `leave` may be called from elsewhere, by finalizers, in any thread. The lock is for forks in other
 threads: a child finds a grant and its hold, or neither. After a fork the child starts over, in the loop that uses it there first.
@@ -12,7 +13,8 @@ import functools
 import weakref
 from typing import Any
 
-from gcma_shm.clients.aio_requests import TOLD, Pending, Requests
+from gcma_shm.clients.aio_exchange import Pending
+from gcma_shm.clients.aio_requests import TOLD, Requests
 from gcma_shm.clients.channel import GOODBYE_MS
 from gcma_shm.clients.correspondence import BEGIN_AGAIN
 from gcma_shm.clients.holds import Hold
@@ -76,7 +78,8 @@ class AsyncChannel(Requests):
         if not self._post(request):
             return None
         then = self._take_late if operation == "collect" else None  # which may have been served
-        one = Pending(request, self._loop.time() + self.timeout, then, self._loop.create_future())
+        deadline = self._loop.time() + self.timeout
+        one = Pending(request, deadline, deadline + self._wait_for_broker, then, self._loop.create_future())
         one.sent = True
         one.settled.add_done_callback(self._told)
         self._rooms.enter(TOLD)
@@ -154,6 +157,11 @@ class AsyncChannel(Requests):
             self._timer.cancel()
         if self._socket is not None:
             self._socket.close(linger_ms)
+
+    def rest(self) -> None:
+        """At the interpreter's exit: closes the socket, unless its loop still runs, in a daemon thread. Waits for nobody."""
+        if self._socket is not None and self._loop is not None and not self._loop.is_running():
+            self._socket.close()
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket, loop and lock are of no use."""

@@ -16,6 +16,7 @@ from gcma_shm.clients.aio_channel import AsyncChannel
 from gcma_shm.clients.aio_memory import Buffer, Reservation
 from gcma_shm.clients.aio_swap import MessageSwap, Swap
 from gcma_shm.clients.aio_watch import Watch
+from gcma_shm.clients.buffer import yielding_to
 from gcma_shm.clients.handles import Handle, async_clients
 from gcma_shm.clients.info import AreaInfo, NameInfo, QuotaInfo
 from gcma_shm.clients.steps import Ask, Free, Granted, Sleep, Step, Stepping, Steps, T
@@ -24,6 +25,8 @@ from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import ArenaError
 from gcma_shm.presence import Presence
 from gcma_shm.sizes import parse_size
+
+CLEARED_AT_ONCE_MAX = 1 << 20  # bytes: what a thread would be woken for takes longer
 
 
 class Client(Stepping[Buffer, Reservation]):
@@ -47,6 +50,7 @@ class Client(Stepping[Buffer, Reservation]):
         super().__init__(endpoint, mapped, timeout, wait_for_broker)
         self._swaps: weakref.WeakSet[Swap | MessageSwap] = weakref.WeakSet()
         self._watch: Watch | None = None
+        self._clearing: set[asyncio.Future[None]] = set()  # memory that threads are clearing
         self._closing = asyncio.Lock()
         owner = weakref.ref(self)
         self._channel = AsyncChannel(
@@ -60,9 +64,7 @@ class Client(Stepping[Buffer, Reservation]):
                 self
             )  # before anything else may fork: from now on there is a lock that a child must not keep
             if arena is not None and prefault:
-                await asyncio.to_thread(arena.prefault)
-                plane = cast(Plane, self._plane)
-                await asyncio.to_thread(plane.populate, 0, arena.geometry.pages * self.page_size)
+                await asyncio.to_thread(self._prefault, arena)
         except BaseException:
             # The session, if there is one, is ended by its arena's lock and socket; and nothing is awaited after a cancellation.
             async_clients.discard(self)
@@ -115,8 +117,25 @@ class Client(Stepping[Buffer, Reservation]):
         place, span = await self._run(self._placing("alloc_contig", nbytes, area, offset, align, timeout, name))
         buffer = self._buffer(place, span)
         if zero:
-            span.zero()
+            await self._clear(buffer, span)
         return buffer
+
+    async def _clear(self, buffer: Buffer, span: Span) -> None:
+        """In a thread, unless it is a matter of microseconds. A thread cannot be cancelled: what nobody wants any more is given back
+        when it is through, and `close` waits for it.
+        """
+        if span.nbytes <= CLEARED_AT_ONCE_MAX:
+            span.zero()
+            return
+        clearing = asyncio.get_running_loop().run_in_executor(None, span.zero)
+        self._clearing.add(clearing)
+        clearing.add_done_callback(self._clearing.discard)
+        try:
+            await asyncio.shield(clearing)
+        except BaseException:
+            # Sealed then: or a `close` that comes before the thread has dropped the memory would take that for an array on it.
+            clearing.add_done_callback(lambda _: buffer._end())
+            raise
 
     async def reserve(
         self,
@@ -188,6 +207,8 @@ class Client(Stepping[Buffer, Reservation]):
 
     async def _close(self) -> None:
         self._channel.enter()  # not in another loop than its own
+        if self._clearing:
+            await asyncio.wait(self._clearing)
         sealed = self._seal()
         if self._watch is not None:
             self._watch.end()
@@ -221,7 +242,8 @@ class Client(Stepping[Buffer, Reservation]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.close()
+        with yielding_to(error):
+            await self.close()
 
     # --- steps
 
@@ -272,21 +294,26 @@ class Client(Stepping[Buffer, Reservation]):
     def _reset(self, presence: Presence | None) -> None:
         super()._reset(presence)
         self._watch = None
+        self._clearing = set()
         self._closing = asyncio.Lock()
 
 
 class Connecting:
-    """What `connect` returns: to be awaited, or entered by `async with`."""
+    """What `connect` returns: to be awaited, or entered by `async with`, once; a second time raises RuntimeError."""
 
     def __init__(self, client: Client, required: bool, prefault: bool) -> None:
         self._client = client
         self._required = required
         self._prefault = prefault
+        self._begun = False
 
     def __await__(self) -> Generator[Any, None, Client]:
         return self._connected().__await__()
 
     async def _connected(self) -> Client:
+        if self._begun:  # another hello and another number, and whoever has the client from before would lose its own
+            raise RuntimeError("this connect() was awaited before: call connect() again for another client")
+        self._begun = True
         await self._client._connect(self._required, self._prefault)
         return self._client
 
@@ -296,7 +323,8 @@ class Connecting:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self._client.close()
+        with yielding_to(error):
+            await self._client.close()
 
 
 def connect(

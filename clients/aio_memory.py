@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self, cast
 
 from gcma_shm._core import Span
-from gcma_shm.clients.buffer import Held
+from gcma_shm.clients.buffer import Held, yielding_to
 from gcma_shm.clients.handles import Handle
 from gcma_shm.clients.reservation import Promised, nap_through
 from gcma_shm.errors import StaleHandle
@@ -52,7 +52,8 @@ class Buffer(Held):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.free()
+        with yielding_to(error):
+            await self.free()
 
 
 class Reservation(Promised):
@@ -119,4 +120,5 @@ class Reservation(Promised):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        await self.release()
+        with yielding_to(error):
+            await self.release()

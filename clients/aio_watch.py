@@ -40,8 +40,7 @@ class Watch:
             self._runs = True
         try:
             if begins:
-                arguments = (self._plane, self._loop, weakref.ref(self))
-                threading.Thread(target=_sleep, args=arguments, name="gcma-wake", daemon=True).start()
+                self._begin()
             if self._plane.wake_count() == seen and not self._plane.closed:
                 await asyncio.wait((woken,), timeout=max(seconds, 0.0))
             if self._plane.closed:  # also when `close` has not succeeded: what is granted now nobody could use
@@ -49,6 +48,15 @@ class Watch:
         finally:
             with self._lock:
                 del self._waiting[woken]
+
+    def _begin(self) -> None:
+        arguments = (self._plane, self._loop, weakref.ref(self))
+        try:
+            threading.Thread(target=_sleep, args=arguments, name="gcma-wake", daemon=True).start()
+        except BaseException:  # no more threads may be had just now: who waits next tries again
+            with self._lock:
+                self._runs = False
+            raise
 
     def end(self) -> None:
         """The client is about to be closed: all wake up, and the thread ends."""

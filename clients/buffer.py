@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from gcma_shm._core import Exporter, Span
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
@@ -20,6 +22,18 @@ if TYPE_CHECKING:
     from gcma_shm.clients.member import Member
 
 DLPACK_CPU = (1, 0)  # kDLCPU, its only device
+
+
+@contextlib.contextmanager
+def yielding_to(error: BaseException | None) -> Iterator[None]:
+    """Around what ends a block. An error that has ended it already is what its caller is to see, and not that a view or array, in a frame that it
+    comes through, is alive: the memory is given back with that.
+    """
+    try:
+        yield
+    except BufferError:
+        if error is None:
+            raise
 
 
 class Held(Exporter):
@@ -55,7 +69,9 @@ class Held(Exporter):
         """A new writable memoryview of all bytes. Raises StaleHandle after `free`."""
         return memoryview(self)
 
-    def numpy(self, shape: int | Sequence[int], dtype: npt.DTypeLike = "uint8") -> np.ndarray[Any, Any]:
+    def numpy(
+        self, shape: SupportsIndex | Iterable[SupportsIndex], dtype: npt.DTypeLike = "uint8"
+    ) -> np.ndarray[Any, Any]:
         """A writable array over the same memory, from its first byte; it keeps the memory. Needs numpy.
 
         Raises ValueError when the buffer is too small for it, StaleHandle after `free`.
@@ -65,7 +81,7 @@ class Held(Exporter):
         except ImportError:
             raise ImportError("Buffer.numpy needs numpy: pip install 'gcma-shm[numpy]'") from None
         of_type = np.dtype(dtype)
-        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+        dimensions = tuple(map(operator.index, shape if isinstance(shape, Iterable) else (shape,)))
         wanted = math.prod(dimensions) * of_type.itemsize
         if not 0 <= wanted <= self.nbytes:
             raise ValueError(
@@ -144,6 +160,8 @@ class Buffer(Held):
     Safe across threads. A forked child holds it too, from the instant of the fork, and frees its own hold. A buffer
     that nothing refers to any more, neither this object nor a view or array of it, is given back. Pickled and loaded in
     another process of the arena it is a Buffer over the same memory, which that process holds as well.
+
+    As a context manager it is freed at the end of the block; where an error ends that while a view or array is alive, with the last of these.
     """
 
     _client: Allocator
@@ -183,4 +201,5 @@ class Buffer(Held):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.free()
+        with yielding_to(error):
+            self.free()

@@ -28,6 +28,7 @@ from gcma_shm.clients.correspondence import (
     PROBE_S,
     Correspondence,
     Wanted,
+    anew,
     kind_of,
 )
 from gcma_shm.clients.holds import Hold
@@ -66,6 +67,7 @@ class Channel(Correspondence):
         self.lock = threading.Lock()
         super()._begin()
         self._is_open = False
+        self._away = False  # no broker was there when we last looked
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket and lock are of no use."""
@@ -238,11 +240,12 @@ class Channel(Correspondence):
         while that is not one more than `sent`. Raises BrokerUnavailable.
         """
         kind = kind_of(request.operation)
+        latest = deadline + self._wait_for_broker
         while kind and (room := self._room(kind)) <= sent:
             try:
                 self._take_late(self._take())
             except zmq.Again:
-                self._check_time(request, deadline)
+                deadline = self._check_time(request, deadline, latest)
         if not self._greeted:  # another broker, as a late reply said
             self._hello(deadline)
         return min(window, room) if kind else window
@@ -302,14 +305,19 @@ class Channel(Correspondence):
 
     def close(self) -> None:
         """Says bye, if the broker still listens, and closes the socket."""
-        if self.closed:
-            return
-        # Where the broker is gone, or does not know us, nothing of ours is left there.
-        self._wait_for_broker = 0.0
-        with contextlib.suppress(GcmaError):
-            if self._greeted:
-                self.request("bye")
-        self.drop()
+        # In one piece: a request of another thread that came between the bye and the end would introduce us again.
+        with self.lock:
+            if self.closed:
+                return
+            # Where the broker is gone, or does not know us, nothing of ours is left there.
+            self._wait_for_broker = 0.0
+            try:
+                with contextlib.suppress(GcmaError):
+                    if self._greeted:
+                        self._ask("bye", {}, (), 0.0)
+            finally:
+                self.closed = True
+                self._close()
 
     def rest(self) -> None:
         """Closes the socket until the next request, unless one is under way. Waits for nobody."""
@@ -382,11 +390,14 @@ class Channel(Correspondence):
 
     def _receive(self, request: Request, deadline: float) -> Reply:
         """The reply; one of status LOST when there will be none, since its broker has gone and another is there."""
+        latest = deadline + self._wait_for_broker
+        deadline = self._anew(deadline)
+        self._away = False
         while True:
             try:
                 reply = self._take()
             except zmq.Again:
-                self._check_time(request, deadline)
+                deadline = self._check_time(request, deadline, latest)
                 continue
             if reply.number == request.number:
                 self._read(reply)
@@ -405,16 +416,26 @@ class Channel(Correspondence):
             frames.append(frame.buffer)
         return messages.decode_reply(frames)
 
-    def _check_time(self, request: Request, deadline: float) -> None:
-        """While a reply does not come: raises BrokerUnavailable when it is time, else asks whether we are known still."""
+    def _anew(self, deadline: float) -> float:
+        """Of what is sent only now, or once more: its time may have passed while no broker was there."""
+        return anew(deadline, deadline + self._wait_for_broker, time.monotonic(), self.timeout)
+
+    def _check_time(self, request: Request, deadline: float, latest: float) -> float:
+        """While a reply does not come: raises BrokerUnavailable when it is time, else asks whether we are known still. Returns the deadline:
+        a later one when a broker is there again, for it has yet to say that; never after `latest`.
+        """
         now, connected = time.monotonic(), self._socket.poll(0, zmq.POLLOUT)
-        if now >= deadline and (connected or now >= deadline + self._wait_for_broker):
+        if connected and self._away:
+            deadline = anew(deadline, latest, now, self.timeout)
+        self._away = not connected
+        if now >= (deadline if connected else latest):
             raise self._unavailable(request)
         if connected:
             with contextlib.suppress(zmq.Again):
                 probe = self._make("ping", {}, ())
                 self._socket.send_multipart(messages.encode_request(probe), zmq.NOBLOCK)
                 self._late += 1
+        return deadline
 
     def _take_late_replies(self) -> None:
         """Before the next request: a buffer in a reply that came too late must not stand in its way."""

@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any, Literal, Self, cast
 
 from gcma_shm import layout
-from gcma_shm._core import Plane
 from gcma_shm.clients.allocator import Allocator
+from gcma_shm.clients.buffer import yielding_to
 from gcma_shm.clients.channel import Channel
 from gcma_shm.clients.handles import clients
 from gcma_shm.clients.swap import MappedSwap, MessageSwap, Swap
@@ -21,6 +21,8 @@ from gcma_shm.endpoint import default_endpoint
 class Client(Allocator):
     """Made by `connect` or `embedded`. Safe across threads; a forked child is a client of its own and holds what its
     parent held.
+
+    As a context manager it is closed at the end of the block; where an error ends that while a view or array is alive, when it is collected.
     """
 
     def __init__(
@@ -41,8 +43,7 @@ class Client(Allocator):
         try:
             arena = self._run(self._connecting(required=mapped is True))
             if arena is not None and prefault:
-                arena.prefault()
-                cast(Plane, self._plane).populate(0, arena.geometry.pages * self.page_size)
+                self._prefault(arena)
         except BaseException:
             if self._channel.greeting:
                 self._channel.close()
@@ -101,7 +102,8 @@ class Client(Allocator):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        with yielding_to(error):
+            self.close()
 
 
 def connect(

@@ -23,7 +23,7 @@ from typing import Any
 from gcma_shm import curve, messages
 from gcma_shm.clients.holds import Holds
 from gcma_shm.endpoint import check_endpoint, is_tcp, refuse_strangers, socket_path
-from gcma_shm.errors import BrokerUnavailable
+from gcma_shm.errors import BrokerUnavailable, ProtocolError
 from gcma_shm.messages import Frame, Reply, Request
 
 PROBE_S = 0.1  # between two questions whether we are known still
@@ -85,9 +85,13 @@ class Correspondence:
         return before
 
     def _encode(self, request: Request) -> list[Frame]:
+        """Raises ProtocolError for what no message can say."""
         if request.operation == "load_many":
             request.parameters = request.parameters | {"receipt": self._receipt}
-        return messages.encode_request(request)
+        try:
+            return messages.encode_request(request)
+        except (OverflowError, ValueError) as error:  # a number of more than 64 bits, half a surrogate pair
+            raise ProtocolError(f"{request.operation}: {error}") from error
 
     def _give_up(self, sent: Iterable[Request]) -> None:
         """Nobody waits for these any more; their replies may still come, but to what was lost with a session."""
@@ -162,6 +166,11 @@ class Correspondence:
             f"no answer from the broker on {self.endpoint} to {request.operation} within {self.timeout:g} s; "
             f"is it running, and not stopped?{'' if self._path is not None else ' Over TCP: does it know our key, and we its own?'}"
         )
+
+
+def anew(deadline: float, latest: float, now: float, timeout: float) -> float:
+    """When a request's time is over that is sent, or asked after, only now, since no broker was there before: never after `latest`."""
+    return max(deadline, min(now + timeout, latest))
 
 
 def kind_of(operation: str) -> str:

@@ -32,6 +32,8 @@ def _rest() -> None:
     """
     for client in clients:
         client._channel.rest()
+    for other in async_clients:
+        other._channel.rest()
 
 
 atexit.register(_rest)

@@ -25,7 +25,9 @@ from gcma_shm.clients.mapping_pages import Entry, Head, Shape
 from gcma_shm.clients.mapping_values import Values
 from gcma_shm.clients.turn import Turn
 from gcma_shm.errors import ArenaError, QuotaExceeded, SlotBusy, SpillCorrupt
+from gcma_shm.sizes import check_seconds
 
+SURROGATES = "surrogatepass"  # names of files that are no text (os.fsdecode) are keys like others
 TRIES_MAX = 1000  # of a read whose value is replaced under it; each is a writer's progress
 
 
@@ -55,8 +57,10 @@ class SwapMapping(MutableMapping[str, bytes]):
         `client.swap`. `timeout`: seconds to wait for other writers.
 
         Raises ValueError when the type holds something else, or is declared otherwise; ArenaError when the mapping is new and the
-        client does not map the arena.
+        client does not map the arena; TypeError for a client that awaits.
         """
+        _refuse_other_clients(client)
+        check_seconds("timeout", timeout)
         self._shape = Shape(client.page_size, slots)
         if slots <= self._shape.first:
             raise ValueError(f"{slots} slots: a mapping needs more than {self._shape.first}, which its table takes")
@@ -114,7 +118,7 @@ class SwapMapping(MutableMapping[str, bytes]):
         raise SlotBusy(f"the value of {key!r} was replaced {TRIES_MAX} times while it was read")
 
     def _place(self, key: str) -> tuple[bytes, int, int]:
-        name = key.encode()
+        name = key.encode(errors=SURROGATES)
         hash_ = pages.hash_of(name, self._salt)
         return name, hash_, 1 + hash_ % self._shape.buckets
 
@@ -136,7 +140,7 @@ class SwapMapping(MutableMapping[str, bytes]):
             entries = self._listed(bucket)
             heads = [self._values.head(entry) for entry in entries]
             if entries == self._listed(bucket):
-                return [head.key.decode() for head in heads if head is not None]
+                return [head.key.decode(errors=SURROGATES) for head in heads if head is not None]
         raise SlotBusy(f"bucket {bucket} of the mapping was changed {TRIES_MAX} times while it was read")
 
     def _buckets(self) -> range:
@@ -153,6 +157,11 @@ class SwapMapping(MutableMapping[str, bytes]):
         """A view; likewise."""
         return _Values(self)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            "a mapping cannot be pickled: pass client.endpoint, type and slots, and open it by SwapMapping in the other process"
+        )
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} on type {self._swap.type}, {self._shape.slots} slots>"
 
@@ -164,7 +173,7 @@ class SwapMapping(MutableMapping[str, bytes]):
         name, hash_, bucket = self._place(key)
         if len(name) > self._shape.key_max:
             raise ValueError(f"a key of {len(name)} bytes in UTF-8: expected at most {self._shape.key_max}")
-        with memoryview(value) as given, given.cast("B") as view, self._writing():
+        with memoryview(value) as given, _bytes_of(given) as view, self._writing():
             others = self._listed(bucket)
             before = next((e for e in others if e.hash == hash_ and self._is_of(e, name)), None)
             others = [e for e in others if e is not before]
@@ -248,6 +257,19 @@ class SwapMapping(MutableMapping[str, bytes]):
 def _is_text(key: object) -> bool:
     """Whatever the annotations say: a mapping is asked for keys of all kinds."""
     return isinstance(key, str)
+
+
+def _refuse_other_clients(client: object) -> None:
+    if not isinstance(client, Client):
+        raise TypeError(
+            f"a mapping over {client!r}: it needs a client that blocks, of gcma_shm.connect(); in a program of asyncio use it by "
+            "asyncio.to_thread"
+        )
+
+
+def _bytes_of(given: memoryview) -> memoryview:
+    """Raises TypeError for what is not contiguous."""
+    return given.cast("B") if given.nbytes else memoryview(b"")  # of dimensions of which one is 0 there is no cast
 
 
 def _nothing(_head: Head) -> bytes:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 from gcma_shm import layout
 from gcma_shm._core import Plane, Span, Trying
-from gcma_shm.clients.buffer import Buffer
+from gcma_shm.clients.buffer import Buffer, yielding_to
 from gcma_shm.clients.handles import Handle, Reference, load_reservation
 from gcma_shm.clients.holds import Hold
 from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, StaleHandle
@@ -323,7 +323,8 @@ class Reservation(Promised):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.release()
+        with yielding_to(error):
+            self.release()
 
 
 def nap_through(turns: Generator[float, None, tuple[Span, int]]) -> tuple[Span, int]:

@@ -193,9 +193,7 @@ class Stepping(Member, Generic[B, R]):
             raise ValueError(f"{nbytes} bytes: expected at least 1")
         for what, text in (("area", area), ("name", name)):
             if text is not None:
-                if not isinstance(text, str):
-                    raise TypeError(f"{what} of type {type(text).__name__}: expected a name")
-                layout.refuse_name("area" if what == "area" else "buffer", text)
+                _check_name("area" if what == "area" else "buffer", text)
                 wanted[what] = text
         for what, value, least in (("offset", offset, 0), ("align", align, 1)):
             if value is not None:
@@ -254,9 +252,7 @@ class Stepping(Member, Generic[B, R]):
         return place, span
 
     def _attaching_name(self, name: str) -> Steps[Granted]:
-        if not isinstance(name, str):
-            raise TypeError(f"name of type {type(name).__name__}: expected text, or a Handle")
-        layout.refuse_name("buffer", name)
+        _check_name("buffer", name)
         self._refuse_unmapped()
         taken: Granted = yield Ask("attach_name", {"name": name}, self._take)
         return taken
@@ -306,12 +302,19 @@ class Stepping(Member, Generic[B, R]):
 
     def _keeping(self, number: int, name: str, process: tuple[int, int] | None) -> Steps[None]:
         """`process`: until that one, by its number and start, has ended; None: until it is unlinked."""
-        layout.refuse_name("buffer", name)
+        _check_name("buffer", name)
         until = {} if process is None else {"pid": process[0], "start": process[1]}
         yield Ask("keep", {"buffer": number, "name": name} | until)
 
     def _unlinking(self, name: str, number: int | None = None) -> Steps[None]:
         """`number`: only if it is that buffer's name."""
-        layout.refuse_name("buffer", name)
+        _check_name("buffer", name)
         self._refuse_unmapped()
         yield Ask("unlink", {"name": name} | ({} if number is None else {"buffer": number}))
+
+
+def _check_name(what: str, name: str) -> None:
+    """Raises TypeError, ValueError for what cannot be the name of an area or buffer."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what} name of type {type(name).__name__}: expected text")
+    layout.refuse_name(what, name)

@@ -52,7 +52,12 @@ class Turn:
                 self._lock(self._own, deadline)
             self._depth += 1
         except BaseException:
-            self._threads.release()
+            try:
+                # Ctrl-C may come when the lock is ours already: others would wait for as long as this process writes nothing.
+                if self._own is not None and not self._depth:
+                    self._own.unlock(self._at)
+            finally:
+                self._threads.release()
             raise
 
     def _lock(self, own: Presence, deadline: float) -> None:

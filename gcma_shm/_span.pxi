@@ -68,10 +68,16 @@ cdef class Span:
         self.sealed = False
 
     def zero(self):
-        """Clears the memory."""
-        self.plane.populate(self.first, self.nbytes)
-        with nogil:
-            memset(self.start, 0, self.nbytes)
+        """Clears the memory. Counts as a view meanwhile: what another thread frees or closes is not cleared when somebody else has it."""
+        if self.sealed:
+            raise StaleHandle("this buffer was freed")
+        self.exports += 1
+        try:
+            self.plane.populate(self.first, self.nbytes)
+            with nogil:
+                memset(self.start, 0, self.nbytes)
+        finally:
+            self.exports -= 1
 
 
 cdef class Exporter:

@@ -27,6 +27,7 @@ from gcma_shm.sizes import format_size
 
 SHM_DIR = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory, see shm_overview(7)
 MADV_POPULATE_WRITE = 23  # since Linux 5.14; mmap has no name for it
+PREFAULT_BYTES = 4 << 20  # at a time: mmap's madvise keeps the interpreter from other threads
 MODE = 0o600
 ROUNDS_MAX = 8  # each round lost means that another broker came or went just now
 
@@ -43,12 +44,14 @@ class Arena:
     presence: Presence | None = None
     fresh: bool = True  # False: another broker has served it
 
-    def prefault(self) -> bool:
-        """Fills this process's page table for the whole arena, so that no page costs a fault later; False where the
-        kernel cannot.
+    def prefault(self, until: int | None = None) -> bool:
+        """Fills this process's page table for the whole arena, or its first `until` bytes, so that no page costs a fault later; False
+        where the kernel cannot.
         """
+        end = self.geometry.size if until is None else until
         try:
-            self.memory.madvise(MADV_POPULATE_WRITE)
+            for start in range(0, end, PREFAULT_BYTES):
+                self.memory.madvise(MADV_POPULATE_WRITE, start, min(PREFAULT_BYTES, end - start))
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise

@@ -6,16 +6,18 @@ directory in its environment, an arena belongs to whom its lock belongs, and a d
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import mmap
 import os
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import util as multiprocessing_util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +27,7 @@ from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import AreaSpec
 from gcma_shm.clients.embedded import EmbeddedClient
+from tests.loops import NEW_LOOP, Runs
 
 # multiprocessing makes its temporary directory once and removes it at the very end: not in the directory of the one test
 # that happens to be the first to want it.
@@ -169,3 +172,14 @@ def bare(tmp_path: Path) -> Iterator[Bare]:
         yield Bare(arena, plane, tmp_path / "spill")
     finally:
         arena.destroy()
+
+
+@pytest.fixture(params=list(NEW_LOOP))
+def run(request: pytest.FixtureRequest) -> Runs:
+    """Runs a coroutine in a new loop, asyncio's own and uvloop's."""
+
+    def run(main: Coroutine[Any, Any, Any]) -> Any:
+        with asyncio.Runner(loop_factory=NEW_LOOP[request.param]) as runner:
+            return runner.run(main)
+
+    return run

@@ -212,16 +212,18 @@ def test_no_descriptor_is_left_open(bare: Bare) -> None:
     assert descriptors() == before
 
 
-def test_prefault_maps_every_page() -> None:
+def test_prefault_maps_every_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arenas, "PREFAULT_BYTES", M)
     arena = arenas.create(NAME, *planned(8 * M))
     try:
         found = arenas.open_arena(NAME)
-        if not found.prefault():
-            pytest.skip("this kernel has no MADV_POPULATE_WRITE")
-        ours = [part.splitlines() for part in Path("/proc/self/smaps").read_text().split(NAME[1:])[1:]]
-        resident = [next(int(line.split()[1]) for line in part if line.startswith("Rss:")) for part in ours]
-        assert len(resident) == 2, "this process has mapped it twice"
-        assert max(resident) >= found.geometry.size // 1024
+        for until in (3 * M + 4096, None):
+            if not found.prefault(until):
+                pytest.skip("this kernel has no MADV_POPULATE_WRITE")
+            ours = [part.splitlines() for part in Path("/proc/self/smaps").read_text().split(NAME[1:])[1:]]
+            resident = [next(int(line.split()[1]) for line in part if line.startswith("Rss:")) for part in ours]
+            assert len(resident) == 2, "this process has mapped it twice"
+            assert max(resident) >= (until or found.geometry.size) // 1024
     finally:
         arena.destroy()
 

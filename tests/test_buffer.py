@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import weakref
 from typing import Any
 
@@ -300,3 +301,60 @@ def test_many_at_once_do_not_overlap(client: EmbeddedClient) -> None:
     buffers.clear()
     gc.collect()
     assert eventually(lambda: held(client) == 0)
+
+
+def test_what_is_being_cleared_counts_as_seen(client: EmbeddedClient) -> None:
+    """So another thread can neither free nor close: whoever was given the memory then would find zeros in the middle of his own."""
+    buffer = client.alloc_contig(8 << 20)
+
+    def seen() -> bool:
+        thread = threading.Thread(target=buffer._span.zero)
+        thread.start()
+        found = False
+        while thread.is_alive() and not found:
+            found = buffer.exports == 1
+        thread.join()
+        return found
+
+    assert eventually(seen)
+    assert buffer.exports == 0
+    buffer.free()
+    with pytest.raises(StaleHandle):
+        buffer._span.zero()
+
+
+def test_an_error_that_ends_a_block_is_not_replaced(client: EmbeddedClient) -> None:
+    """By the BufferError of an array in a frame that it comes through; what could not be given back is with the last of these."""
+
+    def work() -> None:
+        with (
+            gcma_shm.connect(client.endpoint) as own,
+            own.reserve(PAGE) as reservation,
+            own.alloc_contig(PAGE) as buffer,
+            reservation.claim() as claimed,
+        ):
+            arrays = buffer.numpy(8), claimed.numpy(8)
+            arrays[0][8]
+
+    with pytest.raises(IndexError) as raised:
+        work()
+    assert client.stats()["broker"]["clients"] == 2
+    assert held(client) == 2 * PAGE, "the frames have them still"
+    del raised
+    assert eventually(lambda: bool(gc.collect()) or client.stats()["broker"]["clients"] == 1)
+    assert held(client) + client.areas()[0].reserved == 0
+    with pytest.raises(BufferError), client.alloc_contig(PAGE) as buffer:
+        array = buffer.numpy(8)
+    del array
+    buffer.free()
+
+
+@pytest.mark.parametrize("shape", [6, np.int64(6), (2, 3), [np.int8(2), 3], np.array([2, 3]), range(6, 7)])
+def test_shapes_as_numpy_takes_them(client: EmbeddedClient, shape: Any) -> None:
+    with client.alloc_contig(PAGE) as buffer:
+        assert buffer.numpy(shape).shape == np.empty(shape).shape
+        for wrong in (2.0, "6", None, (2.0, 3)):
+            with pytest.raises(TypeError):
+                buffer.numpy(wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="the buffer has"):
+            buffer.numpy((np.int64(1 << 62), 4))  # more than 64 bits hold

@@ -112,6 +112,32 @@ def test_copies_where_they_are_asked_for(client: EmbeddedClient) -> None:
         assert [copy[0] for copy in copies] == [0, 0, 0, 0]
 
 
+@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.1.0", reason="this numpy's DLPack has no such arguments")
+def test_dlpack_as_consumers_ask_for_it(client: EmbeddedClient) -> None:
+    with client.alloc_contig(PAGE, zero=True) as buffer:
+        here = np.asarray(buffer)
+        options: dict[str, Any]
+        for options, shared in (
+            ({"copy": None}, True),
+            ({"copy": False, "device": "cpu"}, True),
+            ({"copy": True}, False),
+        ):
+            array = np.from_dlpack(buffer, **options)
+            assert np.shares_memory(array, here) == shared
+            assert array.flags.writeable
+        assert buffer.__dlpack_device__() == here.__dlpack_device__()
+        with pytest.raises(BufferError):  # DLPack's own words for another device
+            buffer.__dlpack__(dl_device=(2, 0))
+        with pytest.raises(RuntimeError):
+            buffer.__dlpack__(stream=1)
+        del array, here
+        capsule = buffer.__dlpack__(max_version=(1, 0), dl_device=(1, 0), stream=None)
+        assert "versioned" in repr(capsule)
+        with pytest.raises(BufferError):
+            buffer.free()
+        del capsule  # which nobody has taken
+
+
 def test_torch_writes_the_memory_itself(client: EmbeddedClient) -> None:
     torch = installed("torch")
     buffer = client.alloc_contig(PAGE, zero=True)
@@ -134,6 +160,21 @@ def test_where_bytes_are_expected(client: EmbeddedClient) -> None:
         swap.store(3, buffer)
         assert swap.load_into(3, other)
         assert bytes(other) == bytes(buffer) == b"gcma" * (PAGE // 4)
+
+
+def test_views_of_views_are_released_in_any_order(client: EmbeddedClient) -> None:
+    for order in ([0, 1, 2], [2, 1, 0], [1, 0, 2]):
+        buffer = client.alloc_contig(PAGE)
+        whole = memoryview(buffer)
+        views: list[memoryview] = [whole, whole[8:16], whole[8:].cast("I").toreadonly()]
+        del whole
+        for n in order:
+            with pytest.raises(BufferError):
+                buffer.free()
+            views[n].release()
+        buffer.free()
+        with pytest.raises(ValueError, match="released"):
+            views[0][0]
 
 
 def test_exports_come_and_go_without_a_trace(client: EmbeddedClient) -> None:

@@ -8,10 +8,11 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -199,6 +200,48 @@ def test_threads_allocate_and_free(client: EmbeddedClient) -> None:
     in_threads(8, work)
     assert held(client) == 0
     check_at_rest(arena_name(client.endpoint))
+
+
+class Courteous:
+    """A lock whose giver steps back: whoever waits has it next."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        return self._lock.acquire(blocking, timeout)
+
+    def release(self) -> None:
+        self._lock.release()
+        time.sleep(0.002)  # not to wait for anything: the others' turn
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def test_nobody_comes_between_the_goodbye_and_the_end(client: EmbeddedClient, either: Client) -> None:
+    """A request that did would introduce the client again, under a number that is another's to have by then."""
+    either._channel.lock = cast(Any, Courteous())
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            while True:
+                either.areas()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    either.close()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert [type(error) for error in errors] == [Closed] * 3, errors
+    assert clients(client) == 1
 
 
 def test_a_client_closed_while_threads_use_it(client: EmbeddedClient, either: Client) -> None:

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import pickle
 import random
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from zict.tests.utils_test import check_mapping
 
-import gcma_shm
+import gcma_shm.aio
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.mapping import SwapMapping
-from gcma_shm.clients.mapping_pages import MAGIC, RUNS_INLINE, Shape, find_in_bucket, read_bucket
+from gcma_shm.clients.mapping_pages import (
+    MAGIC,
+    RUNS_INLINE,
+    Shape,
+    find_in_bucket,
+    head_page,
+    list_page,
+    read_bucket,
+    read_head,
+    read_list,
+)
 from gcma_shm.clients.swap import Swap
+from gcma_shm.presence import Presence
 
 from .processes import Said, eventually, forked, in_fork
 
@@ -60,6 +75,45 @@ def test_bytes_like_values(mapping: SwapMapping, value: bytes | bytearray | memo
     assert mapping["a"] == bytes(value)
 
 
+@pytest.mark.parametrize("dtype", ["u1", ">i4", "f2", "c16", "i4,f8", "?"])
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (0, 3), (3, 0), (2, 3)])
+def test_arrays_as_values(mapping: SwapMapping, dtype: str, shape: tuple[int, ...]) -> None:
+    value = np.zeros(shape, dtype)
+    mapping["a"] = value
+    assert mapping["a"] == value.tobytes()
+    with pytest.raises(TypeError):
+        mapping["a"] = np.zeros((4, 4), dtype)[::2, ::2]
+    assert mapping["a"] == value.tobytes()
+
+
+@pytest.mark.parametrize("key", ["\ud800", os.fsdecode(b"caf\xe9.jpg"), "\0", "\U0001f600"])
+def test_keys_of_any_text(mapping: SwapMapping, key: str) -> None:
+    """Also names of files that are none: they are looked for like others, and found."""
+    assert key not in mapping
+    assert mapping.get(key) is None
+    with pytest.raises(KeyError):
+        mapping[key]
+    with pytest.raises(KeyError):
+        del mapping[key]
+    mapping[key] = b"value"
+    assert list(mapping.items()) == [(key, b"value")]
+    assert mapping.pop(key) == b"value"
+
+
+def test_keys_of_other_types_are_not_there(mapping: SwapMapping) -> None:
+    keys: list[Any] = [b"a", 3, None, ("a",), [], {}]
+    for key in keys:
+        assert key not in mapping
+        assert mapping.get(key) is None
+        assert mapping.pop(key, b"none") == b"none"
+        for call in (mapping.__getitem__, mapping.__delitem__, mapping.pop):
+            with pytest.raises(KeyError):
+                call(key)
+        with pytest.raises(TypeError, match="expected text"):
+            mapping[key] = b""
+    assert "x" * PAGE not in mapping
+
+
 def test_misuse(mapping: SwapMapping, client: EmbeddedClient) -> None:
     with pytest.raises(TypeError, match="expected text"):
         mapping[3] = b""  # type: ignore[index]
@@ -79,6 +133,26 @@ def test_misuse(mapping: SwapMapping, client: EmbeddedClient) -> None:
     with pytest.raises(ValueError, match="something else"):
         SwapMapping(client, 3, 500)
     assert not mapping
+    for timeout, error in (
+        (-1, ValueError),
+        (float("nan"), ValueError),
+        (1e9, ValueError),
+        ("5", TypeError),
+        (None, TypeError),
+    ):
+        with pytest.raises(error, match="timeout"):
+            SwapMapping(client, 1, SLOTS, timeout=timeout)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="pass client"):
+        pickle.dumps(mapping)
+
+
+def test_a_client_that_awaits_is_refused(client: EmbeddedClient) -> None:
+    async def main() -> None:
+        async with gcma_shm.aio.connect(client.endpoint) as own:
+            with pytest.raises(TypeError, match="needs a client that blocks"):
+                SwapMapping(own, 1, SLOTS)  # type: ignore[arg-type]
+
+    asyncio.run(main())
 
 
 def test_a_mapping_of_another_shape_is_refused(client: EmbeddedClient) -> None:
@@ -175,6 +249,41 @@ def test_a_damaged_value_is_told_and_can_be_replaced(mapping: SwapMapping, clien
     assert "a" in mapping
 
 
+@pytest.mark.parametrize("what", ["data", "head", "bucket"])
+def test_a_damaged_file_is_told_and_what_was_there_can_be_replaced(
+    client: EmbeddedClient, what: str, tmp_path: Path
+) -> None:
+    """The page itself is told of by the type under the mapping. Values in other slots are whole."""
+    mapping = SwapMapping(client, 1, SLOTS, write="through")
+    mapping["a"] = value = random.Random(1).randbytes(100_000)
+    bucket = mapping._place("a")[2]
+    elsewhere = next(key for key in map(str, range(SLOTS)) if mapping._place(key)[2] != bucket)
+    mapping[elsewhere] = other = random.Random(2).randbytes(100_000)
+    (entry,) = (e for e in mapping._listed(bucket) if mapping._is_of(e, b"a"))
+    slot = {"data": mapping._values.slots_of(entry)[-1], "head": entry.slot, "bucket": bucket}[what]
+    with client.alloc_contig(client.areas()[0].size):  # no page is in an area, nor will these be in the nursery
+        client.swap(2, SLOTS).store_many(range(SLOTS), random.Random(3).randbytes(SLOTS * PAGE))
+    (file,) = (tmp_path / "cache" / "gcma").glob("*/001.*")
+    with file.open("r+b") as opened:
+        opened.seek(slot * PAGE + PAGE // 2)
+        opened.write(b"damage")
+    with pytest.raises(gcma_shm.SpillCorrupt, match=f"slot {slot} "):
+        mapping["a"]
+    assert mapping[elsewhere] == other
+    if what == "bucket":
+        with pytest.raises(gcma_shm.SpillCorrupt):
+            mapping["a"] = value
+        with pytest.raises(gcma_shm.SpillCorrupt):
+            mapping.collect()  # it does not know whose slots are whose
+        mapping.clear()
+        assert len(mapping._swap) == 1
+    mapping["a"] = value
+    assert mapping["a"] == value
+    del mapping["a"]
+    mapping.collect()
+    assert "a" not in mapping
+
+
 def test_a_child_has_it_and_writes(mapping: SwapMapping) -> None:
     mapping["a"] = b"parent"
 
@@ -211,6 +320,27 @@ def test_a_childs_child_does_not_keep_the_turn_of_a_writer_that_was_killed(
         finally:
             os.kill(grandchild, signal.SIGKILL)
     assert mapping["a"] == b"mine"
+
+
+def test_an_interrupted_writer_keeps_nobody(mapping: SwapMapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, just after the kernel has given it the lock."""
+    lock = Presence.lock
+
+    def and_interrupt(own: Presence, at: int) -> None:
+        lock(own, at)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Presence, "lock", and_interrupt)
+        mapping["a"] = b"never"
+
+    def work(_: Said) -> None:
+        mapping._turn._timeout = 1  # type: ignore[union-attr]
+        mapping["b"] = b"child"
+
+    in_fork(work)
+    mapping["a"] = b"mine"
+    assert dict(mapping) == {"a": b"mine", "b": b"child"}
 
 
 def test_a_closed_client_writes_no_more(client: EmbeddedClient) -> None:
@@ -331,3 +461,27 @@ def test_nothing_but_slots_is_used(client: EmbeddedClient, tmp_path: Path) -> No
     mapping["a"] = b"x" * 50_000
     assert mapping._swap.write_through
     assert repr(mapping) == "<SwapMapping on type 1, 2000 slots>"
+
+
+def test_pages_that_are_not_of_a_value_are_not_read_as_such() -> None:
+    """Or removing a damaged value would free the slots of another."""
+    shape = Shape(PAGE, SLOTS)
+    runs = [(100 + 2 * n, 1) for n in range(RUNS_INLINE + 3)]
+    listed = list_page(7, runs, 5, shape)
+    assert read_list(listed, 7, shape) == (runs, 5)
+    assert read_list(listed, 8, shape) is None
+    too_many = list_page(7, [(1, 1)] * shape.runs_per_list, 0, shape)
+    assert read_list(too_many, 7, shape) is not None
+    assert read_list(too_many[:8] + (shape.runs_per_list + 1).to_bytes(4, "little") + too_many[12:], 7, shape) is None
+    head = head_page(7, b"key", memoryview(bytes(10)), [], 0, shape)
+    found = read_head(head, shape)
+    assert found is not None
+    assert (found.tag, found.key, found.length, bytes(found.inline)) == (7, b"key", 10, bytes(10))
+    for at, wrong in ((20, shape.key_max + 1), (24, RUNS_INLINE + 1)):
+        assert read_head(head[:at] + wrong.to_bytes(4, "little") + head[at + 4 :], shape) is None
+
+
+def test_nobody_knows_which_keys_share_a_bucket(mapping: SwapMapping, client: EmbeddedClient) -> None:
+    """Before there is the mapping: each has a hash of its own, which all that open it share."""
+    assert mapping._place("key") != SwapMapping(client, 2, SLOTS)._place("key")
+    assert mapping._place("key") == SwapMapping(client, 1, SLOTS)._place("key")

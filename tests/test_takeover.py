@@ -662,3 +662,55 @@ def test_the_first_question_to_a_new_broker_may_be_for_ones_own_quota(endpoint: 
         client.quota(MIB)
         with killed_and_restarted(first):
             assert client.quota() == gcma_shm.QuotaInfo(0, MIB)
+
+
+class Late:
+    """The clock, which may be put forward."""
+
+    late_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.late_s
+
+
+def test_a_request_under_way_when_the_broker_goes_for_longer_than_the_timeout(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one is asked whether it knows it before it is given up."""
+    clock = Late()
+    monkeypatch.setattr("gcma_shm.clients.channel.time", clock)
+    with broker(endpoint) as first:
+        client = gcma_shm.connect(endpoint, timeout=WAIT_S, wait_for_broker=4 * WAIT_S)
+        channel = client._channel
+        os.kill(first.pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as thread:
+            number = channel._number
+            asking = thread.submit(client.alloc_contig, PAGE)
+            assert eventually(lambda: channel._number > number)
+            first.stop(signal.SIGKILL)
+            assert eventually(lambda: channel._away)
+            clock.late_s = WAIT_S + 1
+            with broker(endpoint):
+                asking.result(WAIT_S).free()
+                assert held(client)["default"] == 0
+                client.close()
+
+
+def test_what_no_broker_comes_for_has_an_end(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Late()
+    monkeypatch.setattr("gcma_shm.clients.channel.time", clock)
+    with broker(endpoint) as first:
+        client = gcma_shm.connect(endpoint, timeout=WAIT_S, wait_for_broker=WAIT_S)
+        channel = client._channel
+        os.kill(first.pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as thread:
+            number = channel._number
+            asking = thread.submit(client.areas)
+            assert eventually(lambda: channel._number > number)
+            first.stop(signal.SIGKILL)
+            assert eventually(lambda: channel._away)
+            clock.late_s = 2 * WAIT_S + 1
+            with pytest.raises(BrokerUnavailable):
+                asking.result(WAIT_S)
+        channel.timeout = 0.1  # nobody hears the goodbye
+        client.close()
