@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := $(wildcard gcma_shm/*.pyx gcma_shm/*.pxd gcma_shm/*.pxi gcma_shm/*.h)
 
+# Images for containers like to set it. Then each broker, worker and program that a test starts compiles all modules again, half of what its
+# start takes.
+unexport PYTHONDONTWRITEBYTECODE
+
 all: .venv/ready
 
 # One installation, built again when the extension's sources or the dependencies change.
@@ -16,9 +20,10 @@ all: .venv/ready
 run: all
 	$(BIN)/python bench/main_job.py
 
-# Many tests wait for processes, so one more at a time than there are processors.
+# Many tests wait for processes, so one more at a time than there are processors. Each worker has a part of the list, the long tests first
+# (tests/conftest.py), and when it is through some of another's.
 test: all
-	$(BIN)/python -m pytest --numprocesses $$(($$(nproc) + 1))
+	$(BIN)/python -m pytest --numprocesses $$(($$(nproc) + 1)) --dist worksteal
 
 lint: all
 	$(BIN)/ruff check .
