@@ -47,6 +47,10 @@ soak: all
 	GCMA_CRASH_DENSE=0 $(BIN)/python -m pytest --timeout=0 -s tests/faults/test_crashes.py
 	$(BIN)/gcma stress --seconds $${GCMA_SOAK_S:-3600} $(SOAK)
 
+# CPython's and joblib's own tests of what we stand in for, also the long ones, and the variants that come to the same for us.
+others: all
+	GCMA_OTHERS=all $(BIN)/python -m pytest tests/test_cpython_pools.py tests/test_joblib_own.py tests/test_shared_memory.py
+
 # The concurrency tests, each one for that long.
 storms: all
 	GCMA_SOAK_S=$${GCMA_SOAK_S:-600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
@@ -74,4 +78,4 @@ bench-docs: all
 clean:
 	rm -rf .venv build dist *.egg-info gcma_shm/_core.c gcma_shm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
 
-.PHONY: all run test lint types check model soak storms sanitize fuzz bench bench-docs clean
+.PHONY: all run test lint types check model soak others storms sanitize fuzz bench bench-docs clean

@@ -26,12 +26,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized(MEMORY, tmp_path_factory.mktemp("memory"))
+    return Sanitized(MEMORY, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized(MEMORY, tmp_path_factory.mktemp("planted"), "-include", str(HERE / "planted.h"))
+    return Sanitized(MEMORY, tmp_path_factory, "-include", str(HERE / "planted.h"))
 
 
 def test_threads(core: Sanitized, tmp_path: Path) -> None:

@@ -24,12 +24,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized(THREADS, tmp_path_factory.mktemp("threads"))
+    return Sanitized(THREADS, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized(THREADS, tmp_path_factory.mktemp("planted"), "-include", str(HERE / "planted.h"))
+    return Sanitized(THREADS, tmp_path_factory, "-include", str(HERE / "planted.h"))
 
 
 def test_what_python_orders(core: Sanitized, tmp_path: Path) -> None:
