@@ -51,9 +51,10 @@ soak: all
 others: all
 	GCMA_OTHERS=all $(BIN)/python -m pytest tests/test_cpython_pools.py tests/test_joblib_own.py tests/test_shared_memory.py
 
-# The concurrency tests, each one for that long.
+# The concurrency tests, each one for that long, and guests of a cache at full speed for a hundred thousand allocations.
 storms: all
-	GCMA_SOAK_S=$${GCMA_SOAK_S:-600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
+	GCMA_SOAK_S=$${GCMA_SOAK_S:-600} GCMA_GUEST_ALLOCATIONS=$${GCMA_GUEST_ALLOCATIONS:-100000} \
+		$(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py tests/test_guests.py
 
 # The core under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer: each run for a minute, or as long as GCMA_SANITIZE_S
 # says, and other tests of the core under the second and third.
