@@ -41,16 +41,16 @@ GONE_S = 20.0  # a killed owner's broker takes a moment to notice
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests come first, dealt out to the workers, each of which begins with its part of the list: one that is begun last is waited
-    for alone. (An order for `--dist worksteal`; any order does.)
+    for alone. Those of a file stay together, as they may share what takes long. (An order for `--dist worksteal`; any order does.)
     """
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     slow = [item for item in items if item.get_closest_marker("slow")]
     quick = [item for item in items if not item.get_closest_marker("slow")]
-    count = len(items)
+    count, files = len(items), list(dict.fromkeys(item.path for item in slow))
     items.clear()
     for worker in range(workers):
-        part = slow[worker::workers]
-        room = (count - len(items)) // (workers - worker) - len(part)
+        part = [item for item in slow if item.path in files[worker::workers]]
+        room = max((count - len(items)) // (workers - worker) - len(part), 0)
         items += part + quick[:room]
         del quick[:room]
     items += quick
