@@ -4,6 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 CORE := $(wildcard gcma_shm/*.pyx gcma_shm/*.pxd gcma_shm/*.pxi gcma_shm/*.h)
 
+# Images for containers like to set it. Then each broker, worker and program that a test starts compiles all modules again, half of what its
+# start takes.
+unexport PYTHONDONTWRITEBYTECODE
+
 all: .venv/ready
 
 # One installation, built again when the extension's sources or the dependencies change.
@@ -16,9 +20,10 @@ all: .venv/ready
 run: all
 	$(BIN)/python bench/main_job.py
 
-# Many tests wait for processes, so one more at a time than there are processors.
+# Many tests wait for processes, so one more at a time than there are processors. Each worker has a part of the list, the long tests first
+# (tests/conftest.py), and when it is through some of another's.
 test: all
-	$(BIN)/python -m pytest --numprocesses $$(($$(nproc) + 1))
+	$(BIN)/python -m pytest --numprocesses $$(($$(nproc) + 1)) --dist worksteal
 
 lint: all
 	$(BIN)/ruff check .
@@ -42,9 +47,14 @@ soak: all
 	GCMA_CRASH_DENSE=0 $(BIN)/python -m pytest --timeout=0 -s tests/faults/test_crashes.py
 	$(BIN)/gcma stress --seconds $${GCMA_SOAK_S:-3600} $(SOAK)
 
-# The concurrency tests, each one for that long.
+# CPython's and joblib's own tests of what we stand in for, also the long ones, and the variants that come to the same for us.
+others: all
+	GCMA_OTHERS=all $(BIN)/python -m pytest tests/test_cpython_pools.py tests/test_joblib_own.py tests/test_shared_memory.py
+
+# The concurrency tests, each one for that long, and guests of a cache at full speed for a hundred thousand allocations.
 storms: all
-	GCMA_SOAK_S=$${GCMA_SOAK_S:-600} $(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py
+	GCMA_SOAK_S=$${GCMA_SOAK_S:-600} GCMA_GUEST_ALLOCATIONS=$${GCMA_GUEST_ALLOCATIONS:-100000} \
+		$(BIN)/python -m pytest --timeout=0 -s tests/test_concurrency.py tests/test_torn.py tests/test_guests.py
 
 # The core under ThreadSanitizer, AddressSanitizer and UndefinedBehaviorSanitizer: each run for a minute, or as long as GCMA_SANITIZE_S
 # says, and other tests of the core under the second and third.
@@ -69,4 +79,4 @@ bench-docs: all
 clean:
 	rm -rf .venv build dist *.egg-info gcma_shm/_core.c gcma_shm/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out
 
-.PHONY: all run test lint types check model soak storms sanitize fuzz bench bench-docs clean
+.PHONY: all run test lint types check model soak others storms sanitize fuzz bench bench-docs clean

@@ -1,4 +1,7 @@
-"""The command `gcma`."""
+"""The command `gcma`.
+
+A command's modules are imported when it is asked for: whoever starts a broker waits for it to serve, and half of that is imports.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,20 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gcma_shm import layout
 from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.broker.ask import ask
-from gcma_shm.broker.checking import add_check
-from gcma_shm.broker.door import Doorway
 from gcma_shm.broker.keys import keygen
 from gcma_shm.broker.log import logging_to_standard_error
-from gcma_shm.broker.mapping import add_map
-from gcma_shm.broker.process import Settings, run
-from gcma_shm.broker.reap import add_reap
-from gcma_shm.broker.showing import add_showing
-from gcma_shm.broker.top import add_top
 from gcma_shm.curve import credentials_of
 from gcma_shm.endpoint import default_endpoint
 from gcma_shm.errors import GcmaError, in_words
 from gcma_shm.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from gcma_shm.broker.process import Settings
 
 AREA_COLUMNS = ("size", "held", "reserved", "lent", "free", "largest_free")
 
@@ -35,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["stress"]:  # another program: what it does is a client's work
         os.execv(sys.executable, [sys.executable, "-P", "-m", "gcma_shm.clients.stress", *given[1:]])  # noqa: S606 - our own module
-    parser = _parser()
+    parser = _parser(given[:1] == ["broker"])
     parsed = parser.parse_args(given)
     try:
         return int(parsed.run(parser, parsed))
@@ -48,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _broker(parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
+    from gcma_shm.broker.process import run
+
     try:
         settings = _settings(parsed)
     except ValueError as error:
@@ -80,6 +81,9 @@ def _tell(fd: int, words: str) -> None:
 
 
 def _settings(parsed: argparse.Namespace) -> Settings:
+    from gcma_shm.broker.door import Doorway
+    from gcma_shm.broker.process import Settings
+
     areas: dict[str, AreaSpec] = {}
     for text in parsed.area:
         name, separator, spec = text.partition("=")
@@ -173,11 +177,19 @@ def _quota(_parser: argparse.ArgumentParser, parsed: argparse.Namespace) -> int:
 # --- arguments
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(broker_only: bool) -> argparse.ArgumentParser:
+    """Of all commands, or of the one."""
     parser = argparse.ArgumentParser(
         prog="gcma", description="Guaranteed contiguous shared memory, lent out as a page cache."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    _add_broker(commands)
+    if not broker_only:
+        _add_others(commands)
+    return parser
+
+
+def _add_broker(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     broker = commands.add_parser("broker", help="own an arena and serve it until SIGTERM or SIGINT")
     broker.set_defaults(run=lambda _, parsed: _broker(broker, parsed))  # an error shows the usage of this command
     broker.add_argument("--size", required=True, help="of the arena, tables included: 256M, 4G, or bytes")
@@ -229,6 +241,14 @@ def _parser() -> argparse.ArgumentParser:
     broker.add_argument("--owner-pidfd", type=int, default=-1, help=argparse.SUPPRESS)
     broker.add_argument("--ready-fd", type=int, default=-1, help=argparse.SUPPRESS)
 
+
+def _add_others(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from gcma_shm.broker.checking import add_check
+    from gcma_shm.broker.mapping import add_map
+    from gcma_shm.broker.reap import add_reap
+    from gcma_shm.broker.showing import add_showing
+    from gcma_shm.broker.top import add_top
+
     asking = argparse.ArgumentParser(add_help=False)
     asking.add_argument("--endpoint", default=default_endpoint(), help="of the broker (default %(default)s)")
     asking.add_argument("--curve-key", metavar="FILE", help="over TCP: our secret key (default $GCMA_CURVE_KEY)")
@@ -266,7 +286,6 @@ def _parser() -> argparse.ArgumentParser:
     add_showing(commands)
     add_map(commands)
     add_top(commands)
-    return parser
 
 
 if __name__ == "__main__":

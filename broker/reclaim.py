@@ -45,10 +45,12 @@ class ReclaimThread:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the thread after its turn: a nap, and what it is just doing. Of the disk that may be all of a type's dirty pages, or
-        all spill files that are to leave the page cache, since neither has a budget a turn.
+        """Ends the thread after its turn: what it is just doing. Of the disk that may be all of a type's dirty pages, or
+        all spill files that are to leave the page cache, since neither has a budget a turn. Its nap is cut short; one that it has not
+        begun yet, having looked before us, lasts.
         """
         self._stopping.set()
+        self._plane.wake_sweep()
         self._thread.join()
 
     def _run(self) -> None:

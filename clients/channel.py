@@ -32,7 +32,7 @@ from gcma_shm.clients.correspondence import (
     kind_of,
 )
 from gcma_shm.clients.holds import Hold
-from gcma_shm.endpoint import is_tcp
+from gcma_shm.endpoint import is_deserted, is_tcp
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
@@ -68,6 +68,7 @@ class Channel(Correspondence):
         super()._begin()
         self._is_open = False
         self._away = False  # no broker was there when we last looked
+        self._parting = False  # a bye is under way
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket and lock are of no use."""
@@ -311,6 +312,7 @@ class Channel(Correspondence):
                 return
             # Where the broker is gone, or does not know us, nothing of ours is left there.
             self._wait_for_broker = 0.0
+            self._parting = True
             try:
                 with contextlib.suppress(GcmaError):
                     if self._greeted:
@@ -371,9 +373,20 @@ class Channel(Correspondence):
                     self._socket.send(header, _NOBLOCK)
                 return
             except zmq.Again:  # not connected, or the broker is far behind
-                left_ms = int((deadline + self._wait_for_broker - time.monotonic()) * 1000)
-                if left_ms <= 0 or not self._socket.poll(left_ms, zmq.POLLOUT):
+                if not self._may_send(deadline):
                     raise self._unavailable(request) from None
+
+    def _may_send(self, deadline: float) -> bool:
+        """Waits until the socket takes a message. False: not in time, or it is a bye, which nobody is there to hear any more."""
+        while True:
+            left_ms = int((deadline + self._wait_for_broker - time.monotonic()) * 1000)
+            if left_ms <= 0 or (self._parting and self._is_deserted()):
+                return False
+            if self._socket.poll(min(left_ms, int(PROBE_S * 1000)) if self._parting else left_ms, zmq.POLLOUT):
+                return True
+
+    def _is_deserted(self) -> bool:
+        return self._path is not None and is_deserted(self._path)
 
     def _receive_flushed(self, request: Request, deadline: float) -> Reply:
         """For what `_flush` sent, and counted as late."""
@@ -429,6 +442,8 @@ class Channel(Correspondence):
             deadline = anew(deadline, latest, now, self.timeout)
         self._away = not connected
         if now >= (deadline if connected else latest):
+            raise self._unavailable(request)
+        if self._parting and not connected and self._is_deserted():
             raise self._unavailable(request)
         if connected:
             with contextlib.suppress(zmq.Again):

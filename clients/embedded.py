@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import secrets
@@ -212,12 +213,26 @@ def first_line(fd: int) -> str:
 def _end(broker: subprocess.Popen[bytes], leftovers: Leftovers) -> None:
     broker.terminate()
     try:
-        broker.wait(STOP_S)
+        _wait(broker, STOP_S)
     except subprocess.TimeoutExpired:
         broker.kill()
         broker.wait()
     if broker.returncode != 0:
         leftovers.remove()
+
+
+def _wait(broker: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """`broker.wait`, which looks for its end by the clock, but at once when it comes. Raises TimeoutExpired."""
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(OSError):  # another has waited for it, or there is no descriptor: by the clock, then
+        pidfd = os.pidfd_open(broker.pid)
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            poll.poll(timeout_s * 1000)
+        finally:
+            os.close(pidfd)
+    broker.wait(max(deadline - time.monotonic(), 0.0))
 
 
 def _stop(broker: subprocess.Popen[bytes], owner_pid: int, leftovers: Leftovers) -> None:

@@ -492,6 +492,10 @@ cdef class Plane:
             sweeper_sleep(self.a, timeout_ns)
         return load_relaxed(self.a.head)
 
+    def wake_sweep(self):
+        """Ends the sleep of whoever is in `sweep`, at once; one that has not fallen asleep yet may miss it."""
+        wake_sweeper(self.a)
+
     def clean_until(self, uint64_t until):
         """Cleans the dirty pages that were granted before ticket `until`: the writer's part for write-behind types.
 

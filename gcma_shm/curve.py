@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zmq
-import zmq.auth
 
 from gcma_shm.endpoint import is_loopback, is_tcp, tcp_address
 from gcma_shm.errors import ArenaError
@@ -80,6 +79,8 @@ def _load(file: Path) -> tuple[str, str | None]:
         raise FileNotFoundError(2, f"no key file, and no key of {KEY_CHARACTERS} characters", str(file))
     if file.stat().st_size > FILE_BYTES_MAX:
         raise ValueError(f"{file} is no key file: it has more than {FILE_BYTES_MAX} bytes")
+    import zmq.auth  # half of what it takes to import this module, and most clients have no keys
+
     public, secret = zmq.auth.load_certificate(file)
     pair = [key.decode(errors="replace") for key in (public, secret) if key is not None]
     if not all(is_key(key) for key in pair):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import os
+import socket
 import stat
 import tempfile
 from pathlib import Path
@@ -125,6 +126,19 @@ def private_dir(path: Path) -> Path:
             f"{path} can be entered by others (mode {found.st_mode & 0o777:o}); chmod 700 it or choose another place"
         )
     return path
+
+
+def is_deserted(path: Path) -> bool:
+    """Whether nobody listens on a socket: there is none, or a dead process has left it. One that is stopped listens still."""
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.setblocking(False)
+        try:
+            asking.connect(str(path))
+        except (FileNotFoundError, ConnectionRefusedError):
+            return True
+        except OSError:  # as many wait to be let in as may
+            return False
+    return False
 
 
 def refuse_strangers(endpoint: str) -> None:

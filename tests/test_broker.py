@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from gcma_shm.arena import remove_dead
 from gcma_shm.endpoint import arena_name, default_spill_dir, socket_path
 from gcma_shm.errors import ArenaError, BrokerUnavailable, Closed
 from gcma_shm.process import start_time
-from tests.processes import WAIT_S, broker, broker_command, descriptors, eventually
+from tests.processes import WAIT_S, broker, broker_command, descriptors, eventually, stopped
 
 
 @pytest.fixture
@@ -278,6 +279,32 @@ def test_a_client_of_a_dead_broker_is_told_and_can_close(endpoint: str) -> None:
             gcma_shm.connect(endpoint, timeout=0.3)
         with broker(endpoint):
             pass
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_close_waits_for_no_broker_that_has_ended(number: signal.Signals, mapped: bool, endpoint: str) -> None:
+    with broker(endpoint) as first:
+        clients = [gcma_shm.connect(endpoint, mapped=mapped, timeout=3600) for _ in range(2)]
+        first.stop(number)
+        for client in clients:  # the second one's socket knows by then
+            client.close()
+    if number == signal.SIGKILL:
+        with broker(endpoint):
+            pass
+
+
+def test_close_waits_for_a_broker_that_is_stopped(endpoint: str) -> None:
+    """It has not ended: it is told."""
+    with broker(endpoint) as first:
+        client = gcma_shm.connect(endpoint, timeout=WAIT_S)
+        with stopped(first.pid), ThreadPoolExecutor(1) as threads:
+            closing = threads.submit(client.close)
+            assert not closing.done()
+            os.kill(first.pid, signal.SIGCONT)
+            closing.result(WAIT_S)
+        with gcma_shm.connect(endpoint) as other:
+            assert other.stats()["broker"]["clients"] == 1
 
 
 def test_nobody_listens(endpoint: str) -> None:

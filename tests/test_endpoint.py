@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,19 @@ def test_the_default_endpoint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 def test_without_a_runtime_directory_the_users_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     assert endpoint.runtime_dir().name == f"gcma-{os.getuid()}"
+
+
+def test_a_socket_that_nobody_listens_on_any_more() -> None:
+    path = Path(tempfile.gettempdir()) / "socket"
+    assert endpoint.is_deserted(path)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        assert endpoint.is_deserted(path), "bound, and not listening yet"
+        listening.listen(0)
+        for _ in range(3):  # the queue is full by then
+            assert not endpoint.is_deserted(path)
+    assert endpoint.is_deserted(path), "left behind"
+    path.unlink()
 
 
 def test_socket_path() -> None:

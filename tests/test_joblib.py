@@ -23,10 +23,6 @@ import numpy.typing as npt
 import pytest
 from joblib import Parallel, delayed, parallel_config
 from joblib.externals.loky.process_executor import TerminatedWorkerError
-from sklearn.datasets import make_classification
-from sklearn.ensemble import RandomForestClassifier
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GridSearchCV, cross_val_score
 
 import gcma_shm
 from gcma_shm.clients import joblib as ours
@@ -611,6 +607,12 @@ def test_a_script_with_functions_of_its_own_and_the_processes_client(monkeypatch
 
 
 def test_scikit_learn_finds_the_same_as_with_one_process(backend: ArenaBackend, client: EmbeddedClient) -> None:
+    # Not above: each worker of each test here would take a second to import it.
+    from sklearn.datasets import make_classification
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, cross_val_score
+
     samples, classes = make_classification(1500, 30, random_state=0)
     grid = GridSearchCV(LogisticRegression(max_iter=500), {"C": [0.1, 1, 10]}, cv=3, n_jobs=1).fit(samples, classes)
     forest = RandomForestClassifier(20, random_state=0, n_jobs=1).fit(samples, classes)

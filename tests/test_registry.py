@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from gcma_shm import layout
+from gcma_shm.broker import reclaim
 from gcma_shm.broker.direct import refuse_directory
 from gcma_shm.broker.health import Health
 from gcma_shm.broker.reclaim import ReclaimThread
@@ -151,6 +152,9 @@ def test_the_reclaim_thread_outlives_what_fails(
         geometry = dataclasses.replace(bare.plane.geometry, spill_io=layout.SPILL_IO.index("uncached"))
         refused = 1
 
+        def wake_sweep(self) -> None:
+            served["wake_sweep"] += 1
+
         def __getattr__(self, part: str) -> Callable[..., Any]:
             def call(*_: Any) -> Any:
                 if not failed[part]:
@@ -163,16 +167,26 @@ def test_the_reclaim_thread_outlives_what_fails(
 
     plane: Any = Failing()
     parts = {"sweep", "clean_until", "punch", "drop_cached", "retry_refused"}
-    reclaim = ReclaimThread(plane, Health(0.0))
+    thread = ReclaimThread(plane, Health(0.0))
     try:
         assert eventually(lambda: set(served) == parts)
     finally:
-        reclaim.stop()
-    assert not reclaim._thread.is_alive()
+        thread.stop()
+    assert not thread._thread.is_alive()
+    assert served["wake_sweep"] == 1
     assert set(failed) == parts
     assert {str(record.exc_info[1]) for record in caplog.records if record.exc_info} == {
         f"[Errno 5] no {part}" for part in parts
     }
+
+
+def test_the_reclaim_thread_is_stopped_in_the_middle_of_its_nap(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reclaim, "NAP_S", 3600.0)
+    thread = ReclaimThread(bare.plane, Health(0.0))
+    # It says so before it sleeps; who takes that back from then on wakes it.
+    assert eventually(lambda: bare.plane.read(layout.WAKE_AT) == 1)
+    thread.stop()
+    assert not thread._thread.is_alive()
 
 
 def test_end_all(registry: TypeRegistry, bare: Bare) -> None:

@@ -175,6 +175,7 @@ class Checked(RuleBasedStateMachine):
         assert all(info.held == 0 for info in self.owner.areas())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page_size", ["4K", "64K"])
 def test_against_a_dict(tmp_path: Path, page_size: str) -> None:
     size = {"4K": 1 << 20, "64K": 12 << 20}[page_size]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.timeout(300 + 3 * SOAK_S)
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of processes that use the faulty build."""
-    return environment(build(tmp_path_factory.mktemp("faulty"), "-DGCMA_FAULT_NO_RECHECK"))
+    return environment(build(tmp_path_factory, "-DGCMA_FAULT_NO_RECHECK"))
 
 
 def storm(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:

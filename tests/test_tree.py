@@ -78,6 +78,20 @@ def test_asyncio_is_imported_where_it_is_used() -> None:
         _ = gcma_shm.aoi
 
 
+def test_a_broker_starts_without_what_it_does_not_need() -> None:
+    """Imports are most of what its start takes."""
+    running = (
+        "import sys\n"
+        "from gcma_shm.broker import cli, process\n"
+        "def run(settings, ready):\n"
+        "    unused = 'asyncio ssl zmq.auth gcma_shm.check gcma_shm.broker.top gcma_shm.broker.reap gcma_shm.broker.showing'\n"
+        "    print(set(unused.split()) & set(sys.modules))\n"
+        "process.run = run\n"
+        "sys.exit(cli.main(['broker', '--size', '8M']))\n"
+    )
+    assert run_python(running) == "set()\n"
+
+
 @pytest.mark.parametrize("path", modules("broker"), ids=lambda path: path.name)
 def test_the_broker_imports_no_client(path: Path) -> None:
     assert not reaches(path, "clients")

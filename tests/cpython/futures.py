@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import importlib
+import os
 import sys
 import unittest
 from collections.abc import Iterator
@@ -28,8 +29,9 @@ TASKS_FAIL_ALONE = {
     "test_error_during_result_unpickle_in_result_handler",
     "test_exit_during_result_unpickle_in_result_handler",
 }
-# Half of the time, in which they sleep; how workers start makes no difference to them.
+# Half of the time, in which they sleep; how workers start makes no difference to them. `make others` runs them each way.
 ONCE = ("WaitTest", "AsCompletedTest", "test_map_timeout")
+ALL = os.environ.get("GCMA_OTHERS") == "all"
 
 # Before the tests name it; in their worker processes too, which import this program.
 concurrent.futures.ProcessPoolExecutor = ArenaExecutor  # type: ignore[misc]
@@ -55,7 +57,7 @@ def cases(suite: unittest.TestSuite, method: str) -> Iterator[unittest.TestCase]
         name = item._testMethodName
         is_debians = str(sys.modules[type(item).__module__].__file__).startswith(str(DEBIAN))
         wanted = getattr(item, "ctx", None) == method and name not in TASKS_FAIL_ALONE
-        once = method == "fork" or not any(part in item.id() for part in ONCE)
+        once = ALL or method == "fork" or not any(part in item.id() for part in ONCE)
         # The program that this one runs has worker processes that import the tests, and would not find Debian's.
         found = method == "fork" or name != "test_interpreter_shutdown" or not is_debians
         if wanted and once and found:

@@ -5,6 +5,7 @@ Its argument is a start method: `python -m tests.cpython.queues fork`. Prints wh
 
 from __future__ import annotations
 
+import os
 import sys
 import unittest
 
@@ -19,12 +20,9 @@ CHOSEN = (
     "TestQueue", "TestPool", "TestPoolWorkerErrors", "TestConnection", "TestListenerClient", "TestPicklingConnections",
     "TestSharedCTypes", "TestContainers", "TestMyManager", "TestRemoteManager", "TestSubclassingProcess",
 )  # fmt: skip
-SLEEPS = (
-    "test_pool_worker_lifetime",
-    "test_timeout",
-    "test_qsize",
-    "test_make_pool",
-)  # for seconds, and send next to nothing
+# For seconds, and send next to nothing: in `make others`.
+SLEEPS = ("test_pool_worker_lifetime", "test_timeout", "test_qsize", "test_make_pool")
+ALL = os.environ.get("GCMA_OTHERS") == "all"
 
 test.__path__.append(str(DEBIAN))
 reducer.register()  # in worker processes that import this program as well
@@ -41,7 +39,7 @@ def load() -> unittest.TestSuite:
     for name, kind in sorted(globals().items()):
         if name in {f"With{how}{chosen}" for how in ("Processes", "Manager") for chosen in CHOSEN}:
             loaded = unittest.defaultTestLoader.loadTestsFromTestCase(kind)
-            suite.addTests(case for case in loaded if case._testMethodName not in SLEEPS)  # type: ignore[union-attr]
+            suite.addTests(case for case in loaded if ALL or case._testMethodName not in SLEEPS)  # type: ignore[union-attr]
     return suite
 
 

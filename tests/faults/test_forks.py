@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.faults.builds import HERE, ROOT, build, environment
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def test_a_fork_at_every_step_of_a_batch(tmp_path: Path) -> None:
+def test_a_fork_at_every_step_of_a_batch(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The child uses types and buffers as a client of its own; the batch ends as if nobody had forked, and is acknowledged."""
-    core = build(tmp_path, "-include", str(HERE / "steps.h"))
+    core = build(tmp_path_factory, "-include", str(HERE / "steps.h"))
     command = [sys.executable, "-m", "tests.faults.forks"]
     done = subprocess.run(command, cwd=ROOT, env=environment(core), capture_output=True, text=True, check=False)
     print(done.stdout)

@@ -35,7 +35,7 @@ RUNS = [
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension whose calls to the kernel fail by command."""
-    return build(tmp_path_factory.mktemp("files"), "-include", str(HERE / "files.h"))
+    return build(tmp_path_factory, "-include", str(HERE / "files.h"))
 
 
 @pytest.mark.parametrize(

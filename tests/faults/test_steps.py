@@ -11,13 +11,13 @@ import pytest
 from tests.faults.builds import HERE, ROOT, build, environment
 from tests.faults.disks import needs_direct
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The extension with a hook before every atomic operation."""
-    return build(tmp_path_factory.mktemp("steps"), "-include", str(HERE / "steps.h"))
+    return build(tmp_path_factory, "-include", str(HERE / "steps.h"))
 
 
 @pytest.mark.parametrize("what", ["stop", "kill", "lives"])

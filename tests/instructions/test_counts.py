@@ -30,10 +30,10 @@ def test_an_operation_takes_as_many_instructions_as_were_recorded() -> None:
 
 
 @needs_valgrind
-def test_forty_instructions_more_are_noticed(tmp_path: Path) -> None:
+def test_forty_instructions_more_are_noticed(tmp_path_factory: pytest.TempPathFactory) -> None:
     """In each single store and load; in a batch as well."""
     header = Path(__file__).with_name("slower.h")
-    core = build(tmp_path, "-O2", "-include", str(header))
+    core = build(tmp_path_factory, "-O2", "-include", str(header))
     record, _ = expected()
     wrong = counts.beyond(counts.measure(core, environment(core)), record, counts.MARGIN)
     slower = ("load", "load_into", "store_behind", "load_many", "store_many_behind")

@@ -14,8 +14,12 @@ import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tests.faults.builds import ROOT, build, environment
+
+if TYPE_CHECKING:
+    import pytest
 
 HERE = Path(__file__).resolve().parent
 FOUND = 66  # the exit status of a process in which a sanitizer found something
@@ -92,13 +96,12 @@ def preloaded(sanitizer: Sanitizer) -> tuple[str, tuple[str, ...]] | str:
 class Sanitized:
     """One build of the extension under a sanitizer."""
 
-    def __init__(self, sanitizer: Sanitizer, directory: Path, *flags: str) -> None:
+    def __init__(self, sanitizer: Sanitizer, factory: pytest.TempPathFactory, *flags: str) -> None:
         self._sanitizer = sanitizer
-        self._directory = directory
         found = preloaded(sanitizer)
         assert not isinstance(found, str), found
         self._library, self._prefix = found
-        self.core = build(directory, *sanitizer.flags, *flags)
+        self.core = build(factory, *sanitizer.flags, *flags)
 
     def run(
         self, *arguments: str | float | Path, options: str = "", plant: str = "none"

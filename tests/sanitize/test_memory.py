@@ -19,6 +19,7 @@ PLANTED_S = 60.0  # a bound: the first report ends the run
 SUITE = ["tests/test_core.py", "tests/test_buffer.py", "tests/test_swap_contract.py", "tests/test_reservation.py"]
 WHY_NOT = preloaded(MEMORY)
 pytestmark = [
+    pytest.mark.slow,  # with its build
     pytest.mark.timeout(300 + 3 * SECONDS),
     pytest.mark.skipif(isinstance(WHY_NOT, str), reason=str(WHY_NOT)),
 ]
@@ -26,12 +27,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized(MEMORY, tmp_path_factory.mktemp("memory"))
+    return Sanitized(MEMORY, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized(MEMORY, tmp_path_factory.mktemp("planted"), "-include", str(HERE / "planted.h"))
+    return Sanitized(MEMORY, tmp_path_factory, "-include", str(HERE / "planted.h"))
 
 
 def test_threads(core: Sanitized, tmp_path: Path) -> None:

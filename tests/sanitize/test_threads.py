@@ -17,6 +17,7 @@ SECONDS = float(os.environ.get("GCMA_SANITIZE_S", "3"))
 PLANTED_S = 60.0  # a bound: the first report ends the run
 WHY_NOT = preloaded(THREADS)
 pytestmark = [
+    pytest.mark.slow,  # with its build
     pytest.mark.timeout(300 + 3 * SECONDS),
     pytest.mark.skipif(isinstance(WHY_NOT, str), reason=str(WHY_NOT)),
 ]
@@ -24,12 +25,12 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized(THREADS, tmp_path_factory.mktemp("threads"))
+    return Sanitized(THREADS, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Sanitized:
-    return Sanitized(THREADS, tmp_path_factory.mktemp("planted"), "-include", str(HERE / "planted.h"))
+    return Sanitized(THREADS, tmp_path_factory, "-include", str(HERE / "planted.h"))
 
 
 def test_what_python_orders(core: Sanitized, tmp_path: Path) -> None:
