@@ -2,21 +2,30 @@
 
 Results are packed by the queue that they leave through, and opened by the pool's thread when it reads them there: so a task whose
 arguments and result are small is to both sides what it is in the standard library's pool, and takes no longer.
+
+What a task was given is given back before its result is sent, unless the next task is there already and is given the same: then the pool
+holds that memory, too, and to ask the broker for it anew would take longer than many a task.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import select
 import weakref
-from collections.abc import Callable
-from concurrent.futures.process import _ResultItem
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures.process import _CallItem, _ResultItem, _SafeQueue
+from multiprocessing.context import BaseContext
 from multiprocessing.queues import SimpleQueue
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
-from gcma_shm.clients.handles import client_of
-from gcma_shm.clients.packers import PLAIN_MAX, Giving, Packer, large_in, plainly_small
+from gcma_shm.clients.calls import Call, Told
+from gcma_shm.clients.client import Client
+from gcma_shm.clients.handles import Reference, client_of
+from gcma_shm.clients.packers import Giving, Packer, large_in
 from gcma_shm.clients.parcels import Parcel
 from gcma_shm.clients.parents import end_with
+from gcma_shm.clients.plain import PLAIN_MAX, plainly_small
 
 #: In the parent: of its pools, by number.
 packers: weakref.WeakValueDictionary[int, Packer] = weakref.WeakValueDictionary()
@@ -24,6 +33,7 @@ packers: weakref.WeakValueDictionary[int, Packer] = weakref.WeakValueDictionary(
 _pool: int  # in a worker: the number of its pool,
 _results: Giving  # ... its packer,
 _threshold: int  # ... and what is large
+_given: dict[tuple[Any, ...], memoryview] = {}  # ... and the memory that its task was given
 
 
 def begin(
@@ -45,14 +55,89 @@ def begin(
         initializer(*initargs)
 
 
-def work(parcel: Parcel) -> Any:
+def work(what: Call | Parcel) -> Any:
     """Does a task."""
-    fn, args, kwargs = parcel.open()
+    fn, args, kwargs = what.open(_memory(what.references).__getitem__)
     return fn(*args, **kwargs)
+
+
+def call(fn: Callable[..., Any], args: list[Any], arrays: Sequence[Told]) -> Any:
+    """Does a task whose arrays lie in the arena: `work(Call(...))`, pickled as what it is made of."""
+    return work(Call(fn, args, arrays))
+
+
+def _memory(references: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], memoryview]:
+    """By reference. Raises StaleHandle, QuotaExceeded, BrokerUnavailable."""
+    memory: dict[tuple[Any, ...], memoryview] = {}
+    missing: dict[Client, list[Reference]] = {}
+    for told in references:
+        found = _given.get(told)
+        if found is None:
+            reference = Reference(*told)
+            client = client_of(reference.endpoint, reference.arena_id)
+            found = client.view_of(reference)  # as a fork has what its parent had
+        if found is None:
+            missing.setdefault(client, []).append(reference)
+        else:
+            memory[told] = found
+    for client, ones in missing.items():
+        for reference, buffer in zip(ones, client.attach_handles(ones), strict=True):
+            memory[reference] = _given[reference] = buffer.view
+    return memory
+
+
+class Tasks(_SafeQueue):
+    """The way of tasks from their pool to the workers."""
+
+    _reader: Any
+    _rlock: Any
+    _sem: Any
+    _ahead: tuple[Any, BaseException | None] | None = None  # in a worker: its next task, or why there is none
+    _waiting: select.poll | None = None
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """As any queue's."""
+        if self._ahead is None:
+            return super().get(block, timeout)
+        (item, error), self._ahead = self._ahead, None
+        if error is not None:
+            raise error
+        return item
+
+    def look_ahead(self) -> Any:
+        """In a worker: the next task, if it is there. It is this worker's from now on, `get` gives it, and raises what this meets."""
+        if self._ahead is None and self._rlock.acquire(False):
+            try:
+                if self._is_waiting():
+                    sent = self._reader.recv_bytes()
+                    self._sem.release()
+                    self._ahead = ForkingPickler.loads(sent), None
+            except BaseException as error:  # whatever was read of the task is lost
+                self._ahead = None, error
+            finally:
+                self._rlock.release()
+        return self._ahead and self._ahead[0]
+
+    def _is_waiting(self) -> bool:
+        if self._waiting is None:  # the connection's own `poll` makes one each time
+            self._waiting = select.poll()
+            self._waiting.register(self._reader, select.POLLIN)
+        return bool(self._waiting.poll(0))
 
 
 class Results(SimpleQueue[Any]):
     """The way of results from the workers to their pool."""
+
+    def __init__(self, tasks: Tasks, context: BaseContext) -> None:
+        super().__init__(ctx=context)
+        self._tasks = tasks
+
+    def __getstate__(self) -> Any:
+        return super().__getstate__(), self._tasks
+
+    def __setstate__(self, state: Any) -> None:
+        theirs, self._tasks = state
+        super().__setstate__(theirs)
 
     def put(self, item: Any) -> None:
         """In a worker. Raises what packing raises, which is sent in its place."""
@@ -63,7 +148,24 @@ class Results(SimpleQueue[Any]):
         if sent.exception is None and not (_threshold >= PLAIN_MAX and plainly_small((sent.result,))):
             parcel = _results.pack(sent.result, large_in(sent.result, _threshold))[0]
             sent = _Arriving(_pool, sent.work_id, sent.exit_pid, parcel)
+        if _given:
+            self._give_back(last=item.exit_pid is not None)
         super().put(sent)
+
+    def _give_back(self, last: bool) -> None:
+        """What the next task is not given. `last`: this worker has none."""
+        wanted = set() if last else _references(self._tasks.look_ahead())
+        for reference in _given.keys() - wanted:
+            del _given[reference]
+
+
+def _references(task: Any) -> set[tuple[Any, ...]]:
+    """Of what a task is given, or whatever comes in its place."""
+    if type(task) is not _CallItem or task.fn not in (work, call):
+        return set()
+    args: Any = task.args
+    references: set[tuple[Any, ...]] = (args[0] if task.fn is work else Call(*args)).references
+    return references
 
 
 class _Arriving:

@@ -5,9 +5,10 @@ A process may have several clients of one arena: its parent's, which it was fork
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pickle import PickleBuffer
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gcma_shm._core import address_of
 from gcma_shm.clients.handles import Reference, clients
 
 if TYPE_CHECKING:
@@ -19,8 +20,7 @@ HOLD_S = 86400.0  # what a worker gives away waits so long for its receiver, sto
 AFTER_END_S = 60.0  # ... and so long when it was killed
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Memory on a buffer, `start` bytes from that buffer's own, and the client that holds it."""
 
     client: Client
@@ -32,11 +32,18 @@ class Place:
         return self.client.hand_over(self.reference, timeout, after_end).reference
 
 
+def memory_of(value: Any, least: int) -> tuple[int, int] | None:
+    """The address and length of contiguous memory; None: it has less than `least` bytes, gaps, or is none to be seen."""
+    try:
+        with PickleBuffer(value).raw() as memory:
+            return (address_of(memory), memory.nbytes) if memory.nbytes >= least else None
+    except (TypeError, ValueError, BufferError):
+        return None
+
+
 def locate(address: int, nbytes: int) -> Place | None:
     """The place of this memory; None: not all of it lies in one buffer, or there is none of it."""
-    if not nbytes:
-        return None
-    for client in clients:
+    for client in clients if nbytes else ():
         located = None if client.closed else client.locate(address, nbytes)
         if located is not None:
             return Place(client, *located)
