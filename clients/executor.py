@@ -109,11 +109,14 @@ class ArenaExecutor(ProcessPoolExecutor):
             arrays = arrays_among(args)
             if arrays == []:
                 return super().submit(cast(Any, fn), *args)
+        submit: Any = super().submit
         found = all_in_arena(args, arrays, self._threshold) if arrays else None
         if arrays and found:
-            return super().submit(executor_worker.call, fn, without(args, arrays), found, **_until_done(_Given(args)))
-        shipment = _Shipment(self._packer, self._threshold, fn, args, kwargs, arrays)
-        return super().submit(executor_worker.work, cast(Call, shipment), **_until_done(shipment))
+            future = submit(executor_worker.call, fn, without(args, arrays), found, given=_Given(args))
+        else:
+            shipment = _Shipment(self._packer, self._threshold, fn, args, kwargs, arrays)
+            future = submit(executor_worker.work, shipment, given=shipment)
+        return cast("Future[T]", future)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As `Executor.shutdown`."""
@@ -171,11 +174,11 @@ class _Shipment(_Given):
         return packed.__reduce__()
 
     def _call(self) -> Call | None:
-        what = self._what
-        if what is None or self._arrays is None or len(self._expected) < len(self._arrays):  # a small array
+        what, expected = self._what, self._expected
+        if what is None or self._arrays is None or len(expected) < len(self._arrays):  # done; or a small array
             return None
         fn, args, _ = what
-        return self._packer.call(fn, args, self._arrays, self._expected)
+        return self._packer.call(fn, args, self._arrays, expected)
 
     def _parcel(self) -> Parcel:
         parcel, kept = self._packer.pack(self._what, self._large)
@@ -193,18 +196,10 @@ class _Pending(dict[int, Any]):
     """The pool's tasks that are not done. The pool enters each here before any other of its threads knows of it: no result can be under way."""
 
     def __setitem__(self, number: int, item: Any) -> None:
-        if item.kwargs:  # of our own, which are not the task's
+        if item.kwargs:  # ours to this, and not the task's
             item.future.__class__ = _Opening
-            item.future.given = item.kwargs.pop(_GIVEN)
+            item.future.given = item.kwargs.pop("given")
         super().__setitem__(number, item)
-
-
-_GIVEN = "given"
-
-
-def _until_done(given: _Given) -> Any:
-    """Arguments to the pool's own `submit` by which `_Pending` gets it."""
-    return {_GIVEN: given}
 
 
 class _Opening(Future[Any]):

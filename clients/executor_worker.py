@@ -9,6 +9,7 @@ holds that memory, too, and to ask the broker for it anew would take longer than
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import select
 import weakref
@@ -57,7 +58,15 @@ def begin(
 
 def work(what: Call | Parcel) -> Any:
     """Does a task."""
-    fn, args, kwargs = what.open(_memory(what.references).__getitem__)
+
+    def memory_of(reference: tuple[Any, ...]) -> memoryview:
+        memory = _given.get(reference) or _seen(reference)
+        if memory is None:
+            _take({reference, *(other for other in what.references if other not in _given and _seen(other) is None)})
+            memory = _given[reference]
+        return memory
+
+    fn, args, kwargs = what.open(memory_of)
     return fn(*args, **kwargs)
 
 
@@ -66,24 +75,20 @@ def call(fn: Callable[..., Any], args: list[Any], arrays: Sequence[Told]) -> Any
     return work(Call(fn, args, arrays))
 
 
-def _memory(references: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], memoryview]:
-    """By reference. Raises StaleHandle, QuotaExceeded, BrokerUnavailable."""
-    memory: dict[tuple[Any, ...], memoryview] = {}
-    missing: dict[Client, list[Reference]] = {}
-    for told in references:
-        found = _given.get(told)
-        if found is None:
-            reference = Reference(*told)
-            client = client_of(reference.endpoint, reference.arena_id)
-            found = client.view_of(reference)  # as a fork has what its parent had
-        if found is None:
-            missing.setdefault(client, []).append(reference)
-        else:
-            memory[told] = found
-    for client, ones in missing.items():
-        for reference, buffer in zip(ones, client.attach_handles(ones), strict=True):
-            memory[reference] = _given[reference] = buffer.view
-    return memory
+def _seen(told: tuple[Any, ...]) -> memoryview | None:
+    """The memory of what this process has anyway, as a fork has what its parent had. Raises StaleHandle, BrokerUnavailable."""
+    reference = Reference(*told)
+    return client_of(reference.endpoint, reference.arena_id).view_of(reference)
+
+
+def _take(references: Iterable[tuple[Any, ...]]) -> None:
+    """Asks for them, of each arena at once. Raises StaleHandle, QuotaExceeded, BrokerUnavailable."""
+    by_client: dict[Client, list[Reference]] = {}
+    for reference in itertools.starmap(Reference, references):
+        by_client.setdefault(client_of(reference.endpoint, reference.arena_id), []).append(reference)
+    for client, wanted in by_client.items():
+        for reference, buffer in zip(wanted, client.attach_handles(wanted), strict=True):
+            _given[reference] = buffer.view
 
 
 class Tasks(_SafeQueue):
