@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from gcma_shm.clients.places import locate, memory_of
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -22,22 +20,6 @@ def told(at: int, array: np.ndarray[Any, Any], reference: tuple[Any, ...], start
     """For an array of `plain.arrays_among`: argument `at` lies there."""
     order: Order = "C" if array.flags.c_contiguous else "F"
     return at, tuple(reference), start, array.dtype.str, array.shape, order, readonly
-
-
-def all_in_arena(args: Sequence[Any], arrays: Sequence[int], threshold: int) -> list[Told] | None:
-    """Where these of the arguments lie, which are arrays of `plain.arrays_among`. None: one of them lies elsewhere, or has less than
-    `threshold` bytes.
-    """
-    found = []
-    for at in arrays:
-        array = args[at]
-        memory = memory_of(array, threshold)
-        place = None if memory is None else locate(*memory)
-        if place is None:
-            return None
-        # Built there, to be shared: who gets it may write as its maker may.
-        found.append(told(at, array, place.reference, place.start, not array.flags.writeable))
-    return found
 
 
 def without(args: Sequence[Any], arrays: Sequence[int]) -> list[Any]:

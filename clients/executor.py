@@ -14,10 +14,10 @@ from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar, cast
 
 from gcma_shm.clients import executor_worker
-from gcma_shm.clients.calls import Call, all_in_arena, without
+from gcma_shm.clients.calls import Call, without
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import default_client
-from gcma_shm.clients.packers import Copy, Sharing, large_in
+from gcma_shm.clients.packers import Copy, Sharing, all_in_arena, large_in
 from gcma_shm.clients.parcels import Parcel
 from gcma_shm.clients.places import AFTER_END_S, Place
 from gcma_shm.clients.plain import PLAIN_MAX, arrays_among, goes_by_name

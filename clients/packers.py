@@ -21,11 +21,11 @@ from typing import Any, cast
 
 from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
-from gcma_shm.clients.calls import Call, told, without
+from gcma_shm.clients.calls import Call, Told, told, without
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.clients.parcels import Blob, BlobPickler, Parcel, Pickler, Piece
-from gcma_shm.clients.places import HOLD_S, Place, locate, memory_of
+from gcma_shm.clients.places import HOLD_S, Place, locate
 from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,31 @@ def large_in(value: Any, threshold: int) -> list[Any]:
 
 
 _SMALL = {type(None), bool, int, float, complex, str}
+
+
+def memory_of(value: Any, least: int) -> tuple[int, int] | None:
+    """The address and length of contiguous memory; None: it has less than `least` bytes, gaps, or is none to be seen."""
+    try:
+        with PickleBuffer(value).raw() as memory:
+            return (address_of(memory), memory.nbytes) if memory.nbytes >= least else None
+    except (TypeError, ValueError, BufferError):
+        return None
+
+
+def all_in_arena(args: Sequence[Any], arrays: Sequence[int], threshold: int) -> list[Told] | None:
+    """Where these of the arguments lie, which are arrays of `plain.arrays_among`. None: one of them lies elsewhere, or has less than
+    `threshold` bytes.
+    """
+    found = []
+    for at in arrays:
+        array = args[at]
+        memory = memory_of(array, threshold)
+        place = None if memory is None else locate(*memory)
+        if place is None:
+            return None
+        # Built there, to be shared: who gets it may write as its maker may.
+        found.append(told(at, array, place.reference, place.start, not array.flags.writeable))
+    return found
 
 
 class Packer(ABC):

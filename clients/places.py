@@ -5,10 +5,8 @@ A process may have several clients of one arena: its parent's, which it was fork
 
 from __future__ import annotations
 
-from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gcma_shm._core import address_of
 from gcma_shm.clients.handles import Reference, clients
 
 if TYPE_CHECKING:
@@ -30,15 +28,6 @@ class Place(NamedTuple):
     def hand_over(self, timeout: float, after_end: float) -> Reference:
         """A handle's. Raises QuotaExceeded, BrokerUnavailable."""
         return self.client.hand_over(self.reference, timeout, after_end).reference
-
-
-def memory_of(value: Any, least: int) -> tuple[int, int] | None:
-    """The address and length of contiguous memory; None: it has less than `least` bytes, gaps, or is none to be seen."""
-    try:
-        with PickleBuffer(value).raw() as memory:
-            return (address_of(memory), memory.nbytes) if memory.nbytes >= least else None
-    except (TypeError, ValueError, BufferError):
-        return None
 
 
 def locate(address: int, nbytes: int) -> Place | None:
