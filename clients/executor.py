@@ -199,7 +199,7 @@ class _Pending(dict[int, Any]):
         if item.kwargs:  # ours to this, and not the task's
             item.future.__class__ = _Opening
             item.future.given = item.kwargs.pop("given")
-        super().__setitem__(number, item)
+        dict.__setitem__(self, number, item)
 
 
 class _Opening(Future[Any]):

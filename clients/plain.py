@@ -28,9 +28,11 @@ def plainly_small(values: Sequence[Any]) -> bool:
 
 def goes_by_name(fn: Callable[..., Any]) -> bool:
     """Whether that is how it is pickled, or a part of one as `map` makes it of two that are: no method, which takes what it is bound to along."""
-    if type(fn) is functools.partial:
-        return not fn.keywords and all(map(_is_function, (fn.func, *fn.args)))
-    return _is_function(fn)
+    kind = type(fn)
+    if kind is functools.partial:
+        partial = cast(Any, fn)
+        return not partial.keywords and all(map(_is_function, (partial.func, *partial.args)))
+    return kind is FunctionType or _is_function(fn)
 
 
 def _is_function(fn: object) -> bool:
