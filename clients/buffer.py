@@ -54,7 +54,7 @@ class Held(Exporter):
         self._claim = claim  # the generation of the reservation's claim that it is; 0: an allocation of its own
         self._free = free
         self._freed = False
-        span.held = (number, claim)
+        span.held = Reference(client.endpoint, client.arena_id, number, claim)
         #: Bytes, whole pages.
         self.nbytes: int = span.nbytes
         #: The area's name.
@@ -107,8 +107,8 @@ class Held(Exporter):
     @property
     def reference(self) -> Reference:
         """What a handle that holds nothing says. Raises StaleHandle after `free`."""
-        self._living()
-        return Reference(self._client.endpoint, self._client.arena_id, self._number, self._claim)
+        reference: Reference = self._living().held
+        return reference
 
     @property
     def freed(self) -> bool:

@@ -13,8 +13,8 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import zmq
 
@@ -37,10 +37,14 @@ from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
 RECONNECT_MS = 20
+WINDOW = 16  # requests that are sent together: of a few bytes, and so are their replies
 SLICE_S = 0.0001  # a thread that wakes to pass a reply on need not wait for one that computes
 # As plain numbers: to combine two of ZeroMQ's own takes longer than to send.
 _NOBLOCK, _MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 GOODBYE_MS = 50  # what a client that is garbage may keep the collector for
+
+
+T = TypeVar("T")
 
 
 def dealer(
@@ -164,7 +168,7 @@ class Channel(Correspondence):
             self._greeted = False
         return reply
 
-    def requests(self, wanted: Iterable[Wanted], window: int) -> Iterator[Reply | Exception]:
+    def requests(self, wanted: Iterable[Wanted], window: int) -> Generator[Reply | Exception]:
         """Sends requests of one kind, `window` of them ahead of their replies, and yields the replies in order; a refusal as an
         exception, unraised, after which it sends no more.
         """
@@ -175,6 +179,30 @@ class Channel(Correspondence):
             finally:
                 self._give_up(sent)
         self._drain()
+
+    def request_together(self, wanted: Sequence[Wanted], then: Callable[[int, Reply], T]) -> list[T]:
+        """As `request`, of several of one kind, no more than WINDOW: all are sent before the first reply is waited for. `then` is told which of
+        them a reply is to. Raises what the broker answers to one; what was made of others is dropped.
+        """
+        made: list[T] = []
+        refused = False
+        assert len(wanted) <= WINDOW
+        try:
+            with contextlib.closing(self.requests(wanted, WINDOW)) as replies:
+                for reply in replies:
+                    if isinstance(reply, Exception):
+                        refused = True
+                        raise reply
+                    made.append(then(len(made), reply))
+        except BaseException as error:
+            made.clear()  # also while the error is looked at
+            if not refused and not isinstance(error, GcmaError):
+                self._greeted = False  # see `request`
+            raise
+        finally:
+            if self.holds:
+                self._drain()
+        return made
 
     def _prepare(self, patience: float) -> float:
         """Before a request: the channel is open, we are introduced, and what was given up is told. Returns the deadline."""

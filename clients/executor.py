@@ -1,24 +1,26 @@
 """`ArenaExecutor`: a process pool whose large arguments and results travel through the arena.
 
 It is the standard library's ProcessPoolExecutor in all but this: what a task is given is packed where the pool pickles it (in its feeder
-thread, a few tasks ahead), and unpacked inside the task; what it returns is packed there, and unpacked before the future has it.
+thread, a few tasks ahead), and unpacked inside the task; what it returns is packed there, and unpacked before the future has it. A task that
+is small, or small but for arrays that lie in the arena, is not packed at all: it goes as the standard library's own.
 """
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError, ProcessPoolExecutor
 from multiprocessing.context import BaseContext
 from typing import Any, ParamSpec, TypeVar, cast
 
 from gcma_shm.clients import executor_worker
+from gcma_shm.clients.calls import Call, without
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import default_client
-from gcma_shm.clients.packers import PLAIN_MAX, Sharing, large_in, plain_call
+from gcma_shm.clients.packers import Copy, Sharing, all_in_arena, large_in
 from gcma_shm.clients.parcels import Parcel
-from gcma_shm.clients.places import AFTER_END_S
+from gcma_shm.clients.places import AFTER_END_S, Place
+from gcma_shm.clients.plain import PLAIN_MAX, arrays_among, goes_by_name
 
 THRESHOLD = 256 << 10  # bytes: below, a pipe is quicker than the requests for a buffer
 # In place of AFTER_END_S, for a pool that is stopped or busy: workers end in the ordinary course, by max_tasks_per_child.
@@ -42,6 +44,8 @@ class ArenaExecutor(ProcessPoolExecutor):
 
     When the arena has no room, or cannot be reached, what is large goes through the pipe; `fallbacks` counts that, and a warning is logged once.
     """
+
+    _call_queue: Any
 
     def __init__(
         self,
@@ -71,7 +75,10 @@ class ArenaExecutor(ProcessPoolExecutor):
         super().__init__(
             max_workers, mp_context, executor_worker.begin, started, max_tasks_per_child=max_tasks_per_child
         )
-        self._result_queue = executor_worker.Results(ctx=self._mp_context)
+        tasks = self._call_queue
+        tasks.__class__ = executor_worker.Tasks
+        tasks.pending_work_items = self._pending_work_items = _Pending()
+        self._result_queue = executor_worker.Results(tasks, cast(BaseContext, self._mp_context))
 
     @property
     def fallbacks(self) -> int:
@@ -97,11 +104,18 @@ class ArenaExecutor(ProcessPoolExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """As `Executor.submit`."""
-        if not kwargs and self._threshold >= PLAIN_MAX and plain_call(fn, args):
-            return super().submit(cast(Any, fn), *args)
-        shipment = _Shipment(self._packer, self._threshold, fn, args, kwargs)
-        future = super().submit(executor_worker.work, cast(Parcel, shipment))  # a parcel is what the worker gets
-        shipment.is_for(future)
+        arrays = None
+        if not kwargs and self._threshold >= PLAIN_MAX and goes_by_name(fn):
+            arrays = arrays_among(args)
+            if arrays == []:
+                return super().submit(cast(Any, fn), *args)
+        submit: Any = super().submit
+        found = all_in_arena(args, arrays, self._threshold) if arrays else None
+        if arrays and found:
+            future = submit(executor_worker.call, fn, without(args, arrays), found, given=_Given(args))
+        else:
+            shipment = _Shipment(self._packer, self._threshold, fn, args, kwargs, arrays)
+            future = submit(executor_worker.work, shipment, given=shipment)
         return cast("Future[T]", future)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
@@ -119,56 +133,91 @@ class ArenaExecutor(ProcessPoolExecutor):
         raise TypeError("an executor cannot be pickled: make another one in the other process")
 
 
-class _Shipment:
-    """What a task is given. Packed when it is pickled; keeps what its parcel refers to until the task is done."""
+class _Given:
+    """What a task is given, kept until it is done."""
 
-    def __init__(
-        self, packer: Sharing, threshold: int, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        self.packer = packer
-        self._what: tuple[Any, ...] | None = (fn, args, kwargs)
-        self._large = large_in([args, kwargs], threshold)
-        self._kept = packer.expect(self._large)
-        self._done = False
-        self._gate = threading.Lock()
-        self._gate.acquire()
-
-    def is_for(self, future: Future[Any]) -> None:
-        """Makes the pool's future one that opens results. No result can be under way before."""
-        future.__class__ = _Opening
-        cast(_Opening, future).shipment = self
-        self._gate.release()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        with self._gate:
-            parcel, kept = self.packer.pack(self._what, self._large)
-        self._kept += kept
-        if self._done:  # meanwhile, since the pool is broken
-            self._kept.clear()
-        return parcel.__reduce__()
+    def __init__(self, what: tuple[Any, ...]) -> None:
+        self._what: tuple[Any, ...] | None = what
 
     def end(self) -> None:
         """The task is done."""
+        self._what = None
+
+
+class _Shipment(_Given):
+    """... and packed when it is pickled: keeps what its parcel refers to as well."""
+
+    def __init__(
+        self,
+        packer: Sharing,
+        threshold: int,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        arrays: list[int] | None,
+    ) -> None:
+        """`arrays`: the indices of those among `args`, where all else is plainly small."""
+        super().__init__((fn, args, kwargs))
+        self._packer = packer
+        self._arrays = arrays
+        self._large: Sequence[Any] = (
+            large_in([args, kwargs], threshold) if arrays is None else [args[at] for at in arrays]
+        )
+        self._expected: Sequence[Place | Copy] = packer.expect(self._large)
+        self._kept: list[object] = []
+        self._done = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        packed = self._call() or self._parcel()
+        if self._done:  # meanwhile, since the pool is broken
+            self._kept.clear()
+        return packed.__reduce__()
+
+    def _call(self) -> Call | None:
+        what, expected = self._what, self._expected
+        if what is None or self._arrays is None or len(expected) < len(self._arrays):  # done; or a small array
+            return None
+        fn, args, _ = what
+        return self._packer.call(fn, args, self._arrays, expected)
+
+    def _parcel(self) -> Parcel:
+        parcel, kept = self._packer.pack(self._what, self._large)
+        self._kept += kept
+        return parcel
+
+    def end(self) -> None:
+        super().end()
         self._done = True
-        self._what, self._large = None, []
+        self._large = self._expected = ()
         self._kept.clear()
 
 
-class _Opening(Future[Any]):
-    """A future that ends its shipment before anybody can see its result.
+class _Pending(dict[int, Any]):
+    """The pool's tasks that are not done. The pool enters each here before any other of its threads knows of it: no result can be under way."""
 
-    The pool makes its futures itself, so theirs becomes this class: it adds no state but an attribute, and overrides what executors call.
+    def __setitem__(self, number: int, item: Any) -> None:
+        if item.kwargs:  # ours to this, and not the task's
+            item.future.__class__ = _Opening
+            item.future.given = item.kwargs.pop("given")
+        dict.__setitem__(self, number, item)
+
+
+class _Opening(Future[Any]):
+    """A future that ends what its task was given before anybody can see its result.
+
+    The pool makes its futures itself, so theirs becomes this class (`_Pending`): it adds no state but an attribute, and overrides what
+    executors call.
     A task has ended before its future is done: who waits for that may change what the task was given.
     """
 
-    shipment: _Shipment
+    given: _Given
 
     def set_result(self, result: Any) -> None:
-        self.shipment.end()
+        self.given.end()
         super().set_result(result)
 
     def set_exception(self, exception: BaseException | None) -> None:
-        self.shipment.end()
+        self.given.end()
         try:
             super().set_exception(exception)
         except InvalidStateError:
@@ -180,5 +229,5 @@ class _Opening(Future[Any]):
     def cancel(self) -> bool:
         cancelled = super().cancel()
         if cancelled:
-            self.shipment.end()
+            self.given.end()
         return cancelled

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gcma_shm.clients.living import Living
 from gcma_shm.errors import StaleHandle
@@ -39,8 +38,7 @@ def _rest() -> None:
 atexit.register(_rest)
 
 
-@dataclass(frozen=True)
-class Reference:
+class Reference(NamedTuple):
     """What a handle says. `claim`: a generation of a reservation's claim; 0: the allocation itself. `token`: of a hand-over."""
 
     endpoint: str
@@ -94,14 +92,24 @@ def load_reservation(reference: Reference) -> Reservation:
 
 def client_of(endpoint: str, arena_id: bytes) -> Client:
     """This process's client of that arena, connected to `endpoint` if there is none. Raises StaleHandle, BrokerUnavailable."""
+    known = _known(arena_id)
+    if known is not None:
+        return known
     from gcma_shm.clients.client import connect
 
     with connecting:  # two threads that load handles share one client
-        for client in clients:
-            if client.mapped and not client.closed and client.arena_id == arena_id:
-                return client
+        known = _known(arena_id)
+        if known is not None:
+            return known
         client = connect(endpoint, mapped=True)  # lives as long as what is attached through it
         if client.arena_id != arena_id:
             client.close()
             raise StaleHandle(f"the arena of this handle has ended; the broker on {endpoint} serves another one since")
         return client
+
+
+def _known(arena_id: bytes) -> Client | None:
+    for client in clients:
+        if client.mapped and not client.closed and client.arena_id == arena_id:
+            return client
+    return None

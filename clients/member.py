@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 from gcma_shm import layout
@@ -13,7 +14,7 @@ from gcma_shm.clients.handles import Reference
 from gcma_shm.clients.living import Living
 from gcma_shm.clients.reservation import Claims
 from gcma_shm.endpoint import is_tcp
-from gcma_shm.errors import ArenaError, Closed
+from gcma_shm.errors import ArenaError, Closed, StaleHandle
 from gcma_shm.presence import Presence
 from gcma_shm.process import pid_namespace, start_time
 from gcma_shm.sizes import check_seconds
@@ -49,6 +50,8 @@ class Member:
         self._buffers: weakref.WeakValueDictionary[int, Held] = (
             weakref.WeakValueDictionary()
         )  # by their spans' identity
+        self._spans_by_reference: weakref.WeakValueDictionary[Reference, Span] = weakref.WeakValueDictionary()
+        self._located: Callable[[], Span | None] = lambda: None
 
     @property
     def number(self) -> int:
@@ -78,17 +81,34 @@ class Member:
         at = -1 if plane is None or plane.closed else plane.place_of(address, nbytes)
         if plane is None or at < 0:
             return None
+        span = self._located()  # most often it is in the one that was found last
+        if span is None or not _has(span, at, nbytes, plane.page_size):
+            span = next((span for span in self._all_spans() if _has(span, at, nbytes, plane.page_size)), None)
+            if span is None:
+                return None
+            self._located = weakref.ref(span)
+        return span.held, at - span.first * plane.page_size
+
+    def _all_spans(self) -> list[Span]:
+        """Of its buffers and of the claims that it made."""
         claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
-        for span in (*self._spans, *claimed):
-            begin = 0 if span is None else span.first * plane.page_size
-            if span is not None and begin <= at and at + nbytes <= begin + span.nbytes:
-                return Reference(self.endpoint, self.arena_id, *span.held), at - begin
-        return None
+        return [*self._spans, *(span for span in claimed if span is not None)]
 
     def _note(self, buffer: Held, span: Span) -> None:
         """A new buffer and its memory."""
         self._buffers[id(span)] = buffer
         self._spans.add(span)
+        self._spans_by_reference[span.held] = span
+
+    def view_of(self, reference: Reference) -> memoryview | None:
+        """A view of memory that this process has already, by a handle that ends nothing when it is come for: as long as it is alive no Buffer
+        of that memory can be freed. None: it has it not, or is about to free it.
+        """
+        span = self._spans_by_reference.get(reference)
+        try:
+            return None if span is None or self.closed else memoryview(span)
+        except StaleHandle:  # sealed, perhaps just now
+            return None
 
     def _introduce(self) -> dict[str, Any]:
         pid = os.getpid()
@@ -158,10 +178,9 @@ class Member:
 
     def _seal(self) -> list[Span]:
         """No view of a buffer can be made any more; all of them that were not sealed before. Raises BufferError when there is one."""
-        claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
         sealed: list[Span] = []
-        for span in (*self._spans, *claimed):
-            if span is None or span.sealed:
+        for span in self._all_spans():
+            if span.sealed:
                 continue
             # Memory without a Buffer and without a view: something refers to the memory itself, as an array may on a closed SharedMemory.
             if (span in self._spans and id(span) not in self._buffers) or not span.seal():
@@ -206,3 +225,9 @@ class Member:
         if self._plane is not None:
             self._plane.close(0)
         self._channel.disown()
+
+
+def _has(span: Span, at: int, nbytes: int, page_size: int) -> bool:
+    """Whether that memory, so many bytes from the arena's first page, is the span's. That of a buffer that was freed is somebody else's by now."""
+    begin = span.first * page_size
+    return not span.sealed and begin <= at and at + nbytes <= begin + span.nbytes

@@ -8,7 +8,6 @@ with gaps). What lies in a buffer of the arena already is not copied. What finds
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import itertools
 import logging
@@ -18,15 +17,15 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pickle import PickleBuffer
-from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, cast
 
 from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
+from gcma_shm.clients.calls import Call, Told, told, without
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.clients.parcels import Blob, BlobPickler, Parcel, Pickler, Piece
-from gcma_shm.clients.places import HOLD_S, locate
+from gcma_shm.clients.places import HOLD_S, Place, locate
 from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
 
 log = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def large_in(value: Any, threshold: int) -> list[Any]:
         elif kind is bytes or kind is bytearray:
             if len(item) >= threshold:
                 found.append(item)
-        elif kind not in _SMALL and _place_of(item, threshold) is not None:
+        elif kind not in _SMALL and memory_of(item, threshold) is not None:
             found.append(item)
     return found
 
@@ -60,54 +59,29 @@ def large_in(value: Any, threshold: int) -> list[Any]:
 _SMALL = {type(None), bool, int, float, complex, str}
 
 
-PLAIN_MAX = 256 << 10  # bytes: no pickle of what is plainly small has as many, unless an int has thousands of digits
-_ARGUMENTS_MAX, _TEXT_MAX = 16, 256
-_NUMBERS = frozenset((type(None), bool, int, float))
-_SEQUENCES = frozenset((tuple, list))
-
-
-def _goes_by_name(fn: object) -> bool:
-    """Whether that is how it is pickled: no method, which takes what it is bound to along."""
-    kind = type(fn)
-    return kind is FunctionType or (kind is BuiltinFunctionType and type(cast(Any, fn).__self__) is ModuleType)
-
-
-def plain_call(fn: Callable[..., Any], args: Sequence[Any]) -> bool:
-    """Whether a task is plainly small: a function, or a part of one as `map` makes it of two, and such arguments."""
-    if type(fn) is functools.partial:
-        return not fn.keywords and all(map(_goes_by_name, (fn.func, *fn.args))) and plainly_small(args)
-    return _goes_by_name(fn) and plainly_small(args)
-
-
-def plainly_small(values: Sequence[Any]) -> bool:
-    """Whether it takes but a look to see that these need no parcel: a few numbers, short text, tuples and lists of numbers, or of tuples and
-    lists of numbers. It costs each small task what it takes; what makes a loop of its own here took a tenth of a chunk of `map`.
-    """
-    if len(values) > _ARGUMENTS_MAX:
-        return False
-    for value in values:
-        kind = type(value)
-        if kind in _NUMBERS or ((kind is str or kind is bytes) and len(value) <= _TEXT_MAX):
-            continue
-        if kind not in _SEQUENCES or len(value) > ITEMS_MAX:
-            return False
-        if _NUMBERS.issuperset(map(type, value)):
-            continue
-        if not _SEQUENCES.issuperset(map(type, value)):
-            return False
-        items = list(itertools.islice(itertools.chain.from_iterable(value), ITEMS_MAX + 1))
-        if len(items) > ITEMS_MAX or not _NUMBERS.issuperset(map(type, items)):
-            return False
-    return True
-
-
-def _place_of(value: Any, threshold: int) -> tuple[int, int] | None:
-    """The address and length of large contiguous memory."""
+def memory_of(value: Any, least: int) -> tuple[int, int] | None:
+    """The address and length of contiguous memory; None: it has less than `least` bytes, gaps, or is none to be seen."""
     try:
         with PickleBuffer(value).raw() as memory:
-            return (address_of(memory), memory.nbytes) if memory.nbytes >= threshold else None
-    except (TypeError, ValueError, BufferError):  # no memory to be seen, or with gaps
+            return (address_of(memory), memory.nbytes) if memory.nbytes >= least else None
+    except (TypeError, ValueError, BufferError):
         return None
+
+
+def all_in_arena(args: Sequence[Any], arrays: Sequence[int], threshold: int) -> list[Told] | None:
+    """Where these of the arguments lie, which are arrays of `plain.arrays_among`. None: one of them lies elsewhere, or has less than
+    `threshold` bytes.
+    """
+    found = []
+    for at in arrays:
+        array = args[at]
+        memory = memory_of(array, threshold)
+        place = None if memory is None else locate(*memory)
+        if place is None:
+            return None
+        # Built there, to be shared: who gets it may write as its maker may.
+        found.append(told(at, array, place.reference, place.start, not array.flags.writeable))
+    return found
 
 
 class Packer(ABC):
@@ -148,13 +122,16 @@ class Packer(ABC):
                     return Piece(place.reference, place.start, memory.nbytes, memory.readonly, place.client), given
                 return self._copy(self._client(), memory, None if alone else given)
             except (ArenaExhausted, QuotaExceeded) as error:
-                self._refusal = error
+                self._refuse(error)
             except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
                 self._ask_later(error)
         return None
 
+    def _refuse(self, error: Exception) -> None:
+        self._refusal = error.with_traceback(None)  # whose frames would keep what was to be placed
+
     def _ask_later(self, error: Exception) -> None:
-        self._refusal = error
+        self._refuse(error)
         self._ask_again_at = time.monotonic() + RETRY_S
 
     def give(self, buffer: Buffer) -> Handle | Buffer:
@@ -192,9 +169,26 @@ class Sharing(Packer):
         self._lock = threading.Lock()  # of the copies
         self._copies: weakref.WeakValueDictionary[tuple[int, int], Copy] = weakref.WeakValueDictionary()
 
-    def expect(self, large: Iterable[Any]) -> list[object]:
-        """What keeps the copies of these from the first parcel that needs them on, until it is dropped."""
-        return [self._copy_of(place) for value in large if (place := _place_of(value, self._threshold)) is not None]
+    def expect(self, large: Iterable[Any]) -> list[Place | Copy]:
+        """Where those of these lie that are large: a copy is there from the first parcel that needs it on, until this is dropped."""
+        places = [place for value in large if (place := memory_of(value, self._threshold)) is not None]
+        return [locate(*place) or self._copy_of(place) for place in places]
+
+    def call(
+        self, fn: Callable[..., Any], args: Sequence[Any], arrays: Sequence[int], expected: Sequence[Place | Copy]
+    ) -> Call | None:
+        """A task with large arrays, of which `expect` has told. None: one of them finds no place."""
+        found = []
+        for at, place in zip(arrays, expected, strict=True):
+            array = args[at]
+            if isinstance(place, Place):
+                found.append(told(at, array, place.reference, place.start, not array.flags.writeable))
+                continue
+            if place.buffer is None and self.place(PickleBuffer(array)) is None:
+                return None
+            assert place.buffer is not None, "the copy that is expected is the one that was made"
+            found.append(told(at, array, place.buffer.reference, 0, True))
+        return Call(fn, without(args, arrays), found)
 
     def _copy_of(self, place: tuple[int, int]) -> Copy:
         with self._lock:

@@ -15,6 +15,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, cast
 
 from gcma_shm.clients import reducer
+from gcma_shm.clients.calls import ViewOf
 from gcma_shm.clients.handles import Reference, load_buffer
 from gcma_shm.errors import GcmaError
 
@@ -36,9 +37,9 @@ class Piece:
     readonly: bool
     holder: Client | None = None  # not in its pickle
 
-    def open(self) -> memoryview:
-        """The memory, which is held as long as the view, or anything on it. Raises StaleHandle, BrokerUnavailable."""
-        view = load_buffer(self.reference).view[self.start : self.start + self.nbytes]
+    def open(self, view_of: ViewOf) -> memoryview:
+        """The memory, which is held as long as the view, or anything on it. Raises what `view_of` raises."""
+        view = view_of(self.reference)[self.start : self.start + self.nbytes]
         return view.toreadonly() if self.readonly else view
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -53,6 +54,11 @@ def _piece(
     endpoint: str, arena_id: bytes, number: int, claim: int, token: int, start: int, nbytes: int, readonly: bool
 ) -> Piece:
     return Piece(Reference(endpoint, arena_id, number, claim, token), start, nbytes, readonly)
+
+
+def attached(reference: tuple[Any, ...]) -> memoryview:
+    """What a reference stands for, held as long as the view. Raises StaleHandle, QuotaExceeded, BrokerUnavailable."""
+    return load_buffer(Reference(*reference)).view
 
 
 class Parcel:
@@ -80,11 +86,19 @@ class Parcel:
         blobs = [(kind, led(piece)) for kind, piece in self._blobs]
         return Parcel(data, [led(piece) for piece in self._buffers], blobs, self.in_pipe)
 
-    def open(self) -> Any:
-        """The object. Raises what unpickling it raises, StaleHandle when its sender has died, QuotaExceeded, BrokerUnavailable."""
+    def _pieces(self) -> list[Piece]:
         pickled = [self._data] if isinstance(self._data, Piece) else []
-        opened = _open_all([*self._buffers, *(piece for _, piece in self._blobs), *pickled])
-        data: bytes | memoryview = opened.pop() if pickled else cast(bytes, self._data)
+        return [*self._buffers, *(piece for _, piece in self._blobs), *pickled]
+
+    @property
+    def references(self) -> set[tuple[Any, ...]]:
+        """Of the memory that its pieces lie on: they, or tuples that equal them."""
+        return {piece.reference for piece in self._pieces()}
+
+    def open(self, view_of: ViewOf = attached) -> Any:
+        """The object. Raises what unpickling it raises, StaleHandle when its sender has died, QuotaExceeded, BrokerUnavailable."""
+        opened = _open_all(self._pieces(), view_of)
+        data: bytes | memoryview = opened.pop() if isinstance(self._data, Piece) else self._data
         buffers, blobs = opened[: len(self._buffers)], opened[len(self._buffers) :]
         if blobs:
             return _BlobUnpickler(data, buffers, [kind for kind, _ in self._blobs], blobs).load()
@@ -94,13 +108,13 @@ class Parcel:
         return Parcel, (self._data, self._buffers, self._blobs, self.in_pipe)
 
 
-def _open_all(pieces: Sequence[Piece]) -> list[memoryview]:
+def _open_all(pieces: Sequence[Piece], view_of: ViewOf) -> list[memoryview]:
     """All of them are tried, should one fail: what a handle holds is free when somebody has come for it."""
     views: list[memoryview] = []
     failed: Exception | None = None
     for piece in pieces:
         try:
-            views.append(piece.open())
+            views.append(piece.open(view_of))
         except GcmaError as error:
             failed = failed or error
     if failed is not None:

@@ -5,8 +5,7 @@ A process may have several clients of one arena: its parent's, which it was fork
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcma_shm.clients.handles import Reference, clients
 
@@ -19,8 +18,7 @@ HOLD_S = 86400.0  # what a worker gives away waits so long for its receiver, sto
 AFTER_END_S = 60.0  # ... and so long when it was killed
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Memory on a buffer, `start` bytes from that buffer's own, and the client that holds it."""
 
     client: Client
@@ -34,9 +32,7 @@ class Place:
 
 def locate(address: int, nbytes: int) -> Place | None:
     """The place of this memory; None: not all of it lies in one buffer, or there is none of it."""
-    if not nbytes:
-        return None
-    for client in clients:
+    for client in clients if nbytes else ():
         located = None if client.closed else client.locate(address, nbytes)
         if located is not None:
             return Place(client, *located)

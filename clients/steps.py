@@ -275,12 +275,16 @@ class Stepping(Member, Generic[B, R]):
             raise TypeError(f"{name!r} is a buffer: use attach()")
         return self._reservation(place)
 
-    def _attaching_reference(self, reference: Reference) -> Steps[Granted]:
+    def _attach_parameters(self, reference: Reference) -> dict[str, Any]:
+        """Of a request to attach. Raises StaleHandle, ArenaError."""
         self._refuse_unmapped()
         if reference.arena_id != self.arena_id:
             raise StaleHandle("this handle is of another arena, or of one that its broker has replaced")
-        parameters = {"buffer": reference.number}
-        parameters |= {name: value for name, value in (("claim", reference.claim), ("token", reference.token)) if value}
+        told = (("claim", reference.claim), ("token", reference.token))
+        return {"buffer": reference.number} | {name: value for name, value in told if value}
+
+    def _attaching_reference(self, reference: Reference) -> Steps[Granted]:
+        parameters = self._attach_parameters(reference)
         try:
             taken: Granted = yield Ask("attach", parameters, lambda reply: self._take(reply, reference.claim))
         except Closed as error:

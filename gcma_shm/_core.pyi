@@ -1,6 +1,6 @@
 from collections.abc import Iterable, Sequence
 from threading import Lock
-from typing import Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 from typing_extensions import Buffer
 
@@ -10,6 +10,7 @@ COUNTERS: tuple[str, ...]
 
 def scheduler_slice(seconds: float) -> float: ...
 def address_of(memory: Buffer) -> int: ...
+def not_plain(values: Iterable[object]) -> list[int]: ...
 def direct_alignment(fd: int) -> tuple[int, int] | None: ...
 
 class Plane:
@@ -73,7 +74,7 @@ class Trying:
 class Span:
     first: int
     nbytes: int
-    held: tuple[int, int]
+    held: Any
     exports: int
     def __buffer__(self, flags: int, /) -> memoryview: ...
     sealed: bool

@@ -11,8 +11,14 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBUF_WRITE, PyBuffer_
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_CheckExact, PyByteArray_GET_SIZE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.float cimport PyFloat_CheckExact
+from cpython.list cimport PyList_CheckExact
+from cpython.long cimport PyLong_CheckExact
 from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.number cimport PyNumber_AsSsize_t
+from cpython.object cimport PyObject
+from cpython.tuple cimport PyTuple_CheckExact
+from cpython.unicode cimport PyUnicode_CheckExact
 from libc.errno cimport EINTR, EIO, ENOENT, ENOMEM, ENOSPC, ENOSYS, EOPNOTSUPP, ESTALE, errno
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdio cimport snprintf
@@ -25,6 +31,10 @@ import os
 
 from gcma_shm import layout
 from gcma_shm.errors import ArenaError, Closed, NurseryFull, SlotBusy, SpillCorrupt, SpillError, StaleHandle
+
+cdef extern from "Python.h":  # borrowed, as cpython.tuple's are not
+    PyObject *PyTuple_GET_ITEM(object, Py_ssize_t)
+    PyObject *PyList_GET_ITEM(object, Py_ssize_t)
 
 cdef extern from "fcntl.h" nogil:
     int O_RDONLY, O_RDWR, O_CLOEXEC, O_DIRECT, O_DIRECTORY, O_NOCTTY, O_NOFOLLOW
@@ -654,3 +664,4 @@ cdef class Plane:
 
 include "_span.pxi"
 include "_handle.pxi"
+include "_plain.pxi"

@@ -31,7 +31,7 @@ cdef class Span:
     cdef readonly bint sealed
     cdef readonly Py_ssize_t nbytes
     cdef readonly Py_ssize_t exports
-    cdef public object held     # the number of its buffer and the generation of its claim, for handles
+    cdef public object held     # its buffer's Reference, for handles
     cdef object __weakref__
 
     def __cinit__(self, Plane plane, uint64_t first, uint64_t nbytes):

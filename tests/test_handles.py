@@ -29,7 +29,9 @@ from gcma_shm import (
     QuotaExceeded,
     StaleHandle,
 )
+from gcma_shm._core import address_of
 from gcma_shm.arena import remove_dead
+from gcma_shm.clients.channel import WINDOW
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name
 from tests.processes import WAIT_S, Said, broker, eventually, forked
@@ -898,3 +900,77 @@ def test_quotas_count_what_is_attached(client: EmbeddedClient) -> None:
         assert other.quota().held == 0
     buffer.free()
     assert eventually(lambda: held(client) == 0)
+
+
+# --- several at once
+
+
+def test_several_are_attached_to_in_the_time_of_one(client: EmbeddedClient) -> None:
+    with gcma_shm.connect(client.endpoint, mapped=True) as other:
+        buffers = [client.alloc_contig(PAGE) for _ in range(WINDOW + 2)]
+        for number, buffer in enumerate(buffers):
+            buffer.view[:1] = bytes([number])
+        found = other.attach_handles([buffer.reference for buffer in buffers])
+        assert [buffer.view[0] for buffer in found] == list(range(WINDOW + 2))
+        assert other.attach_handles([]) == []
+        for buffer in buffers:
+            buffer.free()
+        assert other.quota().held == held(client) == (WINDOW + 2) * PAGE
+        with other.view_of(found[0].reference) or memoryview(b"") as view:
+            assert view.nbytes == PAGE
+            with pytest.raises(BufferError):
+                found[0].free()
+        gone = found[0].reference
+        del found, buffer
+        assert eventually(lambda: other.stats() is not None and held(client) == 0)
+        assert other.view_of(gone) is None
+
+
+def test_of_several_one_that_is_gone(client: EmbeddedClient) -> None:
+    """... leaves none of the others attached to."""
+    with gcma_shm.connect(client.endpoint, mapped=True) as other:
+        buffers = [client.alloc_contig(PAGE) for _ in range(4)]
+        references = [buffer.reference for buffer in buffers]
+        buffers[2].free()
+        with pytest.raises(StaleHandle):
+            other.attach_handles(references)
+        assert eventually(lambda: other.quota().held == 0)
+        assert len(other.attach_handles(references[:2])) == 2, "it goes on"
+        with pytest.raises(StaleHandle, match="another arena"):
+            other.attach_handles([references[0], references[1]._replace(arena_id=bytes(16))])
+        for buffer in buffers:
+            buffer.free()
+    assert eventually(lambda: held(client) == 0)
+
+
+def test_several_with_an_interruption(client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C between two replies: what was attached to is given back by the hello that follows."""
+    with gcma_shm.connect(client.endpoint, mapped=True) as other:
+        buffers = [client.alloc_contig(PAGE) for _ in range(3)]
+        references = [buffer.reference for buffer in buffers]
+        take, taken = other._take, iter((False, True))
+
+        def interrupted(*what: Any) -> Any:
+            if next(taken):
+                raise KeyboardInterrupt
+            return take(*what)
+
+        monkeypatch.setattr(other, "_take", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            other.attach_handles(references)
+        monkeypatch.setattr(other, "_take", take)
+        assert eventually(lambda: other.quota().held == 0)
+        assert len(other.attach_handles(references)) == 3
+        for buffer in buffers:
+            buffer.free()
+
+
+def test_memory_of_a_freed_buffer_is_not_its_any_more(client: EmbeddedClient) -> None:
+    freed = client.alloc_contig(2 * PAGE)
+    assert client.locate(address_of(freed), PAGE) == (freed.reference, 0)
+    old = freed.reference
+    freed.free()
+    with client.alloc_contig(PAGE) as buffer:
+        assert (buffer.offset, freed.offset) == (0, 0)
+        assert client.locate(address_of(buffer), PAGE) == (buffer.reference, 0)
+        assert client.view_of(old) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pickle
 import threading
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import pytest
 import gcma_shm
 from gcma_shm.clients import packers, reducer
 from gcma_shm.clients.embedded import EmbeddedClient
-from gcma_shm.clients.packers import ITEMS_MAX, PLAIN_MAX, Giving, Packer, Sharing, large_in, plain_call, plainly_small
+from gcma_shm.clients.packers import ITEMS_MAX, Giving, Packer, Sharing, large_in
 from gcma_shm.clients.parcels import Parcel
 
 from .processes import eventually
@@ -229,43 +228,3 @@ def test_a_pickle_that_fails_leaves_nothing(packer: Packer, client: EmbeddedClie
             packer.pack([np.ones(10_000), value], [])
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
     assert isinstance(packer.pack(1)[0], Parcel)
-
-
-# --- what needs no parcel
-
-
-@pytest.mark.parametrize(
-    "value",
-    [None, True, 7, 0.5, "text", b"bytes", (), [1, 2.0, None], ((1, 2), [3.0]), [[]] * ITEMS_MAX, "x" * 256, (1.5,) * ITEMS_MAX],
-)  # fmt: skip
-def test_what_is_plainly_small(value: Any) -> None:
-    assert plainly_small((value,) * 16)
-    assert not plainly_small((value,) * 17)
-    assert len(pickle.dumps((value,) * 16, 5)) < PLAIN_MAX
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "x" * 257, b"x" * 257, bytearray(5), {}, {1: 2}, np.ones(1), np.float64(1), 1j, object(), [np.ones(1)], [b""], [""], (1, (2,)),
-        ([1], [np.ones(1)]), [[[]]], (1,) * (ITEMS_MAX + 1), ([1] * ITEMS_MAX, [1]), [[]] * (ITEMS_MAX + 1), int, len,
-    ],
-)  # fmt: skip
-def test_what_may_not_be(value: Any) -> None:
-    assert not plainly_small((1, value))
-
-
-def test_calls_that_are_plainly_small() -> None:
-    class Squarer:
-        def __call__(self, number: int) -> int:
-            return number
-
-    assert plain_call(travel, (1, "a"))
-    assert plain_call(len, ((1, 2),))
-    assert plain_call(functools.partial(large_in, len), ([(1,), (2,)],)), "as map makes it"
-    assert not plain_call(travel, (np.ones(1),))
-    assert not plain_call(functools.partial(large_in, np.ones(1)), (1,))
-    assert not plain_call(functools.partial(np.ones(1).sum), ())
-    assert not plain_call(functools.partial(large_in, threshold=1), (1,))
-    assert not plain_call(np.ones(1).sum, ())
-    assert not plain_call(Squarer(), (1,))
