@@ -17,7 +17,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from joblib._memmapping_reducer import _get_backing_memmap, get_memmapping_reducers
 from joblib.externals.loky.backend.reduction import dumps
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 Reduced = tuple[Any, ...]  # what a reducer returns: a function, and its arguments
+T = TypeVar("T")
 Refused = Callable[[str], None]  # told why a large array went through the pipe
 
 
@@ -53,11 +54,17 @@ class Room:
         return self._connect()
 
     def alloc(self, nbytes: int) -> Buffer:
-        """Raises ArenaExhausted, QuotaExceeded; BrokerUnavailable, ArenaError: at once, for a while after the first, or each array would wait."""
+        """Raises ArenaExhausted, and what `ask` does."""
+        return self.ask(lambda: self.client.alloc_contig(nbytes))
+
+    def ask(self, request: Callable[[], T]) -> T:
+        """What the broker answers. Raises QuotaExceeded; BrokerUnavailable, ArenaError: at once, for a while after the first, or each array
+        would wait.
+        """
         if self._refusal is not None and time.monotonic() < self._ask_again_at:
             raise self._refusal.with_traceback(None)
         try:
-            return self.client.alloc_contig(nbytes)
+            return request()
         except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
             self._refusal, self._ask_again_at = error, time.monotonic() + RETRY_S
             raise
@@ -226,7 +233,10 @@ class Returned(_Arrays):
             return None
         load = load_result if id(_owner(array)) in _results else load_array
         layout = (array.dtype, array.shape, array.strides)
-        handle = place.hand_over(HOLD_S, AFTER_END_S)
+        try:
+            handle = self._room.ask(lambda: place.hand_over(HOLD_S, AFTER_END_S))
+        except (BrokerUnavailable, QuotaExceeded):
+            return None  # a copy of it may be had, in the arena or else through the pipe
         self.handles.append(handle)
         return _Placed((load, (handle, place.start, *layout, True)))
 
@@ -235,7 +245,7 @@ class Returned(_Arrays):
         if copy is None:
             return None
         try:
-            handle = copy.buffer.hand_over(HOLD_S, AFTER_END_S).reference
+            handle = self._room.ask(lambda: copy.buffer.hand_over(HOLD_S, AFTER_END_S)).reference
         except (BrokerUnavailable, QuotaExceeded) as error:
             self._refused(f"{array.nbytes} bytes: {error}")
             return None

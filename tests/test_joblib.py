@@ -462,6 +462,34 @@ def test_the_broker_dies_during_a_call(tmp_path: Path) -> None:
         pass  # takes over what is left, and removes it
 
 
+def end_the_broker_and_return(pid: int) -> list[Array]:
+    """A large and a small array on Buffers of this worker, twice each, when nobody serves any more."""
+    assert ours._room is not None
+    arrays = [ours._room.client.alloc_contig(8 * count).numpy(count, "float64") for count in (LARGE, 10)]
+    for number, array in enumerate(arrays):
+        array[:] = number
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+    return [array[n:] for array in arrays for n in range(2)]
+
+
+def test_a_result_on_a_buffer_goes_through_the_pipe_when_no_broker_answers(tmp_path: Path) -> None:
+    register()
+    endpoint = f"ipc://{tmp_path}/b"
+    with broker(endpoint, size="32M") as served:
+        client = gcma_shm.connect(endpoint, timeout=0.3)
+        with parallel_config(backend="gcma", n_jobs=2, client=client) as config:
+            (found,) = Parallel()(delayed(end_the_broker_and_return)(pid) for pid in (served.pid,))
+            assert [(array.size, *set(array)) for array in found] == [(LARGE, 0), (LARGE - 1, 0), (10, 1), (9, 1)]
+            assert not any(in_arena(array) for array in found)
+            assert config["backend"].fallbacks == 2  # of small ones nobody asks which way they went
+        end_workers()
+        with contextlib.suppress(gcma_shm.GcmaError):
+            client.close()
+    with broker(endpoint, size="32M"):
+        pass  # takes over what is left, and removes it
+
+
 KILLED = """
 import os, signal, sys
 import numpy as np
