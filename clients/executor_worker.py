@@ -7,12 +7,14 @@ arguments and result are small is to both sides what it is in the standard libra
 from __future__ import annotations
 
 import multiprocessing
+import traceback
 import weakref
 from collections.abc import Callable
-from concurrent.futures.process import _ResultItem
+from concurrent.futures.process import _RemoteTraceback, _ResultItem
 from multiprocessing.queues import SimpleQueue
 from typing import Any, cast
 
+from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import client_of
 from gcma_shm.clients.packers import PLAIN_MAX, Giving, Packer, large_in, plainly_small
 from gcma_shm.clients.parcels import Parcel
@@ -64,6 +66,10 @@ class Results(SimpleQueue[Any]):
             parcel = _results.pack(sent.result, large_in(sent.result, _threshold))[0]
             sent = _Arriving(_pool, sent.work_id, sent.exit_pid, parcel)
         super().put(sent)
+        if (
+            item.exception is not None
+        ):  # the worker has it until another task fails, and its frames have this one's arrays
+            forget_frames(cast(Any, item.exception).exc)
 
 
 class _Arriving:
@@ -83,4 +89,7 @@ def _arrive(pool: int, work_id: int, exit_pid: int | None, parcel: Parcel) -> _R
     try:
         return _ResultItem(work_id, result=parcel.open(), exit_pid=exit_pid)
     except BaseException as error:
+        where = "".join(traceback.format_exception(error))
+        forget_frames(error)
+        error.__cause__ = cast(Any, _RemoteTraceback)(where)
         return _ResultItem(work_id, exception=cast(Exception, error), exit_pid=exit_pid)

@@ -30,6 +30,7 @@ from joblib.externals.loky.reusable_executor import _ReusablePoolExecutor
 
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import ENDPOINT, default_client
+from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import Reference, client_of
 from gcma_shm.clients.joblib_arrays import Given, Returned, Room, give_up
 from gcma_shm.clients.parents import end_with
@@ -278,7 +279,8 @@ class _Task:
                 self._note(refusal)
             opened.set_result(result.open())
         except BaseException as error:
-            opened.set_exception(error.with_traceback(None))
+            forget_frames(error)
+            opened.set_exception(error)
         callback, self._callback = self._callback, None  # it refers to the future, which refers to us
         if callback is not None:
             callback(opened)  # submits the next batch
@@ -327,7 +329,7 @@ def _work(batch: bytes, desk: _Desk) -> _Result:
     register()  # for tasks that use the backend by its name
     if _room is None:
         _room = Room(functools.partial(client_of, desk.endpoint, desk.arena_id))
-    result = loads(batch)()
     refusals: list[str] = []
     packer = Returned(_room, desk.max_nbytes, refusals.append)
-    return _Result(packer.dumps(result)[0], packer.handles, refusals)
+    # In no variable of ours: a result that is an exception refers to this frame, and would be collected late, with its task's arrays.
+    return _Result(packer.dumps(loads(batch)())[0], packer.handles, refusals)

@@ -45,7 +45,7 @@ class Room:
 
     def __init__(self, client: Callable[[], Client]) -> None:
         self._connect = client
-        self._refusal: Exception | None = None
+        self._refusal = ""  # in words: the exception itself would keep what is in its frames
         self._ask_again_at = 0.0
 
     @functools.cached_property
@@ -61,12 +61,12 @@ class Room:
         """What the broker answers. Raises QuotaExceeded; BrokerUnavailable, ArenaError: at once, for a while after the first, or each array
         would wait.
         """
-        if self._refusal is not None and time.monotonic() < self._ask_again_at:
-            raise self._refusal.with_traceback(None)
+        if time.monotonic() < self._ask_again_at:
+            raise BrokerUnavailable(self._refusal)
         try:
             return request()
         except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
-            self._refusal, self._ask_again_at = error, time.monotonic() + RETRY_S
+            self._refusal, self._ask_again_at = str(error), time.monotonic() + RETRY_S
             raise
 
 

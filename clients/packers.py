@@ -121,7 +121,7 @@ class Packer(ABC):
         #: Bytes that were copied into the arena.
         self.copied = 0
         self._ask_again_at = 0.0
-        self._refusal: Exception | None = None
+        self._refusal = ""  # in words: the exception itself would keep what is in its frames
 
     def pack(self, what: Any, large: Iterable[Any] = ()) -> tuple[Parcel, list[object]]:
         """The parcel, and what must be kept until it was opened. `large`: what is known to be large in it. Raises what pickling raises."""
@@ -130,7 +130,7 @@ class Packer(ABC):
         self.fell_back(parcel.in_pipe, self._refusal)
         return parcel, packing.kept
 
-    def fell_back(self, count: int, why: object) -> None:
+    def fell_back(self, count: int, why: str) -> None:
         """Counts what went through the pipe. The first is logged."""
         if count and not self.fallbacks:
             log.warning("large objects go through the pipe, for want of room in the arena: %s", why)
@@ -148,13 +148,13 @@ class Packer(ABC):
                     return Piece(place.reference, place.start, memory.nbytes, memory.readonly, place.client), given
                 return self._copy(self._client(), memory, None if alone else given)
             except (ArenaExhausted, QuotaExceeded) as error:
-                self._refusal = error
+                self._refusal = str(error)
             except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
                 self._ask_later(error)
         return None
 
     def _ask_later(self, error: Exception) -> None:
-        self._refusal = error
+        self._refusal = str(error)
         self._ask_again_at = time.monotonic() + RETRY_S
 
     def give(self, buffer: Buffer) -> Handle | Buffer:

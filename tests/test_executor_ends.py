@@ -92,6 +92,22 @@ def cannot_connect() -> None:
     setattr(executor_worker, "client_of", refuse)  # noqa: B010 - a name that the module does not export
 
 
+def fail_of_a_failure(array: Array) -> None:
+    try:
+        raise KeyError(f"planted, {array.size}")
+    except KeyError as error:
+        raise LookupError("of that") from error
+
+
+def explode(array: Array, _: object) -> None:
+    raise ZeroDivisionError(f"planted in unpickling, {array.size}")
+
+
+class Explosive:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return explode, (np.ones(LARGE), self.__dict__)
+
+
 class Unpicklable:
     def __reduce__(self) -> tuple[Any, ...]:
         raise ZeroDivisionError("planted in pickling")
@@ -124,6 +140,23 @@ def test_a_result_of_which_a_part_cannot_be_pickled_leaves_nothing(pool: ArenaEx
         pool.submit(half_pickled, LARGE).result()
     assert pool.submit(total, np.ones(LARGE)).result() == LARGE
     assert nothing_held(client)
+
+
+def test_a_failed_task_leaves_nothing_in_its_worker(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    """The worker has the exception until another task fails, and with it what that one came of."""
+    error = pool.submit(fail_of_a_failure, np.ones(LARGE)).exception()
+    assert isinstance(error, LookupError)
+    assert f"planted, {LARGE}" in str(error.__cause__)
+    assert nothing_held(client)
+
+
+def test_an_exception_of_unpickling_tells_where_and_keeps_nothing(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    error = pool.submit(Explosive).exception()
+    assert isinstance(error, ZeroDivisionError)
+    assert "in explode" in str(error.__cause__)
+    assert nothing_held(client)
+    with pytest.raises(ZeroDivisionError, match="planted in unpickling"):
+        raise error
 
 
 def test_workers_that_end_after_each_task_lose_no_result(

@@ -412,6 +412,21 @@ def refuse_unpickling() -> Any:
     return ones(LARGE), Gone(), ones(LARGE)
 
 
+def catch(array: Array) -> Exception | None:
+    try:
+        fail(array, 3)
+    except LookupError as error:
+        return error
+    return None
+
+
+def test_a_result_that_is_an_exception_leaves_nothing(backend: ArenaBackend, client: EmbeddedClient) -> None:
+    """Its traceback in the worker has the task's array."""
+    (error,) = Parallel()(delayed(catch)(array) for array in (np.ones(LARGE),))
+    assert str(error) == f"planted, {LARGE}"
+    assert nothing_is_held(client)
+
+
 def test_a_result_that_fails_on_its_way_leaves_nothing(backend: ArenaBackend, client: EmbeddedClient) -> None:
     for task, error in ((refuse_pickling, "pickle"), (refuse_unpickling, "planted")):
         with pytest.raises(Exception, match=error):

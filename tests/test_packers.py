@@ -223,6 +223,18 @@ def test_without_room_some_goes_through_the_pipe(packer: Packer, client: Embedde
     del kept
 
 
+def test_a_refusal_keeps_nothing_of_what_was_packed(
+    packer: Packer, client: EmbeddedClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the packer, nor a log that keeps its records: an exception's frames have the parcel, and what else is in it."""
+    with client.alloc_contig(client.areas()[0].largest_free - 65_536):
+        got, _ = travel(packer, [np.ones(1000), np.ones(100_000)])
+        assert packer.fallbacks == 1
+        assert "no room" in caplog.text
+        del got
+        assert eventually(lambda: client.stats() is not None and held(client) == client.areas()[0].size - 65_536)
+
+
 def test_a_pickle_that_fails_leaves_nothing(packer: Packer, client: EmbeddedClient) -> None:
     for value in (lambda: None, memoryview(LARGE)):
         with pytest.raises((TypeError, AttributeError, pickle.PicklingError)):
