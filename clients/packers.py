@@ -26,7 +26,7 @@ from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.clients.parcels import Blob, BlobPickler, Parcel, Pickler, Piece
-from gcma_shm.clients.places import HOLD_S, locate
+from gcma_shm.clients.places import HOLD_S, hand_over, locate
 from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
 
 log = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class Giving(Packer):
 
     def _give(self, piece: Piece) -> Reference:
         assert piece.holder is not None, "this process has made it"
-        return piece.holder.hand_over(piece.reference, HOLD_S, self._after_end).reference
+        return hand_over(piece.holder, piece.reference, HOLD_S, self._after_end)
 
     def _copy(self, client: Client, memory: memoryview, _original: PickleBuffer | None) -> Placed:
         buffer = self._make_copy(client, memory)

@@ -19,7 +19,7 @@ from gcma_shm.clients.handles import Reference, load_buffer
 from gcma_shm.errors import GcmaError
 
 if TYPE_CHECKING:
-    from gcma_shm.clients.client import Client
+    from gcma_shm.clients.member import Member
 
 PROTOCOL = 5  # of pickle: buffers out of band (PEP 574)
 
@@ -34,7 +34,7 @@ class Piece:
     start: int
     nbytes: int
     readonly: bool
-    holder: Client | None = None  # not in its pickle
+    holder: Member | None = None  # not in its pickle
 
     def open(self) -> memoryview:
         """The memory, which is held as long as the view, or anything on it. Raises StaleHandle, BrokerUnavailable."""
