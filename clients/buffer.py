@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gcma_shm._core import Exporter, Span
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
@@ -65,7 +66,11 @@ class Held(Exporter):
         except ImportError:
             raise ImportError("Buffer.numpy needs numpy: pip install 'gcma-shm[numpy]'") from None
         of_type = np.dtype(dtype)
-        dimensions = (shape,) if isinstance(shape, int) else tuple(shape)
+        dimensions: tuple[int, ...]
+        try:
+            dimensions = (operator.index(cast(int, shape)),)  # numpy's integers, too
+        except TypeError:
+            dimensions = tuple(cast(Sequence[int], shape))
         wanted = math.prod(dimensions) * of_type.itemsize
         if not 0 <= wanted <= self.nbytes:
             raise ValueError(

@@ -49,6 +49,14 @@ def test_view_and_array_are_the_same_memory(client: EmbeddedClient) -> None:
     del view, array
 
 
+def test_shapes_as_numpy_takes_them(client: EmbeddedClient) -> None:
+    buffer = client.alloc_contig(PAGE)
+    shapes: list[Any] = [6, np.int64(6), (2, 3), [2, 3], np.array([2, 3]), (np.int32(2), 3), (), 0, (0, 3)]
+    assert [buffer.numpy(shape).shape for shape in shapes] == [np.empty(shape).shape for shape in shapes]
+    with pytest.raises(TypeError):
+        buffer.numpy(3.5)  # type: ignore[arg-type]
+
+
 def test_page_aligned_as_the_hardware_wants_it(client: EmbeddedClient) -> None:
     for nbytes in (1, 100 * PAGE):
         array = client.alloc_contig(nbytes).numpy(1)
