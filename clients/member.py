@@ -80,8 +80,10 @@ class Member:
             return None
         claimed = [claim.span() for claim in list(self._claims.live.values())] if self._claims is not None else []
         for span in (*self._spans, *claimed):
-            begin = 0 if span is None else span.first * plane.page_size
-            if span is not None and begin <= at and at + nbytes <= begin + span.nbytes:
+            if span is None or span.sealed:  # freed, and its Buffer not forgotten yet: another one may lie there
+                continue
+            begin = span.first * plane.page_size
+            if begin <= at and at + nbytes <= begin + span.nbytes:
                 return Reference(self.endpoint, self.arena_id, *span.held), at - begin
         return None
 

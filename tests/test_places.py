@@ -67,6 +67,17 @@ def test_what_lies_nowhere(client: EmbeddedClient) -> None:
     assert locate_array(array[:0]) is locate_array(np.ones(5)) is None
 
 
+def test_a_buffer_that_was_freed_is_not_where_another_one_lies(client: EmbeddedClient) -> None:
+    """It is still referred to, and was at that very place."""
+    freed = [client.alloc_contig(8192) for _ in range(8)]
+    for buffer in freed:
+        buffer.free()
+    again = client.alloc_contig(8 * 8192)
+    found = locate_array(again.numpy(8 * 8192)[:100])
+    assert found is not None
+    assert found.reference == again.reference
+
+
 def test_a_pool_is_given_an_array_of_asyncio_as_it_is(client: EmbeddedClient) -> None:
     with ArenaExecutor(1, multiprocessing.get_context("spawn"), client=client, threshold=4096) as pool:
 
