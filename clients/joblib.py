@@ -32,8 +32,9 @@ from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import ENDPOINT, default_client
 from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import Reference, client_of
-from gcma_shm.clients.joblib_arrays import Given, Returned, Room, give_up
+from gcma_shm.clients.joblib_arrays import Given, Returned, Room
 from gcma_shm.clients.parents import end_with
+from gcma_shm.clients.places import give_up
 
 log = logging.getLogger(__name__)
 

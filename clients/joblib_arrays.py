@@ -10,12 +10,11 @@ the original has gone, and as long as a task that it was packed for is under way
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,11 +23,11 @@ from joblib.externals.loky.backend.reduction import dumps
 
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.client import Client
-from gcma_shm.clients.handles import Reference, load_buffer
+from gcma_shm.clients.handles import Reference
 from gcma_shm.clients.packers import RETRY_S
-from gcma_shm.clients.places import AFTER_END_S, HOLD_S, locate_array
+from gcma_shm.clients.places import AFTER_END_S, GONE, HOLD_S, give_up, locate_array
 from gcma_shm.clients.reducer import load_array
-from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
+from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, QuotaExceeded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,16 +57,16 @@ class Room:
         return self.ask(lambda: self.client.alloc_contig(nbytes))
 
     def ask(self, request: Callable[[], T]) -> T:
-        """What the broker answers. Raises QuotaExceeded; BrokerUnavailable, ArenaError: at once, for a while after the first, or each array
-        would wait.
+        """What the broker answers. Raises QuotaExceeded; BrokerUnavailable when it, or its arena, has gone, or lets this process not in: at
+        once, for a while after the first, or each array would wait.
         """
         if time.monotonic() < self._ask_again_at:
             raise BrokerUnavailable(self._refusal)
         try:
             return request()
-        except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
+        except GONE as error:
             self._refusal, self._ask_again_at = str(error), time.monotonic() + RETRY_S
-            raise
+            raise BrokerUnavailable(self._refusal) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +137,7 @@ class _Arrays:
 
         try:
             buffer = self._room.alloc(array.nbytes)
-        except (ArenaExhausted, QuotaExceeded, BrokerUnavailable, ArenaError) as error:
+        except (ArenaExhausted, QuotaExceeded, BrokerUnavailable) as error:
             self._refused(f"{array.nbytes} bytes: {error}")
             return None
         fortran = array.flags.f_contiguous and not array.flags.c_contiguous
@@ -251,13 +250,6 @@ class Returned(_Arrays):
             return None
         self.handles.append(handle)
         return _Placed((load_result, (handle, 0, *copy.layout, True)))
-
-
-def give_up(handles: Iterable[Reference]) -> None:
-    """Nobody will come for these any more. Those that somebody has come for stay his."""
-    for handle in handles:
-        with contextlib.suppress(GcmaError):
-            load_buffer(handle).free()
 
 
 # Owners of the memory of results in this process: arrays that lie in the arena without their users' knowing.

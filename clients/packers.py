@@ -7,7 +7,6 @@ with gaps). What lies in a buffer of the arena already is not copied. What finds
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import itertools
@@ -26,8 +25,8 @@ from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.clients.parcels import Blob, BlobPickler, Parcel, Pickler, Piece
-from gcma_shm.clients.places import HOLD_S, hand_over, locate
-from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
+from gcma_shm.clients.places import GONE, HOLD_S, give_up, hand_over, locate
+from gcma_shm.errors import ArenaExhausted, QuotaExceeded
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class Packer(ABC):
                 return self._copy(self._client(), memory, None if alone else given)
             except (ArenaExhausted, QuotaExceeded) as error:
                 self._refusal = str(error)
-            except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
+            except GONE as error:
                 self._ask_later(error)
         return None
 
@@ -219,11 +218,13 @@ class Giving(Packer):
 
     def pack(self, what: Any, large: Iterable[Any] = ()) -> tuple[Parcel, list[object]]:
         """As any packer; what is to be kept may be dropped at once."""
+        parcel, kept = super().pack(what, large)
+        given: dict[Reference, Reference] = {}
         try:
-            parcel, kept = super().pack(what, large)
             # Only now: were it given away while the rest cannot be pickled, it would be nobody's.
-            return parcel.by(self._give), kept
-        except (BrokerUnavailable, QuotaExceeded) as error:
+            return parcel.by(lambda piece: self._give(piece, given)), kept
+        except (*GONE, QuotaExceeded) as error:
+            give_up(given.values())
             self._ask_later(error)
         return super().pack(what, large)
 
@@ -231,9 +232,12 @@ class Giving(Packer):
         """A handle, or it would be gone with this process's own hold."""
         return buffer.hand_over(HOLD_S, self._after_end)
 
-    def _give(self, piece: Piece) -> Reference:
+    def _give(self, piece: Piece, given: dict[Reference, Reference]) -> Reference:
+        """`given`: what was, in this parcel. Of pieces of one allocation the first has the handle; with its piece the others are held."""
+        if piece.reference in given:
+            return piece.reference
         assert piece.holder is not None, "this process has made it"
-        return hand_over(piece.holder, piece.reference, HOLD_S, self._after_end)
+        return given.setdefault(piece.reference, hand_over(piece.holder, piece.reference, HOLD_S, self._after_end))
 
     def _copy(self, client: Client, memory: memoryview, _original: PickleBuffer | None) -> Placed:
         buffer = self._make_copy(client, memory)
@@ -262,9 +266,7 @@ class _Packing:
         try:
             pickler.dump(what)
         except BaseException:
-            for given in self._given:  # nobody will come for it
-                with contextlib.suppress(GcmaError):
-                    load_buffer(given.reference).free()
+            give_up(given.reference for given in self._given)
             raise
         data = stream.getvalue()
         refused = self._refused  # they are in the pickle now, which is large for that

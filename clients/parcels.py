@@ -71,14 +71,15 @@ class Parcel:
         self.in_pipe = in_pipe
 
     def by(self, way: Callable[[Piece], Reference]) -> Parcel:
-        """The same, whose pieces are reached by other references."""
+        """The same, whose pieces are reached by other references; `way` is asked in the order in which they are opened."""
 
         def led(piece: Piece) -> Piece:
             return replace(piece, reference=way(piece))
 
-        data = led(self._data) if isinstance(self._data, Piece) else self._data
+        buffers = [led(piece) for piece in self._buffers]
         blobs = [(kind, led(piece)) for kind, piece in self._blobs]
-        return Parcel(data, [led(piece) for piece in self._buffers], blobs, self.in_pipe)
+        data = led(self._data) if isinstance(self._data, Piece) else self._data
+        return Parcel(data, buffers, blobs, self.in_pipe)
 
     def open(self) -> Any:
         """The object. Raises what unpickling it raises, StaleHandle when its sender has died, QuotaExceeded, BrokerUnavailable."""

@@ -5,10 +5,13 @@ A process may have several clients of one arena: its parent's, which it was fork
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gcma_shm.clients.handles import Reference, async_clients, clients, load_buffer
+from gcma_shm.errors import ArenaError, BrokerUnavailable, Closed, GcmaError, StaleHandle
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,6 +20,9 @@ if TYPE_CHECKING:
 
 HOLD_S = 86400.0  # what a worker gives away waits so long for its receiver, stopped or busy, while that worker lives
 AFTER_END_S = 60.0  # ... and so long when it was killed
+
+#: Raised where memory is asked for: the broker, or its arena, or the client, has gone, or lets this process not in.
+GONE = (BrokerUnavailable, ArenaError, Closed, StaleHandle)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,13 @@ def hand_over(holder: Member, reference: Reference, timeout: float, after_end: f
     # One of asyncio's, whose requests are its loop's: this process's client that blocks holds it as well, for this moment.
     with load_buffer(reference) as buffer:
         return buffer.hand_over(timeout, after_end).reference
+
+
+def give_up(handles: Iterable[Reference]) -> None:
+    """Nobody will come for these any more. Those that somebody has come for stay his."""
+    for handle in handles:
+        with contextlib.suppress(GcmaError):
+            load_buffer(handle).free()
 
 
 def locate(address: int, nbytes: int) -> Place | None:

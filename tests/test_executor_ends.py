@@ -27,6 +27,7 @@ from gcma_shm.clients import executor as executor_module
 from gcma_shm.clients import executor_worker
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
+from gcma_shm.clients.joblib_arrays import Given, Room
 
 from .processes import WAIT_S, broker, eventually, run_python, start_python
 
@@ -324,6 +325,24 @@ def test_a_broker_that_has_gone_for_good(tmp_path: Path, monkeypatch: pytest.Mon
             client.close()
     with broker(endpoint, size="32M"):
         pass  # takes over what is left, and removes it
+
+
+def test_an_arena_that_has_ended_and_another_one_in_its_place(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/b"
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(broker(endpoint))
+        client = stack.enter_context(gcma_shm.connect(endpoint))
+        context = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(ArenaExecutor(1, context, client=client, threshold=THRESHOLD))
+        array = np.ones(LARGE)
+        assert pool.submit(twice, array).result()[0] == 2
+        first.stop()
+        stack.enter_context(broker(endpoint))
+        assert [pool.submit(twice, array).result()[0] for _ in range(2)] == [2, 2]
+        assert pool.fallbacks == 4
+        room, refused = Room(lambda: client), list[str]()  # joblib's
+        data, _ = Given(room, 1000, "r", refused.append).dumps([array, array + 1])
+        assert (len(data) > 2 * array.nbytes, len(refused)) == (True, 2)
 
 
 # --- all at once
