@@ -168,6 +168,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         """Called by Parallel when a task has failed: ends the workers at once."""
         pool, self._pool = self._pool, None
         if pool is not None:
+            _forget(pool)
             pool.shutdown(kill_workers=True)
         if ensure_ready:
             self.configure(parallel=self.parallel, **self._asked)
@@ -233,6 +234,14 @@ def _pool(n_jobs: int, **how: Any) -> _Workers:
         if _workers is None or not _workers.fits(n_jobs, how):
             _workers = _Workers(n_jobs, **how)
         return _workers
+
+
+def _forget(pool: _Workers) -> None:
+    """It is to end. One that is broken has the exception that its callers got, and with its frames the results of their calls."""
+    global _workers  # noqa: PLW0603
+    with _lock:
+        if _workers is pool:
+            _workers = None
 
 
 _of_parent: _Workers | None = None

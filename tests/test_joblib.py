@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -449,6 +450,24 @@ def test_a_result_whose_worker_was_killed_is_held_for_a_while(backend: ArenaBack
     with pytest.raises(TerminatedWorkerError, match="SIGKILL"):
         Parallel()(delayed(give_away_and_die)(0.1) for _ in range(1))
     assert nothing_is_held(client)
+
+
+def die_after(number: int, result: Array) -> Array:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+
+def test_a_call_that_lost_its_workers_keeps_no_results(backend: ArenaBackend, client: EmbeddedClient) -> None:
+    """Not those that nobody has taken, nor those that were taken: the exception has been where they were."""
+    results = Parallel(return_as="generator", batch_size=1, pre_dispatch=2)(
+        delayed(die_after)(n, ones(LARGE)) for n in range(6)
+    )
+    with pytest.raises(TerminatedWorkerError):
+        assert all(result[0] == 1 for result in results)
+    del results
+    assert eventually(lambda: gc.collect() >= 0 and held(client) == 0)
+    assert Parallel()(delayed(ones)(2) for _ in range(1))[0].tolist() == [1, 1]
 
 
 def test_the_broker_dies_during_a_call(tmp_path: Path) -> None:
