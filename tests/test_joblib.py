@@ -23,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky.backend import get_context
+from joblib.externals.loky.process_executor import TerminatedWorkerError, _ResultItem
 from sklearn.datasets import make_classification
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
@@ -449,6 +450,18 @@ class Die:
 def test_a_result_whose_worker_was_killed_is_held_for_a_while(backend: ArenaBackend, client: EmbeddedClient) -> None:
     with pytest.raises(TerminatedWorkerError, match="SIGKILL"):
         Parallel()(delayed(give_away_and_die)(0.1) for _ in range(1))
+    assert nothing_is_held(client)
+
+
+def test_results_that_were_sent_and_nobody_waits_for_are_given_up(client: EmbeddedClient) -> None:
+    """Their workers have been ended since, or the arena would hold them for a minute."""
+    packer = joblib_arrays.Returned(joblib_arrays.Room(lambda: client), 1000, pytest.fail)
+    packed, _ = packer.dumps([ones(LARGE), ones(LARGE)])
+    results = ours._Results(ctx=get_context("loky"))
+    results.put(_ResultItem(1, result=ours._Result(packed, packer.handles, [])))
+    results.put(os.getpid())  # of a worker that has ended
+    assert held(client) >= 2 * 8 * LARGE
+    results.close()
     assert nothing_is_held(client)
 
 

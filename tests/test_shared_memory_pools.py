@@ -97,6 +97,17 @@ def test_a_managers_server_that_is_killed_leaves_its_segments_to_the_tree(at: Cl
     assert eventually(lambda: not held(at))
 
 
+def test_a_manager_that_cannot_be_told_leaves_no_segment(at: Client) -> None:
+    with SharedMemoryManager() as manager:
+        address, manager._address = manager._address, "/nobody"
+        for make_one in (lambda: manager.SharedMemory(PAGE), lambda: manager.ShareableList([1])):
+            with pytest.raises(FileNotFoundError):
+                make_one()
+        manager._address = address
+        assert not names(at)
+    assert eventually(lambda: not held(at))
+
+
 # --- threads and forks
 
 
