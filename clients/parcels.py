@@ -105,6 +105,7 @@ def _open_all(pieces: Sequence[Piece]) -> list[memoryview]:
         except GcmaError as error:
             failed = failed or error
     if failed is not None:
+        views.clear()  # the exception has this frame, and the frame has the exception: they go late
         raise failed
     return views
 

@@ -15,7 +15,7 @@ import pytest
 import gcma_shm
 from gcma_shm.clients import packers, reducer
 from gcma_shm.clients.embedded import EmbeddedClient
-from gcma_shm.clients.handles import Reference
+from gcma_shm.clients.handles import Reference, load_buffer
 from gcma_shm.clients.packers import ITEMS_MAX, PLAIN_MAX, Giving, Packer, Sharing, large_in, plain_call, plainly_small
 from gcma_shm.clients.parcels import Parcel
 from gcma_shm.clients.places import hand_over
@@ -174,6 +174,16 @@ def test_parts_of_one_buffer_are_given_away_by_one_handle(client: EmbeddedClient
     assert got[7][0] == 7
     got[7][0] += 1
     del got, parcel
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_what_comes_too_late_in_part_leaves_nothing_of_the_rest(client: EmbeddedClient) -> None:
+    packer = Giving(lambda: client, THRESHOLD, 60.0)
+    parcel = packer.pack([np.ones(1000), np.ones(2000)])[0]
+    load_buffer(parcel._buffers[0].reference).free()
+    assert held(client) > 0
+    with pytest.raises(gcma_shm.StaleHandle):
+        parcel.open()
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
 
 

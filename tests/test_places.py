@@ -64,6 +64,8 @@ def test_what_lies_nowhere(client: EmbeddedClient) -> None:
     backwards = locate_array(array[4096:][::-2])
     assert backwards is not None
     assert backwards.start == 8191
+    outside = np.lib.stride_tricks.as_strided(array[4096:], (2,), (-4097,))
+    assert locate_array(outside) is None
     assert locate_array(array[:0]) is locate_array(np.ones(5)) is None
 
 

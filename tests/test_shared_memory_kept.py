@@ -159,6 +159,7 @@ if os.fork():
     os._exit(0)
 while tree.Process(before, tree._root.start).lives:
     time.sleep(0.01)
+assert tree.root().pid == os.getpid()
 shared_memory.SharedMemory("of an orphan", create=True, size=1).close()
 print(os.getpid(), flush=True)
 sys.stdin.read()
