@@ -25,7 +25,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
 from gcma_shm.clients.handles import clients
 
-from .processes import eventually
+from .processes import WAIT_S, eventually
 
 Array = npt.NDArray[np.float64]
 THRESHOLD = 4096
@@ -324,19 +324,19 @@ def test_a_task_is_over_before_anybody_hears_of_it(pool: ArenaExecutor) -> None:
 def test_a_task_that_ends_while_it_is_packed_keeps_nothing(
     pool: ArenaExecutor, client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a pool that breaks just then."""
-    pack, futures = pool._packer.pack, list[Future[Any]]()
+    """As of a pool that breaks just then. (This one has not, so its worker comes for the array, and too late.)"""
+    pack, submitted, futures = pool._packer.pack, threading.Event(), list[Any]()
 
     def pack_and_end(*arguments: Any) -> Any:
         packed = pack(*arguments)
-        futures[0].set_exception(BrokenProcessPool("planted"))
+        assert submitted.wait(WAIT_S)
+        futures[0].shipment.end()
         return packed
 
     monkeypatch.setattr(pool._packer, "pack", pack_and_end)
-    monkeypatch.setattr("gcma_shm.clients.executor.ProcessPoolExecutor.submit", lambda *_: Future())
     futures.append(pool.submit(looked_at, np.ones(LARGE)))
-    shipment: Any = futures[0]
-    assert pickle.dumps(shipment.shipment)
+    submitted.set()
+    assert isinstance(futures[0].exception(), gcma_shm.StaleHandle)
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
 
 
