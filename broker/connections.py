@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+_ADDRESS_BYTES = 5
+_NUMBERS = 1 << 32
+
 
 class Connections:
     """Those that are open and are to stay, by descriptor, in the order in which they came. `has_session(peer)` says whether messages
@@ -46,20 +49,26 @@ class Connections:
         before = self._known[fd][0] if fd in self._known else self._strange[fd]
         return before is not None and before != peer
 
-    def heard(self, fd: int, peer: bytes) -> bool:
-        """A message came by it, and was served. False: that connection has ended since it was sent, as far as was told. (Peers that have
-        no descriptor to tell have -1. Of two that used one descriptor one after the other, and were both served while the second is there, the
-        one that was served last counts.)
+    def heard(self, fd: int, peer: bytes) -> bytes | None:
+        """A message came by it, and was served. Returns who has left, as far as was told: `peer`, whose connection has ended since it was
+        sent; or whoever sent by that descriptor before and is not told of any more, because both came, one after the other, and went
+        unserved until the second was there. (Peers that have no descriptor to tell have -1.)
         """
+        if fd < 0 or fd in self._ending:
+            return None
+        if fd not in self._known and fd not in self._strange:
+            return peer
+        before = self._known[fd][0] if fd in self._known else self._strange[fd]
+        if before is not None and before != peer and _came_later(before, peer):
+            return peer
         if fd in self._known:
             self._known[fd] = peer, self._turn
-        elif fd in self._strange:
-            if self._has_session(peer):
-                del self._strange[fd]
-                self._known[fd] = peer, self._turn
-            else:
-                self._strange[fd] = peer
-        return fd < 0 or fd in self._known or fd in self._strange or fd in self._ending
+        elif self._has_session(peer):
+            del self._strange[fd]
+            self._known[fd] = peer, self._turn
+        else:
+            self._strange[fd] = peer
+        return before if before != peer else None
 
     def turn(self) -> None:
         """Time passes: `to_blame` looks at what was heard since."""
@@ -100,3 +109,12 @@ class Connections:
         together = {*self._strange, *self._known, *self._ending}
         assert len(together) == len(self) + len(self._ending), "a connection that counts twice"
         assert all(turn <= self._turn for _, turn in self._known.values()), "one heard in a turn to come"
+
+
+def _came_later(one: bytes, than: bytes) -> bool:
+    """By the addresses that ZeroMQ gives to peers: a zero byte and a number, the next one each time. Who has chosen its own did not, as far
+    as anybody can tell: the one that is served last counts.
+    """
+    if not (len(one) == len(than) == _ADDRESS_BYTES and one[0] == than[0] == 0):
+        return False
+    return 0 < (int.from_bytes(one[1:]) - int.from_bytes(than[1:])) % _NUMBERS < _NUMBERS // 2

@@ -180,9 +180,10 @@ class Server:
             if connections.is_anothers(fd, peer):
                 self._catch_up(connections, service)
             reply = service.request(peer, frames, sender)
-            if not connections.heard(fd, peer) and not self._crowded:
-                service.peer_gone(peer)  # it left before it was served: nobody will tell again
-            elif reply is not None:
+            left = connections.heard(fd, peer)
+            if left is not None and not self._crowded:
+                service.peer_gone(left)  # before it was served, or unnoticed: nobody will tell again
+            if reply is not None and (left != peer or self._crowded):
                 self._send(peer, reply)
             if not _has_more(self._socket):  # the question costs less than the exception
                 return False

@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing import util
 from pathlib import Path
 
 import posix_ipc
@@ -22,11 +23,15 @@ import posix_ipc
 from gcma_shm.areas import AreaSpec, parse_area
 from gcma_shm.arena import end_dead, lock_dead
 from gcma_shm.clients.client import Client
+from gcma_shm.clients.living import Living
 from gcma_shm.endpoint import arena_name, default_spill_dir, socket_path
 from gcma_shm.errors import ArenaError
 from gcma_shm.layout import plan
 from gcma_shm.sizes import parse_size
 
+# Of multiprocessing's finalizers, which its exit function runs: negative ones when it has joined the children, which may be at work in the
+# arena. (So whatever is registered with `atexit` after multiprocessing was imported has the broker still.)
+AFTER_CHILDREN = -10
 START_S = 300.0  # a large arena takes half a second a GiB to commit
 STOP_S = 30.0
 
@@ -45,8 +50,15 @@ class EmbeddedClient(Client):
     ) -> None:
         self.broker_pid = broker.pid
         self._owner_pid = owner_pid
-        # Also at interpreter exit; after SIGKILL the broker sees by its pidfd that the owner has gone.
+        # After SIGKILL the broker sees by its pidfd that the owner has gone.
         self._stop_broker = weakref.finalize(self, _stop, broker, self._owner_pid, leftovers)
+        self._stop_broker.atexit = False
+        at_exit = util.Finalize(None, _stop, (broker, self._owner_pid, leftovers), exitpriority=AFTER_CHILDREN)
+        weakref.finalize(self, at_exit.cancel).atexit = False
+        if owner_pid == os.getpid():
+            _brokers.add(broker)
+        else:
+            broker.returncode = 0  # not ours to wait for, or to be warned of
         try:
             super().__init__(endpoint, True, prefault, timeout, 0.0)
         except BaseException:
@@ -238,5 +250,14 @@ def _wait(broker: subprocess.Popen[bytes], timeout_s: float) -> None:
 def _stop(broker: subprocess.Popen[bytes], owner_pid: int, leftovers: Leftovers) -> None:
     if os.getpid() == owner_pid:
         _end(broker, leftovers)
-    else:
-        broker.returncode = 0  # a forked child: the broker is not its own, to wait for or to warn of
+
+
+_brokers: Living[subprocess.Popen[bytes]] = Living()  # of this process
+
+
+def _after_fork_in_child() -> None:
+    for broker in _brokers:
+        broker.returncode = 0
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import select
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures.process import _CallItem, _ResultItem, _SafeQueue
+from concurrent.futures.process import _CallItem, _RemoteTraceback, _ResultItem, _SafeQueue
 from multiprocessing.context import BaseContext
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.reduction import ForkingPickler
@@ -22,6 +23,7 @@ from typing import Any, cast
 
 from gcma_shm.clients.calls import Call, Told
 from gcma_shm.clients.client import Client
+from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import Reference, client_of
 from gcma_shm.clients.packers import Giving, Packer, large_in
 from gcma_shm.clients.parcels import Parcel
@@ -156,6 +158,9 @@ class Results(SimpleQueue[Any]):
         if _given:
             self._give_back(last=item.exit_pid is not None)
         super().put(sent)
+        # The worker has it until another task fails, and its frames have this one's arrays.
+        if item.exception is not None:
+            forget_frames(cast(Any, item.exception).exc)
 
     def _give_back(self, last: bool) -> None:
         """What the next task is not given. `last`: this worker has none."""
@@ -190,4 +195,7 @@ def _arrive(pool: int, work_id: int, exit_pid: int | None, parcel: Parcel) -> _R
     try:
         return _ResultItem(work_id, result=parcel.open(), exit_pid=exit_pid)
     except BaseException as error:
+        where = "".join(traceback.format_exception(error))
+        forget_frames(error)
+        error.__cause__ = cast(Any, _RemoteTraceback)(where)
         return _ResultItem(work_id, exception=cast(Exception, error), exit_pid=exit_pid)

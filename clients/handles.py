@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gcma_shm.clients.reservation import Reservation
 
 clients: Living[Client] = Living()  # of this process
-async_clients: Living[AsyncClient] = Living()  # which no handle is loaded by: that would need an await
+async_clients: Living[AsyncClient] = Living()  # by which no handle is loaded or made here: that would need an await
 connecting = threading.Lock()
 
 

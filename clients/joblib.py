@@ -30,9 +30,11 @@ from joblib.externals.loky.reusable_executor import _ReusablePoolExecutor
 
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import ENDPOINT, default_client
+from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import Reference, client_of
-from gcma_shm.clients.joblib_arrays import Given, Returned, Room, give_up
+from gcma_shm.clients.joblib_arrays import Given, Returned, Room
 from gcma_shm.clients.parents import end_with
+from gcma_shm.clients.places import give_up
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +168,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         """Called by Parallel when a task has failed: ends the workers at once."""
         pool, self._pool = self._pool, None
         if pool is not None:
+            _forget(pool)
             pool.shutdown(kill_workers=True)
         if ensure_ready:
             self.configure(parallel=self.parallel, **self._asked)
@@ -233,6 +236,14 @@ def _pool(n_jobs: int, **how: Any) -> _Workers:
         return _workers
 
 
+def _forget(pool: _Workers) -> None:
+    """It is to end. One that is broken has the exception that its callers got, and with its frames the results of their calls."""
+    global _workers  # noqa: PLW0603
+    with _lock:
+        if _workers is pool:
+            _workers = None
+
+
 _of_parent: _Workers | None = None
 
 
@@ -278,7 +289,8 @@ class _Task:
                 self._note(refusal)
             opened.set_result(result.open())
         except BaseException as error:
-            opened.set_exception(error.with_traceback(None))
+            forget_frames(error)
+            opened.set_exception(error)
         callback, self._callback = self._callback, None  # it refers to the future, which refers to us
         if callback is not None:
             callback(opened)  # submits the next batch
@@ -327,7 +339,7 @@ def _work(batch: bytes, desk: _Desk) -> _Result:
     register()  # for tasks that use the backend by its name
     if _room is None:
         _room = Room(functools.partial(client_of, desk.endpoint, desk.arena_id))
-    result = loads(batch)()
     refusals: list[str] = []
     packer = Returned(_room, desk.max_nbytes, refusals.append)
-    return _Result(packer.dumps(result)[0], packer.handles, refusals)
+    # In no variable of ours: a result that is an exception refers to this frame, and would be collected late, with its task's arrays.
+    return _Result(packer.dumps(loads(batch)())[0], packer.handles, refusals)

@@ -10,25 +10,24 @@ the original has gone, and as long as a task that it was packed for is under way
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from joblib._memmapping_reducer import _get_backing_memmap, get_memmapping_reducers
 from joblib.externals.loky.backend.reduction import dumps
 
 from gcma_shm.clients.buffer import Buffer
 from gcma_shm.clients.client import Client
-from gcma_shm.clients.handles import Reference, load_buffer
+from gcma_shm.clients.handles import Reference
 from gcma_shm.clients.packers import RETRY_S
-from gcma_shm.clients.places import AFTER_END_S, HOLD_S, locate_array
+from gcma_shm.clients.places import AFTER_END_S, GONE, HOLD_S, give_up, locate_array
 from gcma_shm.clients.reducer import load_array
-from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
+from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, QuotaExceeded
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 Reduced = tuple[Any, ...]  # what a reducer returns: a function, and its arguments
+T = TypeVar("T")
 Refused = Callable[[str], None]  # told why a large array went through the pipe
 
 
@@ -44,7 +44,7 @@ class Room:
 
     def __init__(self, client: Callable[[], Client]) -> None:
         self._connect = client
-        self._refusal: Exception | None = None
+        self._refusal = ""  # in words: the exception itself would keep what is in its frames
         self._ask_again_at = 0.0
 
     @functools.cached_property
@@ -53,14 +53,20 @@ class Room:
         return self._connect()
 
     def alloc(self, nbytes: int) -> Buffer:
-        """Raises ArenaExhausted, QuotaExceeded; BrokerUnavailable, ArenaError: at once, for a while after the first, or each array would wait."""
-        if self._refusal is not None and time.monotonic() < self._ask_again_at:
-            raise self._refusal.with_traceback(None)
+        """Raises ArenaExhausted, and what `ask` does."""
+        return self.ask(lambda: self.client.alloc_contig(nbytes))
+
+    def ask(self, request: Callable[[], T]) -> T:
+        """What the broker answers. Raises QuotaExceeded; BrokerUnavailable when it, or its arena, has gone, or lets this process not in: at
+        once, for a while after the first, or each array would wait.
+        """
+        if time.monotonic() < self._ask_again_at:
+            raise BrokerUnavailable(self._refusal)
         try:
-            return self.client.alloc_contig(nbytes)
-        except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
-            self._refusal, self._ask_again_at = error, time.monotonic() + RETRY_S
-            raise
+            return request()
+        except GONE as error:
+            self._refusal, self._ask_again_at = str(error), time.monotonic() + RETRY_S
+            raise BrokerUnavailable(self._refusal) from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +137,7 @@ class _Arrays:
 
         try:
             buffer = self._room.alloc(array.nbytes)
-        except (ArenaExhausted, QuotaExceeded, BrokerUnavailable, ArenaError) as error:
+        except (ArenaExhausted, QuotaExceeded, BrokerUnavailable) as error:
             self._refused(f"{array.nbytes} bytes: {error}")
             return None
         fortran = array.flags.f_contiguous and not array.flags.c_contiguous
@@ -226,7 +232,10 @@ class Returned(_Arrays):
             return None
         load = load_result if id(_owner(array)) in _results else load_array
         layout = (array.dtype, array.shape, array.strides)
-        handle = place.hand_over(HOLD_S, AFTER_END_S)
+        try:
+            handle = self._room.ask(lambda: place.hand_over(HOLD_S, AFTER_END_S))
+        except (BrokerUnavailable, QuotaExceeded):
+            return None  # a copy of it may be had, in the arena or else through the pipe
         self.handles.append(handle)
         return _Placed((load, (handle, place.start, *layout, True)))
 
@@ -235,19 +244,12 @@ class Returned(_Arrays):
         if copy is None:
             return None
         try:
-            handle = copy.buffer.hand_over(HOLD_S, AFTER_END_S).reference
+            handle = self._room.ask(lambda: copy.buffer.hand_over(HOLD_S, AFTER_END_S)).reference
         except (BrokerUnavailable, QuotaExceeded) as error:
             self._refused(f"{array.nbytes} bytes: {error}")
             return None
         self.handles.append(handle)
         return _Placed((load_result, (handle, 0, *copy.layout, True)))
-
-
-def give_up(handles: Iterable[Reference]) -> None:
-    """Nobody will come for these any more. Those that somebody has come for stay his."""
-    for handle in handles:
-        with contextlib.suppress(GcmaError):
-            load_buffer(handle).free()
 
 
 # Owners of the memory of results in this process: arrays that lie in the arena without their users' knowing.

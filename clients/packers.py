@@ -7,7 +7,6 @@ with gaps). What lies in a buffer of the arena already is not copied. What finds
 
 from __future__ import annotations
 
-import contextlib
 import io
 import itertools
 import logging
@@ -25,8 +24,8 @@ from gcma_shm.clients.calls import Call, Told, told, without
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.clients.parcels import Blob, BlobPickler, Parcel, Pickler, Piece
-from gcma_shm.clients.places import HOLD_S, Place, locate
-from gcma_shm.errors import ArenaError, ArenaExhausted, BrokerUnavailable, GcmaError, QuotaExceeded
+from gcma_shm.clients.places import GONE, HOLD_S, Place, give_up, hand_over, locate
+from gcma_shm.errors import ArenaExhausted, QuotaExceeded
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class Packer(ABC):
         #: Bytes that were copied into the arena.
         self.copied = 0
         self._ask_again_at = 0.0
-        self._refusal: Exception | None = None
+        self._refusal = ""  # in words: the exception itself would keep what is in its frames
 
     def pack(self, what: Any, large: Iterable[Any] = ()) -> tuple[Parcel, list[object]]:
         """The parcel, and what must be kept until it was opened. `large`: what is known to be large in it. Raises what pickling raises."""
@@ -104,7 +103,7 @@ class Packer(ABC):
         self.fell_back(parcel.in_pipe, self._refusal)
         return parcel, packing.kept
 
-    def fell_back(self, count: int, why: object) -> None:
+    def fell_back(self, count: int, why: str) -> None:
         """Counts what went through the pipe. The first is logged."""
         if count and not self.fallbacks:
             log.warning("large objects go through the pipe, for want of room in the arena: %s", why)
@@ -122,16 +121,13 @@ class Packer(ABC):
                     return Piece(place.reference, place.start, memory.nbytes, memory.readonly, place.client), given
                 return self._copy(self._client(), memory, None if alone else given)
             except (ArenaExhausted, QuotaExceeded) as error:
-                self._refuse(error)
-            except (BrokerUnavailable, ArenaError) as error:  # it has gone, or lets this process not in
+                self._refusal = str(error)
+            except GONE as error:
                 self._ask_later(error)
         return None
 
-    def _refuse(self, error: Exception) -> None:
-        self._refusal = error.with_traceback(None)  # whose frames would keep what was to be placed
-
     def _ask_later(self, error: Exception) -> None:
-        self._refuse(error)
+        self._refusal = str(error)
         self._ask_again_at = time.monotonic() + RETRY_S
 
     def give(self, buffer: Buffer) -> Handle | Buffer:
@@ -213,11 +209,13 @@ class Giving(Packer):
 
     def pack(self, what: Any, large: Iterable[Any] = ()) -> tuple[Parcel, list[object]]:
         """As any packer; what is to be kept may be dropped at once."""
+        parcel, kept = super().pack(what, large)
+        given: dict[Reference, Reference] = {}
         try:
-            parcel, kept = super().pack(what, large)
             # Only now: were it given away while the rest cannot be pickled, it would be nobody's.
-            return parcel.by(self._give), kept
-        except (BrokerUnavailable, QuotaExceeded) as error:
+            return parcel.by(lambda piece: self._give(piece, given)), kept
+        except (*GONE, QuotaExceeded) as error:
+            give_up(given.values())
             self._ask_later(error)
         return super().pack(what, large)
 
@@ -225,9 +223,12 @@ class Giving(Packer):
         """A handle, or it would be gone with this process's own hold."""
         return buffer.hand_over(HOLD_S, self._after_end)
 
-    def _give(self, piece: Piece) -> Reference:
+    def _give(self, piece: Piece, given: dict[Reference, Reference]) -> Reference:
+        """`given`: what was, in this parcel. Of pieces of one allocation the first has the handle; with its piece the others are held."""
+        if piece.reference in given:
+            return piece.reference
         assert piece.holder is not None, "this process has made it"
-        return piece.holder.hand_over(piece.reference, HOLD_S, self._after_end).reference
+        return given.setdefault(piece.reference, hand_over(piece.holder, piece.reference, HOLD_S, self._after_end))
 
     def _copy(self, client: Client, memory: memoryview, _original: PickleBuffer | None) -> Placed:
         buffer = self._make_copy(client, memory)
@@ -256,9 +257,7 @@ class _Packing:
         try:
             pickler.dump(what)
         except BaseException:
-            for given in self._given:  # nobody will come for it
-                with contextlib.suppress(GcmaError):
-                    load_buffer(given.reference).free()
+            give_up(given.reference for given in self._given)
             raise
         data = stream.getvalue()
         refused = self._refused  # they are in the pickle now, which is large for that

@@ -20,7 +20,7 @@ from gcma_shm.clients.handles import Reference, load_buffer
 from gcma_shm.errors import GcmaError
 
 if TYPE_CHECKING:
-    from gcma_shm.clients.client import Client
+    from gcma_shm.clients.member import Member
 
 PROTOCOL = 5  # of pickle: buffers out of band (PEP 574)
 
@@ -35,7 +35,7 @@ class Piece:
     start: int
     nbytes: int
     readonly: bool
-    holder: Client | None = None  # not in its pickle
+    holder: Member | None = None  # not in its pickle
 
     def open(self, view_of: ViewOf) -> memoryview:
         """The memory, which is held as long as the view, or anything on it. Raises what `view_of` raises."""
@@ -77,14 +77,15 @@ class Parcel:
         self.in_pipe = in_pipe
 
     def by(self, way: Callable[[Piece], Reference]) -> Parcel:
-        """The same, whose pieces are reached by other references."""
+        """The same, whose pieces are reached by other references; `way` is asked in the order in which they are opened."""
 
         def led(piece: Piece) -> Piece:
             return replace(piece, reference=way(piece))
 
-        data = led(self._data) if isinstance(self._data, Piece) else self._data
+        buffers = [led(piece) for piece in self._buffers]
         blobs = [(kind, led(piece)) for kind, piece in self._blobs]
-        return Parcel(data, [led(piece) for piece in self._buffers], blobs, self.in_pipe)
+        data = led(self._data) if isinstance(self._data, Piece) else self._data
+        return Parcel(data, buffers, blobs, self.in_pipe)
 
     def _pieces(self) -> list[Piece]:
         pickled = [self._data] if isinstance(self._data, Piece) else []
@@ -118,6 +119,7 @@ def _open_all(pieces: Sequence[Piece], view_of: ViewOf) -> list[memoryview]:
         except GcmaError as error:
             failed = failed or error
     if failed is not None:
+        views.clear()  # the exception has this frame, and the frame has the exception: they go late
         raise failed
     return views
 

@@ -28,7 +28,9 @@ from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import AreaSpec
 from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.shared_memory import using
 from tests.loops import NEW_LOOP, Runs
+from tests.processes import broker
 
 # multiprocessing makes its temporary directory once and removes it at the very end: not in the directory of the one test
 # that happens to be the first to want it.
@@ -170,6 +172,14 @@ def client() -> Iterator[EmbeddedClient]:
     """The owner of a broker with a 16 MiB arena: 4 KiB pages, about 400 in the nursery, one area."""
     with gcma_shm.embedded("16M") as owner:
         yield owner
+
+
+@pytest.fixture
+def at() -> Iterator[gcma_shm.Client]:
+    """A client of a broker that is a process of its own, by which children find it, too; segments are there."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    with broker(endpoint), gcma_shm.connect(endpoint) as client, using(client):
+        yield client
 
 
 @dataclass

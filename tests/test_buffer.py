@@ -349,7 +349,9 @@ def test_an_error_that_ends_a_block_is_not_replaced(client: EmbeddedClient) -> N
     buffer.free()
 
 
-@pytest.mark.parametrize("shape", [6, np.int64(6), (2, 3), [np.int8(2), 3], np.array([2, 3]), range(6, 7)])
+@pytest.mark.parametrize(
+    "shape", [6, np.int64(6), (2, 3), [np.int8(2), 3], np.array([2, 3]), range(6, 7), (), 0, (0, 3)]
+)
 def test_shapes_as_numpy_takes_them(client: EmbeddedClient, shape: Any) -> None:
     with client.alloc_contig(PAGE) as buffer:
         assert buffer.numpy(shape).shape == np.empty(shape).shape

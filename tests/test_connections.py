@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -77,6 +78,33 @@ def test_a_descriptor_that_is_used_again() -> None:
     kept.come(0)
     assert kept.connections.closed(0) is None, "another's"
     assert len(kept.connections) == 0
+
+
+def address(number: int) -> bytes:
+    """As ZeroMQ makes them."""
+    return b"\0" + number.to_bytes(4)
+
+
+@pytest.mark.parametrize("sessions", [True, False])
+@pytest.mark.parametrize(("first", "second"), [(address(7), address(8)), (address(2**32 - 1), address(3))])
+def test_of_two_that_had_one_descriptor_the_one_that_came_first_has_left(
+    first: bytes, second: bytes, sessions: bool
+) -> None:
+    """Both are served when the second is there, in any order."""
+    for order in ((first, second), (second, first), (first, second, first), (second, first, second)):
+        kept = Kept(4)
+        kept.sessions |= {first, second} if sessions else set()
+        kept.come(0)
+        left = [kept.connections.heard(0, peer) for peer in order]
+        assert set(left) - {None} == {first}, order
+        assert kept.connections.closed(0) == second
+    kept = Kept(4)
+    kept.come(0)
+    assert kept.connections.heard(0, b"own") is None
+    assert kept.connections.heard(0, second) == b"own", "nobody can tell: the one that was served last counts"
+    assert kept.connections.heard(0, b"chosen") == second
+    assert kept.connections.heard(1, first) == first, "gone since"
+    assert kept.connections.heard(-1, first) is None
 
 
 def test_to_blame_are_strangers_then_the_quiet_then_all() -> None:

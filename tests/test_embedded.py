@@ -18,7 +18,7 @@ from gcma_shm import ArenaError, Closed
 from gcma_shm import arena as arenas
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name, socket_path
-from tests.processes import Said, eventually, forked, in_fork, run_python, start_python
+from tests.processes import WAIT_S, Said, eventually, forked, in_fork, run_python, start_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
@@ -244,6 +244,50 @@ def test_it_works_from_anywhere_and_warns_of_nothing() -> None:
         "    print(swap.load(7) == b'x-gcma--' * (client.page_size // 8))\n"
     )
     assert run_python(code, cwd="/").strip() == "True"
+
+
+LEAVES_FIRST = """
+import atexit, multiprocessing, sys
+import gcma_shm
+
+def work(endpoint, left):
+    left.recv()  # None: the main program has come to its end
+    with gcma_shm.connect(endpoint) as client, client.attach("x") as buffer:
+        print(buffer.view[0], flush=True)
+
+def last():
+    for _, ours, _ in children:
+        ours.send(None)
+    with client.alloc_contig(1) as buffer:
+        print("last", buffer.nbytes, flush=True)
+
+if __name__ == "__main__":
+    atexit.register(last)
+    client = gcma_shm.embedded("4M")
+    children = []
+    buffer = client.alloc_contig(1, name="x")
+    buffer.view[0] = 7
+    for method in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context(method)
+        ours, theirs = context.Pipe()
+        child = context.Process(target=work, args=(client.endpoint, theirs))
+        child.start()
+        children.append((child, ours, theirs))
+"""
+
+
+def test_it_serves_children_that_its_owner_waits_for_at_the_end(tmp_path: Path) -> None:
+    """And what the owner has left to do at its exit. multiprocessing joins children there that nobody has joined."""
+    program = tmp_path / "program.py"
+    program.write_text(LEAVES_FIRST)
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", program],
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "last 4096\n7\n7\n7\n", "")
 
 
 def test_the_example_in_the_packages_docstring() -> None:

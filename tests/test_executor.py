@@ -25,7 +25,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
 from gcma_shm.clients.handles import clients
 
-from .processes import eventually
+from .processes import WAIT_S, eventually
 
 Array = npt.NDArray[np.float64]
 THRESHOLD = 4096
@@ -264,6 +264,17 @@ def test_to_many_tasks_it_travels_once(pool: ArenaExecutor, client: EmbeddedClie
     assert eventually(lambda: held(client) == 0)
 
 
+def test_a_copy_waits_for_a_task_that_comes_much_later(client: EmbeddedClient) -> None:
+    """The pool packs but a few tasks ahead: between these two there is none that has it."""
+    with ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as pool:
+        array = np.ones(LARGE)
+        others: list[Future[Any]] = [pool.submit(looked_at, array), *(pool.submit(pid) for _ in range(20))]
+        assert pool.submit(looked_at, array).result()[2] == LARGE
+        assert pool.copied == array.nbytes
+        wait(others)
+    assert eventually(lambda: held(client) == 0)
+
+
 @pytest.mark.parametrize("chunksize", [1, 4])
 def test_bytes_in_a_map_travel_once(pool: ArenaExecutor, client: EmbeddedClient, chunksize: int) -> None:
     blob, both = b"x" * LARGE, bytearray(b"y" * LARGE)
@@ -295,6 +306,38 @@ def test_what_was_changed_after_a_task_is_seen_by_the_next(pool: ArenaExecutor) 
     for n in range(5):
         array[:] = n
         assert pool.submit(looked_at, array).result()[2] == n * LARGE
+
+
+def test_a_task_is_over_before_anybody_hears_of_it(pool: ArenaExecutor) -> None:
+    """What it was given may be changed as soon as that, and another task is given a new copy."""
+    array, after = np.ones(LARGE), list[Future[tuple[bool, bool, float]]]()
+
+    def change(_: Future[Any]) -> None:
+        array[:] = 5
+        after.append(pool.submit(looked_at, array))
+
+    pool.submit(looked_at, array).add_done_callback(change)
+    assert eventually(lambda: bool(after))
+    assert after[0].result()[2] == 5 * LARGE
+
+
+def test_a_task_that_ends_while_it_is_packed_keeps_nothing(
+    pool: ArenaExecutor, client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a pool that breaks just then. (This one has not, so its worker comes for the array, and too late.)"""
+    pack, submitted, futures = pool._packer.pack, threading.Event(), list[Any]()
+
+    def pack_and_end(*arguments: Any) -> Any:
+        packed = pack(*arguments)
+        assert submitted.wait(WAIT_S)
+        futures[0].shipment.end()
+        return packed
+
+    monkeypatch.setattr(pool._packer, "pack", pack_and_end)
+    futures.append(pool.submit(looked_at, np.ones(LARGE)))
+    submitted.set()
+    assert isinstance(futures[0].exception(), gcma_shm.StaleHandle)
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
 
 
 def test_an_array_that_was_built_in_the_arena_is_passed_as_it_is(pool: ArenaExecutor, client: EmbeddedClient) -> None:

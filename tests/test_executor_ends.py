@@ -27,6 +27,7 @@ from gcma_shm.clients import executor as executor_module
 from gcma_shm.clients import executor_worker
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
+from gcma_shm.clients.joblib_arrays import Given, Room
 
 from .processes import WAIT_S, broker, eventually, run_python, start_python
 
@@ -92,6 +93,22 @@ def cannot_connect() -> None:
     setattr(executor_worker, "client_of", refuse)  # noqa: B010 - a name that the module does not export
 
 
+def fail_of_a_failure(array: Array) -> None:
+    try:
+        raise KeyError(f"planted, {array.size}")
+    except KeyError as error:
+        raise LookupError("of that") from error
+
+
+def explode(array: Array, _: object) -> None:
+    raise ZeroDivisionError(f"planted in unpickling, {array.size}")
+
+
+class Explosive:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return explode, (np.ones(LARGE), self.__dict__)
+
+
 class Unpicklable:
     def __reduce__(self) -> tuple[Any, ...]:
         raise ZeroDivisionError("planted in pickling")
@@ -124,6 +141,23 @@ def test_a_result_of_which_a_part_cannot_be_pickled_leaves_nothing(pool: ArenaEx
         pool.submit(half_pickled, LARGE).result()
     assert pool.submit(total, np.ones(LARGE)).result() == LARGE
     assert nothing_held(client)
+
+
+def test_a_failed_task_leaves_nothing_in_its_worker(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    """The worker has the exception until another task fails, and with it what that one came of."""
+    error = pool.submit(fail_of_a_failure, np.ones(LARGE)).exception()
+    assert isinstance(error, LookupError)
+    assert f"planted, {LARGE}" in str(error.__cause__)
+    assert nothing_held(client)
+
+
+def test_an_exception_of_unpickling_tells_where_and_keeps_nothing(pool: ArenaExecutor, client: EmbeddedClient) -> None:
+    error = pool.submit(Explosive).exception()
+    assert isinstance(error, ZeroDivisionError)
+    assert "in explode" in str(error.__cause__)
+    assert nothing_held(client)
+    with pytest.raises(ZeroDivisionError, match="planted in unpickling"):
+        raise error
 
 
 def test_workers_that_end_after_each_task_lose_no_result(
@@ -291,6 +325,24 @@ def test_a_broker_that_has_gone_for_good(tmp_path: Path, monkeypatch: pytest.Mon
             client.close()
     with broker(endpoint, size="32M"):
         pass  # takes over what is left, and removes it
+
+
+def test_an_arena_that_has_ended_and_another_one_in_its_place(tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/b"
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(broker(endpoint))
+        client = stack.enter_context(gcma_shm.connect(endpoint))
+        context = multiprocessing.get_context("spawn")
+        pool = stack.enter_context(ArenaExecutor(1, context, client=client, threshold=THRESHOLD))
+        array = np.ones(LARGE)
+        assert pool.submit(twice, array).result()[0] == 2
+        first.stop()
+        stack.enter_context(broker(endpoint))
+        assert [pool.submit(twice, array).result()[0] for _ in range(2)] == [2, 2]
+        assert pool.fallbacks == 4
+        room, refused = Room(lambda: client), list[str]()  # joblib's
+        data, _ = Given(room, 1000, "r", refused.append).dumps([array, array + 1])
+        assert (len(data) > 2 * array.nbytes, len(refused)) == (True, 2)
 
 
 # --- all at once

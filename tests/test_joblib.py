@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import multiprocessing
 import os
@@ -22,7 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from joblib import Parallel, delayed, parallel_config
-from joblib.externals.loky.process_executor import TerminatedWorkerError
+from joblib.externals.loky.backend import get_context
+from joblib.externals.loky.process_executor import TerminatedWorkerError, _ResultItem
 
 import gcma_shm
 from gcma_shm.clients import joblib as ours
@@ -408,6 +410,21 @@ def refuse_unpickling() -> Any:
     return ones(LARGE), Gone(), ones(LARGE)
 
 
+def catch(array: Array) -> Exception | None:
+    try:
+        fail(array, 3)
+    except LookupError as error:
+        return error
+    return None
+
+
+def test_a_result_that_is_an_exception_leaves_nothing(backend: ArenaBackend, client: EmbeddedClient) -> None:
+    """Its traceback in the worker has the task's array."""
+    (error,) = Parallel()(delayed(catch)(array) for array in (np.ones(LARGE),))
+    assert str(error) == f"planted, {LARGE}"
+    assert nothing_is_held(client)
+
+
 def test_a_result_that_fails_on_its_way_leaves_nothing(backend: ArenaBackend, client: EmbeddedClient) -> None:
     for task, error in ((refuse_pickling, "pickle"), (refuse_unpickling, "planted")):
         with pytest.raises(Exception, match=error):
@@ -432,6 +449,36 @@ def test_a_result_whose_worker_was_killed_is_held_for_a_while(backend: ArenaBack
     assert nothing_is_held(client)
 
 
+def test_results_that_were_sent_and_nobody_waits_for_are_given_up(client: EmbeddedClient) -> None:
+    """Their workers have been ended since, or the arena would hold them for a minute."""
+    packer = joblib_arrays.Returned(joblib_arrays.Room(lambda: client), 1000, pytest.fail)
+    packed, _ = packer.dumps([ones(LARGE), ones(LARGE)])
+    results = ours._Results(ctx=get_context("loky"))
+    results.put(_ResultItem(1, result=ours._Result(packed, packer.handles, [])))
+    results.put(os.getpid())  # of a worker that has ended
+    assert held(client) >= 2 * 8 * LARGE
+    results.close()
+    assert nothing_is_held(client)
+
+
+def die_after(number: int, result: Array) -> Array:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+
+def test_a_call_that_lost_its_workers_keeps_no_results(backend: ArenaBackend, client: EmbeddedClient) -> None:
+    """Not those that nobody has taken, nor those that were taken: the exception has been where they were."""
+    results = Parallel(return_as="generator", batch_size=1, pre_dispatch=2)(
+        delayed(die_after)(n, ones(LARGE)) for n in range(6)
+    )
+    with pytest.raises(TerminatedWorkerError):
+        assert all(result[0] == 1 for result in results)
+    del results
+    assert eventually(lambda: gc.collect() >= 0 and held(client) == 0)
+    assert Parallel()(delayed(ones)(2) for _ in range(1))[0].tolist() == [1, 1]
+
+
 def test_the_broker_dies_during_a_call(tmp_path: Path) -> None:
     register()
     endpoint = f"ipc://{tmp_path}/b"
@@ -451,6 +498,34 @@ def test_the_broker_dies_during_a_call(tmp_path: Path) -> None:
             found = Parallel()(delayed(echo)(array) for _ in range(2))
             assert [result.tolist() == array.tolist() for result in found] == [True, True]
             assert config["backend"].fallbacks >= 4
+        end_workers()
+        with contextlib.suppress(gcma_shm.GcmaError):
+            client.close()
+    with broker(endpoint, size="32M"):
+        pass  # takes over what is left, and removes it
+
+
+def end_the_broker_and_return(pid: int) -> list[Array]:
+    """A large and a small array on Buffers of this worker, twice each, when nobody serves any more."""
+    assert ours._room is not None
+    arrays = [ours._room.client.alloc_contig(8 * count).numpy(count, "float64") for count in (LARGE, 10)]
+    for number, array in enumerate(arrays):
+        array[:] = number
+    os.kill(pid, signal.SIGKILL)
+    assert eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+    return [array[n:] for array in arrays for n in range(2)]
+
+
+def test_a_result_on_a_buffer_goes_through_the_pipe_when_no_broker_answers(tmp_path: Path) -> None:
+    register()
+    endpoint = f"ipc://{tmp_path}/b"
+    with broker(endpoint, size="32M") as served:
+        client = gcma_shm.connect(endpoint, timeout=0.3)
+        with parallel_config(backend="gcma", n_jobs=2, client=client) as config:
+            (found,) = Parallel()(delayed(end_the_broker_and_return)(pid) for pid in (served.pid,))
+            assert [(array.size, *set(array)) for array in found] == [(LARGE, 0), (LARGE - 1, 0), (10, 1), (9, 1)]
+            assert not any(in_arena(array) for array in found)
+            assert config["backend"].fallbacks == 2  # of small ones nobody asks which way they went
         end_workers()
         with contextlib.suppress(gcma_shm.GcmaError):
             client.close()

@@ -14,8 +14,10 @@ import pytest
 import gcma_shm
 from gcma_shm.clients import packers, reducer
 from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.handles import Reference, load_buffer
 from gcma_shm.clients.packers import ITEMS_MAX, Giving, Packer, Sharing, large_in
 from gcma_shm.clients.parcels import Parcel
+from gcma_shm.clients.places import hand_over
 
 from .processes import eventually
 
@@ -157,6 +159,52 @@ def test_what_is_given_away_holds_itself(client: EmbeddedClient) -> None:
         parcel.open()
 
 
+def test_parts_of_one_buffer_are_given_away_by_one_handle(client: EmbeddedClient) -> None:
+    """However many they are: the broker bounds the handles of a buffer."""
+    packer = Giving(lambda: client, THRESHOLD, 60.0)
+    buffer = client.alloc_contig(1100 * 8192)
+    parts = [buffer.numpy(1100 * 8192)[8192 * n :][:8192] for n in range(1100)]
+    parts[5][0] = 7
+    parcel = packer.pack([*parts[:3], LARGE, "text" * 5000, *parts[3:]], [LARGE])[0]
+    del parts
+    buffer.free()
+    assert (packer.fallbacks, parcel.in_pipe) == (0, 0)
+    got = ForkingPickler.loads(ForkingPickler.dumps(parcel)).open()
+    assert got[7][0] == 7
+    got[7][0] += 1
+    del got, parcel
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_what_comes_too_late_in_part_leaves_nothing_of_the_rest(client: EmbeddedClient) -> None:
+    packer = Giving(lambda: client, THRESHOLD, 60.0)
+    parcel = packer.pack([np.ones(1000), np.ones(2000)])[0]
+    load_buffer(parcel._buffers[0].reference).free()
+    assert held(client) > 0
+    with pytest.raises(gcma_shm.StaleHandle):
+        parcel.open()
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_what_cannot_all_be_given_away_goes_through_the_pipe_and_nothing_is_left(
+    client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packer = Giving(lambda: client, THRESHOLD, 60.0)
+    given: list[Reference] = []
+
+    def give_two(*arguments: Any) -> Reference:
+        if len(given) == 2:
+            raise gcma_shm.QuotaExceeded("planted")
+        given.append(hand_over(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(packers, "hand_over", give_two)
+    parcel, _ = packer.pack([np.full(1000, n) for n in range(3)])
+    assert (len(given), parcel.in_pipe, packer.fallbacks) == (2, 3, 3)
+    assert [array[0] for array in parcel.open()] == [0, 1, 2]
+    assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
 def test_the_reducer_and_the_packers_leave_each_other_alone(client: EmbeddedClient, packer: Packer) -> None:
     reducer.register()
     array = client.alloc_contig(80_000).numpy(10_000, "f8")
@@ -220,6 +268,18 @@ def test_without_room_some_goes_through_the_pipe(packer: Packer, client: Embedde
     assert [array.size for array in parcel.open()] == [4000, 100_000]
     guest.free()
     del kept
+
+
+def test_a_refusal_keeps_nothing_of_what_was_packed(
+    packer: Packer, client: EmbeddedClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not the packer, nor a log that keeps its records: an exception's frames have the parcel, and what else is in it."""
+    with client.alloc_contig(client.areas()[0].largest_free - 65_536):
+        got, _ = travel(packer, [np.ones(1000), np.ones(100_000)])
+        assert packer.fallbacks == 1
+        assert "no room" in caplog.text
+        del got
+        assert eventually(lambda: client.stats() is not None and held(client) == client.areas()[0].size - 65_536)
 
 
 def test_a_pickle_that_fails_leaves_nothing(packer: Packer, client: EmbeddedClient) -> None:

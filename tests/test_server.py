@@ -78,6 +78,17 @@ def come_and_go(visitors: Visitors, served: int) -> None:
         assert eventually(lambda: descriptors() == before)
 
 
+def come_one_after_the_other(visitors: Visitors, served: int) -> None:
+    """By one descriptor; all of their messages are served when the last one is there."""
+    if served == 1:
+        before = descriptors()
+        for turn in range(3):
+            visitors.comes()
+            if turn < 2:
+                visitors.all_go()
+                assert eventually(lambda: descriptors() == before)
+
+
 def take_turns(visitors: Visitors, served: int) -> None:
     """Each leaves while its message is served, and the next one has its descriptor."""
     visitors.all_go()
@@ -85,7 +96,7 @@ def take_turns(visitors: Visitors, served: int) -> None:
         visitors.comes()
 
 
-@pytest.mark.parametrize("what", [come_and_stay, come_and_go, take_turns])
+@pytest.mark.parametrize("what", [come_and_stay, come_and_go, come_one_after_the_other, take_turns])
 def test_who_comes_and_goes_while_the_loop_is_busy_is_missed_by_nobody(what: Callable[[Visitors, int], None]) -> None:
     with StopSignals() as stop:
         door = Door(f"ipc://{tempfile.gettempdir()}/door", Doorway(), PAGE, 8)
