@@ -330,7 +330,7 @@ def test_a_task_that_ends_while_it_is_packed_keeps_nothing(
     def pack_and_end(*arguments: Any) -> Any:
         packed = pack(*arguments)
         assert submitted.wait(WAIT_S)
-        futures[0].shipment.end()
+        futures[0].given.end()
         return packed
 
     monkeypatch.setattr(pool._packer, "pack", pack_and_end)
