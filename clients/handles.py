@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 clients: Living[Client] = Living()  # of this process
 async_clients: Living[AsyncClient] = Living()  # by which no handle is loaded or made here: that would need an await
 connecting = threading.Lock()
+_connected: Client | None = None  # by `client_of`, last
 
 
 def _rest() -> None:
@@ -91,7 +92,10 @@ def load_reservation(reference: Reference) -> Reservation:
 
 
 def client_of(endpoint: str, arena_id: bytes) -> Client:
-    """This process's client of that arena, connected to `endpoint` if there is none. Raises StaleHandle, BrokerUnavailable."""
+    """This process's client of that arena, connected to `endpoint` if there is none; that one stays, for the next handle, until the process
+    ends or needs one of another arena. Raises StaleHandle, BrokerUnavailable.
+    """
+    global _connected  # noqa: PLW0603 - one a process
     known = _known(arena_id)
     if known is not None:
         return known
@@ -101,10 +105,11 @@ def client_of(endpoint: str, arena_id: bytes) -> Client:
         known = _known(arena_id)
         if known is not None:
             return known
-        client = connect(endpoint, mapped=True)  # lives as long as what is attached through it
+        client = connect(endpoint, mapped=True)
         if client.arena_id != arena_id:
             client.close()
             raise StaleHandle(f"the arena of this handle has ended; the broker on {endpoint} serves another one since")
+        _connected = client  # to connect takes longer than most of what a worker of a pool is given
         return client
 
 

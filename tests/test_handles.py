@@ -31,6 +31,7 @@ from gcma_shm import (
 )
 from gcma_shm._core import address_of
 from gcma_shm.arena import remove_dead
+from gcma_shm.clients import handles
 from gcma_shm.clients.channel import WINDOW
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name
@@ -182,33 +183,36 @@ def test_the_memory_is_free_when_the_last_holder_died(
     assert held(client) == 0
 
 
-def test_a_worker_that_forgets_it_leaves_nothing(client: EmbeddedClient) -> None:
-    """It connected by itself only for that buffer: its client goes with it."""
+def test_a_worker_that_forgets_it_holds_nothing_and_stays_connected(client: EmbeddedClient) -> None:
+    """It connected by itself, and the next handle needs no session of its own."""
 
     def child(said: Said) -> None:
         client.close()
-        buffer = pickle.loads(said.hear())
-        said.say(buffer.nbytes)
-        said.hear()
-        del buffer
-        gc.collect()
-        said.say()
+        for _ in range(2):
+            buffer = pickle.loads(said.hear())
+            said.say(buffer.nbytes)
+            said.hear()
+            del buffer
+            gc.collect()
+            (mine,) = handles.clients
+            mine.stats()  # what was dropped is told with any request
+            said.say((mine.number, mine._generation))
         said.hear()
 
-    buffer = client.alloc_contig(PAGE)
-    data = pickle.dumps(buffer)
+    sessions = set()
     with forked(child) as running:
-        running.tell(data)
-        assert running.receive() == PAGE
-        assert clients(client) == 2
+        for _ in range(2):
+            buffer = client.alloc_contig(PAGE)
+            running.tell(pickle.dumps(buffer))
+            assert running.receive() == PAGE
+            assert clients(client) == 2
+            running.tell()
+            sessions.add(running.receive())
+            buffer.free()
+            assert held(client) == 0
+        assert len(sessions) == 1
         running.tell()
-        running.receive()
-        assert eventually(lambda: clients(client) == 1)
-        assert held(client) == PAGE
-        running.tell()
-        running.receive()
-    buffer.free()
-    assert held(client) == 0
+    assert eventually(lambda: clients(client) == 1)
 
 
 # --- in one process
