@@ -44,13 +44,14 @@ class Call:
         return {array[1] for array in self._arrays}
 
     def open(self, view_of: ViewOf) -> tuple[Callable[..., Any], list[Any], dict[str, Any]]:
-        """The function, arguments and named arguments; once. Raises what `view_of` raises."""
+        """The function, arguments and named arguments. Raises what `view_of` raises."""
         import numpy as np
 
+        # A copy: the pool's worker keeps the task, and so ours, until it has sent the result, and that must not keep the memory.
+        args = list(self._args)
         for at, reference, start, dtype, shape, order, readonly in self._arrays:
             view = view_of(reference)
-            self._args[at] = np.ndarray(shape, dtype, view.toreadonly() if readonly else view, start, order=order)
-        args, self._args = self._args, []
+            args[at] = np.ndarray(shape, dtype, view.toreadonly() if readonly else view, start, order=order)
         return self._fn, args, {}
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -113,17 +113,27 @@ class Tasks(_SafeQueue):
 
     def look_ahead(self) -> Any:
         """In a worker: the next task, if it is there. It is this worker's from now on, `get` gives it, and raises what this meets."""
-        if self._ahead is None and self._rlock.acquire(False):
+        if self._ahead is None:
             try:
-                if self._is_waiting():
-                    sent = self._reader.recv_bytes()
-                    self._sem.release()
+                sent = self._receive()
+                if sent is not None:
+                    # Without the lock, as by `get`: this may import what takes long, and others wait for their tasks.
                     self._ahead = ForkingPickler.loads(sent), None
             except BaseException as error:  # whatever was read of the task is lost
                 self._ahead = None, error
-            finally:
-                self._rlock.release()
         return self._ahead and self._ahead[0]
+
+    def _receive(self) -> bytes | None:
+        if not self._rlock.acquire(False):
+            return None
+        try:
+            if not self._is_waiting():
+                return None
+            sent: bytes = self._reader.recv_bytes()
+            self._sem.release()
+            return sent
+        finally:
+            self._rlock.release()
 
     def _is_waiting(self) -> bool:
         if self._waiting is None:  # the connection's own `poll` makes one each time

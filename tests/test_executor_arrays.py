@@ -337,6 +337,35 @@ def test_the_last_task_of_a_worker_takes_no_other_along(
         assert results.get().result == 7
 
 
+def test_the_next_task_is_unpickled_while_others_may_take_theirs(client: EmbeddedClient) -> None:
+    with ArenaExecutor(1, multiprocessing.get_context("fork"), client=client) as pool:
+        tasks = pool._call_queue
+        asking.append(tasks._rlock)
+        try:
+            tasks.put(_CallItem(7, abs, (Asking(),), {}))
+            assert eventually(lambda: not tasks.empty())
+            assert tasks.look_ahead().args == (True,)
+            assert tasks.get().work_id == 7
+        finally:
+            asking.clear()
+
+
+asking: list[Any] = []
+
+
+class Asking:
+    def __reduce__(self) -> tuple[Any, tuple[()]]:
+        return _is_free, ()
+
+
+def _is_free() -> bool:
+    (lock,) = asking
+    got: bool = lock.acquire(False)
+    if got:
+        lock.release()
+    return got
+
+
 def test_a_worker_that_is_killed_with_the_next_task_in_hand(client: EmbeddedClient) -> None:
     array = built(client)
     with ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client) as pool:
@@ -368,8 +397,10 @@ def test_shutdown_with_a_task_in_hand(client: EmbeddedClient) -> None:
 
 
 def test_a_call_says_what_it_needs() -> None:
-    call = Call(total, [None, 1], [(0, ("ipc:///x", b"1", 5, 0, 0), 8, "<f8", (2,), "C", True)])
+    sent: list[Any] = [None, 1]
+    call = Call(total, sent, [(0, ("ipc:///x", b"1", 5, 0, 0), 8, "<f8", (2,), "C", True)])
     assert call.references == {("ipc:///x", b"1", 5, 0, 0)}
     memory = memoryview(np.arange(5.0).tobytes())
     fn, args, named = call.open({("ipc:///x", b"1", 5, 0, 0): memory}.__getitem__)
     assert fn(*args, **named) == 3.0
+    assert sent == [None, 1], "what the worker has of the task until the result is sent keeps no memory"
