@@ -38,8 +38,8 @@ class ArenaExecutor(ProcessPoolExecutor):
     bytearray) is copied once into the arena, and the other side works on that memory; so is the rest of its pickle, if it is large.
 
     A task's arrays are read-only: an array that is given to many tasks is copied once for all that are submitted and not done, and all
-    of them see that copy. So it must not be changed until they are done. Arrays on a Buffer (`buf.numpy(...)`) are passed as they are,
-    without a copy, writable; `share` makes some that are read-only. Results are the caller's alone, and writable, but for
+    of them see that copy. So it must not be changed until they are done. Contiguous arrays on a Buffer (`buf.numpy(...)`) are passed as
+    they are, without a copy, writable; `share` makes some that are read-only. Results are the caller's alone, and writable, but for
     what lies on an argument's memory still. Memory is free again when the last array on it is gone, on both sides, or the process is.
 
     When the arena has no room, or cannot be reached, what is large goes through the pipe; `fallbacks` counts that, and a warning is logged once.

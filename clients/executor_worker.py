@@ -29,6 +29,7 @@ from gcma_shm.clients.packers import Giving, Packer, large_in
 from gcma_shm.clients.parcels import Parcel
 from gcma_shm.clients.parents import end_with
 from gcma_shm.clients.plain import PLAIN_MAX, plainly_small
+from gcma_shm.errors import GcmaError
 
 #: In the parent: of its pools, by number.
 packers: weakref.WeakValueDictionary[int, Packer] = weakref.WeakValueDictionary()
@@ -60,13 +61,16 @@ def begin(
 
 def work(what: Call | Parcel) -> Any:
     """Does a task."""
+    failed: list[GcmaError] = []
 
     def memory_of(reference: tuple[Any, ...]) -> memoryview:
-        memory = _given.get(reference) or _seen(reference)
-        if memory is None:
-            _take({reference, *(other for other in what.references if other not in _given and _seen(other) is None)})
-            memory = _given[reference]
-        return memory
+        if failed:  # a parcel tries all its pieces, and each would ask for all of them again
+            raise failed[0]
+        try:
+            return _given.get(reference) or _seen(reference) or _taken(reference, what)
+        except GcmaError as error:
+            failed.append(error)
+            raise
 
     fn, args, kwargs = what.open(memory_of)
     return fn(*args, **kwargs)
@@ -81,6 +85,12 @@ def _seen(told: tuple[Any, ...]) -> memoryview | None:
     """The memory of what this process has anyway, as a fork has what its parent had. Raises StaleHandle, BrokerUnavailable."""
     reference = Reference(*told)
     return client_of(reference.endpoint, reference.arena_id).view_of(reference)
+
+
+def _taken(reference: tuple[Any, ...], what: Call | Parcel) -> memoryview:
+    """What it stands for, asked for with all else that the task is given and this process has not. Raises as `_take`."""
+    _take({reference, *(other for other in what.references if other not in _given and _seen(other) is None)})
+    return _given[reference]
 
 
 def _take(references: Iterable[tuple[Any, ...]]) -> None:

@@ -180,9 +180,12 @@ class Sharing(Packer):
             if isinstance(place, Place):
                 found.append(told(at, array, place.reference, place.start, not array.flags.writeable))
                 continue
-            if place.buffer is None and self.place(PickleBuffer(array)) is None:
+            if place.buffer is None:
+                self.place(PickleBuffer(array))
+            if (
+                place.buffer is None
+            ):  # there is no room; or another copy was made, as of an array that was resized since
                 return None
-            assert place.buffer is not None, "the copy that is expected is the one that was made"
             found.append(told(at, array, place.buffer.reference, 0, True))
         return Call(fn, without(args, arrays), found)
 

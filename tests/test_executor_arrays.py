@@ -195,6 +195,15 @@ def test_without_room_it_goes_through_the_pipe(pool: ArenaExecutor, client: Embe
     assert pool.fallbacks == 2
 
 
+def test_an_array_that_is_resized_before_it_is_copied(pool: ArenaExecutor) -> None:
+    busy = [pool.submit(time.sleep, SLOW_S) for _ in range(4)]  # so that it is not pickled yet
+    array = np.ones(LARGE)
+    task = pool.submit(total, array, 1)
+    array.resize(4 * LARGE, refcheck=False)
+    assert task.result() == LARGE
+    assert [one.result() for one in busy] == [None] * 4
+
+
 def test_an_array_in_the_place_of_a_freed_buffer(pool: ArenaExecutor, client: EmbeddedClient) -> None:
     freed = client.alloc_contig(8 * LARGE)
     freed.free()
@@ -394,6 +403,23 @@ def test_shutdown_with_a_task_in_hand(client: EmbeddedClient) -> None:
     assert {future.result() for future in futures if not future.cancelled()} == {LARGE}
     del array, futures
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
+
+
+def test_what_a_task_cannot_have_is_asked_for_once(client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    packer = Sharing(lambda: client, 1 << 16)
+    parcel, kept = packer.pack([total, [np.ones(LARGE) for _ in range(3)], {}])
+    asked_for: list[set[Any]] = []
+
+    def refuse(references: set[Any]) -> None:
+        asked_for.append(references)
+        raise gcma_shm.StaleHandle("planted")
+
+    monkeypatch.setattr(executor_worker, "_seen", lambda _: None)
+    monkeypatch.setattr(executor_worker, "_take", refuse)
+    with pytest.raises(gcma_shm.StaleHandle, match="planted"):
+        executor_worker.work(parcel)
+    assert asked_for == [parcel.references]
+    assert len(kept) == 3
 
 
 def test_a_call_says_what_it_needs() -> None:
