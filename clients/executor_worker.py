@@ -175,12 +175,12 @@ class Results(SimpleQueue[Any]):
         if sent.exception is None and not (_threshold >= PLAIN_MAX and plainly_small((sent.result,))):
             parcel = _results.pack(sent.result, large_in(sent.result, _threshold))[0]
             sent = _Arriving(_pool, sent.work_id, sent.exit_pid, parcel)
+        if item.exception is not None:
+            # The worker has it until another task fails, and its frames have this one's arrays; where it was raised is in words by now.
+            forget_frames(cast(Any, item.exception).exc)
         if _given:
             self._give_back(last=item.exit_pid is not None)
         super().put(sent)
-        # The worker has it until another task fails, and its frames have this one's arrays.
-        if item.exception is not None:
-            forget_frames(cast(Any, item.exception).exc)
 
     def _give_back(self, last: bool) -> None:
         """What the next task is not given. `last`: this worker has none."""

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import signal
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool, _CallItem, _ResultItem
+from concurrent.futures.process import BrokenProcessPool, _CallItem, _ExceptionWithTraceback, _ResultItem
 from typing import Any
 
 import numpy as np
@@ -344,6 +345,36 @@ def test_the_last_task_of_a_worker_takes_no_other_along(
         results.put(_ResultItem(3, result=7))
         assert given == {}, "there is no next task"
         assert results.get().result == 7
+
+
+def test_a_task_that_failed_keeps_nothing_while_its_exception_is_sent(client: EmbeddedClient) -> None:
+    with ArenaExecutor(1, multiprocessing.get_context("fork"), client=client) as pool:
+        results = pool._result_queue
+        try:
+            fail_of_another(built(client))
+        except Telling as error:
+            results.put(_ResultItem(1, exception=_ExceptionWithTraceback(error, error.__traceback__)))  # type: ignore[arg-type]
+        got = results.get().exception
+        assert got.args == (False,)
+        assert "planted, 100000" in str(got.__cause__)
+
+
+class Telling(Exception):
+    def __init__(self, told: Any) -> None:
+        super().__init__(told)
+        self.told = told
+
+    def __reduce__(self) -> tuple[Any, tuple[bool]]:
+        return Telling, (self.told() is not None,)
+
+
+def fail_of_another(array: Array) -> None:
+    there = weakref.ref(array)
+    try:
+        fail(array)
+    except LookupError as error:
+        del array
+        raise Telling(there) from error
 
 
 def test_the_next_task_is_unpickled_while_others_may_take_theirs(client: EmbeddedClient) -> None:
