@@ -16,7 +16,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pickle import PickleBuffer
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from gcma_shm._core import address_of
 from gcma_shm.clients.buffer import Buffer
@@ -26,6 +26,9 @@ from gcma_shm.clients.handles import Handle, Reference, load_buffer
 from gcma_shm.clients.parcels import Blob, BlobPickler, Parcel, Pickler, Piece
 from gcma_shm.clients.places import GONE, HOLD_S, Place, give_up, hand_over, locate
 from gcma_shm.errors import ArenaExhausted, QuotaExceeded
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +81,13 @@ def all_in_arena(args: Sequence[Any], arrays: Sequence[int], threshold: int) -> 
         place = None if memory is None else locate(*memory)
         if place is None:
             return None
-        # Built there, to be shared: who gets it may write as its maker may.
-        found.append(told(at, array, place.reference, place.start, not array.flags.writeable))
+        found.append(_told_in(place, at, array))
     return found
+
+
+def _told_in(place: Place, at: int, array: np.ndarray[Any, Any]) -> Told:
+    """Built there, to be shared: who gets it may write as its maker may."""
+    return told(at, array, place.reference, place.start, not array.flags.writeable)
 
 
 class Packer(ABC):
@@ -178,7 +185,7 @@ class Sharing(Packer):
         for at, place in zip(arrays, expected, strict=True):
             array = args[at]
             if isinstance(place, Place):
-                found.append(told(at, array, place.reference, place.start, not array.flags.writeable))
+                found.append(_told_in(place, at, array))
                 continue
             if place.buffer is None:
                 self.place(PickleBuffer(array))
