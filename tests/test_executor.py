@@ -508,9 +508,9 @@ def test_a_pool_cannot_be_pickled(pool: ArenaExecutor) -> None:
 
 
 def test_what_cannot_be_pickled(pool: ArenaExecutor) -> None:
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         pool.submit(echo, lambda: None).result()
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match=r"pickle|local object"):  # Python 3.13 does not say what for
         pool.submit(unpicklable).result()
     # In the standard library's pool this ends the worker, and with it the pool.
     with pytest.raises(ZeroDivisionError, match="planted"):
