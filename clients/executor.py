@@ -225,6 +225,10 @@ class _Opening(Future[Any]):
             # behind them were never done.
             if not self.cancelled():
                 raise
+            # Nor does its thread tell those who `wait` for them, as it does when it comes to a cancelled task in an ordinary course; a pool
+            # whose workers are ended (Python 3.14) cancels and breaks at once. Only that thread tells them, and each once: what it
+            # has told is among the pool's tasks no longer.
+            self.set_running_or_notify_cancel()
 
     def cancel(self) -> bool:
         cancelled = super().cancel()

@@ -247,6 +247,7 @@ def test_a_pool_that_breaks_with_cancelled_tasks_fails_all_others(client: Embedd
         (worker,) = pool._processes
         os.kill(worker, signal.SIGKILL)
         assert isinstance(futures[-1].exception(WAIT_S), BrokenProcessPool)
+        assert wait(futures, WAIT_S).not_done == set()
         assert all(future.cancelled() or isinstance(future.exception(), BrokenProcessPool) for future in futures)
     del futures
     assert nothing_held(client)
@@ -254,7 +255,9 @@ def test_a_pool_that_breaks_with_cancelled_tasks_fails_all_others(client: Embedd
 
 @pytest.mark.skipif(not hasattr(ProcessPoolExecutor, "kill_workers"), reason="of pools since Python 3.14")
 @pytest.mark.parametrize("how", ["terminate_workers", "kill_workers"])
-def test_a_pool_whose_workers_are_ended_cancels_or_fails_all_and_keeps_nothing(client: EmbeddedClient, how: str) -> None:
+def test_a_pool_whose_workers_are_ended_cancels_or_fails_all_and_keeps_nothing(
+    client: EmbeddedClient, how: str
+) -> None:
     pool = ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD)
     futures: list[Future[Any]] = [pool.submit(nap, 60.0), *(pool.submit(twice, np.ones(LARGE)) for _ in range(10))]
     assert eventually(futures[0].running)
