@@ -196,17 +196,36 @@ class _Pending(dict[int, Any]):
     """The pool's tasks that are not done. The pool enters each here before any other of its threads knows of it: no result can be under way."""
 
     def __setitem__(self, number: int, item: Any) -> None:
+        item.future.__class__ = _Failing
         if item.kwargs:  # ours to this, and not the task's
             item.future.__class__ = _Opening
             item.future.given = item.kwargs.pop("given")
         dict.__setitem__(self, number, item)
 
 
-class _Opening(Future[Any]):
+class _Failing(Future[Any]):
+    """A future that a pool which breaks can fail although its task was cancelled.
+
+    The pool makes its futures itself, so theirs becomes this class (`_Pending`): it adds no state, and overrides what executors call.
+    """
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        try:
+            super().set_exception(exception)
+        except InvalidStateError:
+            # A pool that breaks fails the tasks that were cancelled, too; up to Python 3.12 its thread died of that, and the tasks
+            # behind them were never done.
+            if not self.cancelled():
+                raise
+            # Nor does its thread tell those who `wait` for them, as it does when it comes to a cancelled task in an ordinary course; a pool
+            # whose workers are ended (Python 3.14) cancels and breaks at once. Only that thread tells them, and each once: what it
+            # has told is among the pool's tasks no longer.
+            self.set_running_or_notify_cancel()
+
+
+class _Opening(_Failing):
     """A future that ends what its task was given before anybody can see its result.
 
-    The pool makes its futures itself, so theirs becomes this class (`_Pending`): it adds no state but an attribute, and overrides what
-    executors call.
     A task has ended before its future is done: who waits for that may change what the task was given.
     """
 
@@ -218,13 +237,7 @@ class _Opening(Future[Any]):
 
     def set_exception(self, exception: BaseException | None) -> None:
         self.given.end()
-        try:
-            super().set_exception(exception)
-        except InvalidStateError:
-            # A pool that breaks fails the tasks that were cancelled, too; up to Python 3.12 its thread died of that, and the tasks
-            # behind them were never done.
-            if not self.cancelled():
-                raise
+        super().set_exception(exception)
 
     def cancel(self) -> bool:
         cancelled = super().cancel()

@@ -449,10 +449,10 @@ def test_small_tasks_are_the_standard_librarys(client: EmbeddedClient, method: s
     """... and whatever they come to, the pool goes on."""
     with ArenaExecutor(1, multiprocessing.get_context(method), client=client) as pool:
         future = pool.submit(abs, -3)
-        assert (type(future), future.result()) == (Future, 3)
+        assert (hasattr(future, "given"), future.result()) == (False, 3)
         assert list(pool.map(pow, range(250), range(250), chunksize=100)) == [n**n for n in range(250)]
         large = pool.submit(make_and_die, 100_000)  # not that here
-        assert type(large) is Future
+        assert not hasattr(large, "given")
         result = large.result()
         assert (result.sum(), in_arena(result), result.flags.writeable) == (700_000.0, True, True)
         assert held(client) == result.nbytes + -result.nbytes % 4096
@@ -508,9 +508,9 @@ def test_a_pool_cannot_be_pickled(pool: ArenaExecutor) -> None:
 
 
 def test_what_cannot_be_pickled(pool: ArenaExecutor) -> None:
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match=r"pickle|local object"):
         pool.submit(echo, lambda: None).result()
-    with pytest.raises(Exception, match="pickle"):
+    with pytest.raises(Exception, match=r"pickle|local object"):  # Python 3.13 does not say what for
         pool.submit(unpicklable).result()
     # In the standard library's pool this ends the worker, and with it the pool.
     with pytest.raises(ZeroDivisionError, match="planted"):
