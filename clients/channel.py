@@ -32,7 +32,7 @@ from gcma_shm.clients.correspondence import (
     kind_of,
 )
 from gcma_shm.clients.holds import Hold
-from gcma_shm.endpoint import is_deserted, is_tcp
+from gcma_shm.endpoint import is_tcp
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
@@ -72,7 +72,6 @@ class Channel(Correspondence):
         super()._begin()
         self._is_open = False
         self._away = False  # no broker was there when we last looked
-        self._parting = False  # a bye is under way
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket and lock are of no use."""
@@ -412,9 +411,6 @@ class Channel(Correspondence):
                 return False
             if self._socket.poll(min(left_ms, int(PROBE_S * 1000)) if self._parting else left_ms, zmq.POLLOUT):
                 return True
-
-    def _is_deserted(self) -> bool:
-        return self._path is not None and is_deserted(self._path)
 
     def _receive_flushed(self, request: Request, deadline: float) -> Reply:
         """For what `_flush` sent, and counted as late."""
