@@ -219,7 +219,7 @@ def test_close_waits_for_no_broker_that_has_ended(run: Runs) -> None:
     async def main(first: Broker) -> None:
         own = await aio.connect(endpoint, timeout=for_ever, wait_for_broker=for_ever)
         os.kill(first.pid, signal.SIGSTOP)
-        tasks = [asyncio.ensure_future(own.alloc_contig(PAGE))]
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(own.alloc_contig(PAGE))]
         await steps(10)
         first.stop(signal.SIGKILL)
         assert await soon(lambda: own._channel._away)
