@@ -207,7 +207,7 @@ class Client(Stepping[Buffer, Reservation]):
 
     async def _close(self) -> None:
         self._channel.enter()  # not in another loop than its own
-        if self._clearing:
+        while self._clearing:  # others begin meanwhile
             await asyncio.wait(self._clearing)
         sealed = self._seal()
         if self._watch is not None:

@@ -236,6 +236,9 @@ class Exchange(Correspondence):
             for one in sent:
                 one.deadline = anew(one.deadline, one.latest, now, self.timeout)
         self._away = not connected
+        if self._parting and not connected and self._is_deserted():
+            for one in list(self._pending.values()):
+                one.fail(self._unavailable(one.request))
         for one in sent:
             if now >= (one.deadline if connected else one.latest):
                 self._pending.pop(one.request.number, None)

@@ -37,7 +37,6 @@ class Requests(Exchange):
         super()._begin()
         self._attaches = 0  # of those that somebody waits for
         self._greeting_task: asyncio.Task[None] | None = None
-        self._parting = False  # a bye was said, or is about to be
 
     def _drain(self) -> None:
         """Sends what was given up, and waits for no reply."""

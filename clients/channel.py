@@ -32,7 +32,7 @@ from gcma_shm.clients.correspondence import (
     kind_of,
 )
 from gcma_shm.clients.holds import Hold
-from gcma_shm.endpoint import is_deserted, is_tcp
+from gcma_shm.endpoint import is_tcp
 from gcma_shm.errors import BrokerUnavailable, Closed, GcmaError
 from gcma_shm.messages import Frame, Reply, Request
 
@@ -72,7 +72,6 @@ class Channel(Correspondence):
         super()._begin()
         self._is_open = False
         self._away = False  # no broker was there when we last looked
-        self._parting = False  # a bye is under way
 
     def reset(self) -> None:
         """Starts over; in a forked child, where the parent's socket and lock are of no use."""
@@ -332,15 +331,18 @@ class Channel(Correspondence):
         self.holds.give_back(tell)
         return last
 
+    def part(self) -> None:
+        """Nobody waits for another broker from now on, whoever has the lock: where ours is gone, or does not know us, nothing of ours is left."""
+        self._wait_for_broker = 0.0
+        self._parting = True
+
     def close(self) -> None:
         """Says bye, if the broker still listens, and closes the socket."""
+        self.part()
         # In one piece: a request of another thread that came between the bye and the end would introduce us again.
         with self.lock:
             if self.closed:
                 return
-            # Where the broker is gone, or does not know us, nothing of ours is left there.
-            self._wait_for_broker = 0.0
-            self._parting = True
             try:
                 with contextlib.suppress(GcmaError):
                     if self._greeted:
@@ -405,16 +407,13 @@ class Channel(Correspondence):
                     raise self._unavailable(request) from None
 
     def _may_send(self, deadline: float) -> bool:
-        """Waits until the socket takes a message. False: not in time, or it is a bye, which nobody is there to hear any more."""
+        """Waits until the socket takes a message. False: not in time, or we are about to end, and nobody is there to hear it."""
         while True:
             left_ms = int((deadline + self._wait_for_broker - time.monotonic()) * 1000)
             if left_ms <= 0 or (self._parting and self._is_deserted()):
                 return False
-            if self._socket.poll(min(left_ms, int(PROBE_S * 1000)) if self._parting else left_ms, zmq.POLLOUT):
+            if self._socket.poll(min(left_ms, int(PROBE_S * 1000)), zmq.POLLOUT):
                 return True
-
-    def _is_deserted(self) -> bool:
-        return self._path is not None and is_deserted(self._path)
 
     def _receive_flushed(self, request: Request, deadline: float) -> Reply:
         """For what `_flush` sent, and counted as late."""

@@ -92,6 +92,7 @@ class Client(Allocator):
             raise TimeoutError("a store or load in another thread has not ended; call close() again")
         for swap in list(self._swaps):
             swap.close()
+        self._channel.part()
         self._leave_arena()
         self._channel.close()
         clients.discard(self)

@@ -22,7 +22,7 @@ from typing import Any
 
 from gcma_shm import curve, messages
 from gcma_shm.clients.holds import Holds
-from gcma_shm.endpoint import check_endpoint, is_tcp, refuse_strangers, socket_path
+from gcma_shm.endpoint import check_endpoint, is_deserted, is_tcp, refuse_strangers, socket_path
 from gcma_shm.errors import BrokerUnavailable, ProtocolError
 from gcma_shm.messages import Frame, Reply, Request
 
@@ -73,6 +73,7 @@ class Correspondence:
         self._unknown = 0  # the last number that was answered by HelloNeeded: nothing up to it is under way
         self._receipt = 0  # of the last batch of loads whose reply was read
         self._greeted = False
+        self._parting = False  # a bye was said, or is about to be
 
     def _make(self, operation: str, parameters: dict[str, Any], pages: tuple[Frame, ...]) -> Request:
         self._number += 1
@@ -144,6 +145,10 @@ class Correspondence:
                 "or use gcma_shm.embedded()"
             )
         refuse_strangers(self.endpoint)
+
+    def _is_deserted(self) -> bool:
+        """Whether nobody is there to hear a goodbye. Over TCP that is not known."""
+        return self._path is not None and is_deserted(self._path)
 
     def _greeted_with(self, reply: Reply) -> None:
         """The hello was answered. Raises what the broker has against it."""

@@ -236,6 +236,8 @@ def _end(broker: subprocess.Popen[bytes], leftovers: Leftovers) -> None:
 def _wait(broker: subprocess.Popen[bytes], timeout_s: float) -> None:
     """`broker.wait`, which looks for its end by the clock, but at once when it comes. Raises TimeoutExpired."""
     deadline = time.monotonic() + timeout_s
+    if broker.poll() is not None:  # its number may be another process's by now
+        return
     with contextlib.suppress(OSError):  # another has waited for it, or there is no descriptor: by the clock, then
         pidfd = os.pidfd_open(broker.pid)
         try:

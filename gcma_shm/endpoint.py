@@ -130,14 +130,14 @@ def private_dir(path: Path) -> Path:
 
 def is_deserted(path: Path) -> bool:
     """Whether nobody listens on a socket: there is none, or a dead process has left it. One that is stopped listens still."""
-    with socket.socket(socket.AF_UNIX) as asking:
-        asking.setblocking(False)
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX) as asking:
+            asking.setblocking(False)
             asking.connect(str(path))
-        except (FileNotFoundError, ConnectionRefusedError):
-            return True
-        except OSError:  # as many wait to be let in as may
-            return False
+    except (FileNotFoundError, ConnectionRefusedError):
+        return True
+    except OSError:  # as many wait to be let in as may; or we have no descriptor to ask with
+        return False
     return False
 
 

@@ -489,8 +489,17 @@ def test_memory_is_cleared_beside_the_loop(client: EmbeddedClient, run: Runs, mo
         await steps(10)
         assert not closing.done()
         assert held(client) == PAGE
+        late = await own.alloc_contig(PAGE)
+        later: Any = SlowlyCleared(late._span)
+        clearing = asyncio.ensure_future(own._clear(late, later))
+        assert await soon(later.begun.is_set)
         slow.go_on.set()
+        assert await soon(lambda: len(own._clearing) == 1)
+        await steps(10)
+        assert not closing.done(), "others began meanwhile"
+        later.go_on.set()
         await asyncio.wait_for(closing, WAIT_S)
+        await clearing
         assert held(client) == 0
 
     run(main())

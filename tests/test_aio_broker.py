@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import gcma_shm
-from gcma_shm import BrokerUnavailable, StaleHandle, aio
+from gcma_shm import BrokerUnavailable, Closed, StaleHandle, aio
 from gcma_shm.clients.aio_channel import AsyncChannel
 from gcma_shm.clients.embedded import EmbeddedClient
 from tests.loops import PAGE, SIZE, Runs, held, nothing_is_left, small_arena, soon, steps
@@ -209,6 +209,31 @@ def test_requests_under_way_when_the_broker_goes_for_longer_than_the_timeout(run
 
     with broker(endpoint, *options) as first:
         run(main(first))
+
+
+def test_close_waits_for_no_broker_that_has_ended(run: Runs) -> None:
+    """Nor do those whose requests are under way, or were never sent."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    for_ever = 1e6  # as long as no test lasts
+
+    async def main(first: Broker) -> None:
+        own = await aio.connect(endpoint, timeout=for_ever, wait_for_broker=for_ever)
+        os.kill(first.pid, signal.SIGSTOP)
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(own.alloc_contig(PAGE))]
+        await steps(10)
+        first.stop(signal.SIGKILL)
+        assert await soon(lambda: own._channel._away)
+        tasks.append(asyncio.ensure_future(own.areas()))
+        await steps(10)
+        await asyncio.wait_for(own.close(), WAIT_S)
+        told = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), WAIT_S)
+        assert all(isinstance(one, Closed | BrokerUnavailable) for one in told), told
+        assert own.closed
+
+    with broker(endpoint, "--area", f"a={SIZE}") as first:
+        run(main(first))
+    with broker(endpoint, "--area", f"a={SIZE}"):  # which finds the arena, and leaves nothing
+        pass
 
 
 @pytest.mark.timeout(120 + 3 * SOAK_S)

@@ -7,6 +7,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import zmq
 
 import gcma_shm
-from gcma_shm import ArenaExhausted, BrokerUnavailable, Client, Closed
+from gcma_shm import ArenaExhausted, BrokerUnavailable, Client, Closed, GcmaError
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name
 from tests.invariants import check_at_rest
-from tests.processes import WAIT_S, Said, descriptors, eventually, forked, in_fork, start_python
+from tests.processes import WAIT_S, Said, broker, descriptors, eventually, forked, in_fork, start_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # tests here fork on purpose
 
@@ -657,3 +659,35 @@ def test_a_spill_directory_on_request(tmp_path: Path) -> None:
         (file,) = (tmp_path / "here").rglob("005.*")
         assert file.parent.stat().st_mode & 0o777 == 0o700
     assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_close_does_not_wait_behind_those_who_wait_for_another_broker(sent: bool) -> None:
+    endpoint, for_ever = f"ipc://{tempfile.gettempdir()}/b/broker", 1e5
+    with broker(endpoint) as first:
+        client = gcma_shm.connect(endpoint, timeout=for_ever, wait_for_broker=for_ever)
+        told: list[type[BaseException]] = []
+
+        def ask() -> None:
+            try:
+                client.areas()
+            except GcmaError as error:
+                told.append(type(error))
+
+        asking = threading.Thread(target=ask, daemon=True)
+        os.kill(first.pid, signal.SIGSTOP)
+        if not sent:
+            first.stop(signal.SIGKILL)
+            assert eventually(lambda: not client._channel._socket.poll(0, zmq.POLLOUT))
+        asking.start()
+        assert eventually(client._channel.lock.locked)
+        if sent:
+            first.stop(signal.SIGKILL)
+        closing = threading.Thread(target=client.close, daemon=True)
+        closing.start()
+        closing.join(WAIT_S)
+        assert not closing.is_alive()
+        asking.join(WAIT_S)
+        assert told == [BrokerUnavailable]
+    with broker(endpoint):  # which finds the arena, and leaves nothing
+        pass

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 import gcma_shm
 from gcma_shm import ArenaError, Closed
 from gcma_shm import arena as arenas
+from gcma_shm.clients import embedded
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name, socket_path
 from tests.processes import WAIT_S, Said, eventually, forked, in_fork, run_python, start_python
@@ -339,3 +341,13 @@ def test_a_broker_of_another_owner_and_at_a_known_place() -> None:
         assert eventually(lambda: not (arenas.SHM_DIR / arena_name(endpoint)[1:]).exists())
     os.waitpid(client.broker_pid, 0)
     assert not Path(endpoint.removeprefix("ipc://")).parent.exists()
+
+
+def test_a_brokers_number_may_be_anybodys_once_it_has_ended() -> None:
+    """The interpreter's end looks after brokers that were closed long before."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    ended.pid = os.getpid()  # who goes on
+    begun = time.monotonic()
+    embedded._wait(ended, WAIT_S)
+    assert time.monotonic() - begun < WAIT_S

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import tempfile
 from pathlib import Path
@@ -38,6 +39,12 @@ def test_a_socket_that_nobody_listens_on_any_more() -> None:
         for _ in range(3):  # the queue is full by then
             assert not endpoint.is_deserted(path)
     assert endpoint.is_deserted(path), "left behind"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert not endpoint.is_deserted(path), "nobody knows: there is no descriptor to ask with"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     path.unlink()
 
 
