@@ -145,8 +145,9 @@ class Allocator(Stepping[Buffer, Reservation]):
                     wanted[begin : begin + WINDOW],
                     lambda at, reply, some=some: cast(Granted, self._take(reply, some[at].claim)),  # type: ignore[misc]
                 )
-        except Closed as error:
-            if self.closed:
+        except BaseException as error:
+            taken.clear()  # also while the error is looked at
+            if not isinstance(error, Closed) or self.closed:
                 raise
             raise StaleHandle(str(error)) from error  # the broker serves another arena now
         return [self._buffer(*each, reference.claim) for each, reference in zip(taken, references, strict=True)]

@@ -930,15 +930,17 @@ def test_several_are_attached_to_in_the_time_of_one(client: EmbeddedClient) -> N
         assert other.view_of(gone) is None
 
 
-def test_of_several_one_that_is_gone(client: EmbeddedClient) -> None:
-    """... leaves none of the others attached to."""
+@pytest.mark.parametrize("which", [2, WINDOW + 1])
+def test_of_several_one_that_is_gone(client: EmbeddedClient, which: int) -> None:
+    """... leaves none of the others attached to, also while somebody has the error."""
     with gcma_shm.connect(client.endpoint, mapped=True) as other:
-        buffers = [client.alloc_contig(PAGE) for _ in range(4)]
+        buffers = [client.alloc_contig(PAGE) for _ in range(which + 2)]
         references = [buffer.reference for buffer in buffers]
-        buffers[2].free()
-        with pytest.raises(StaleHandle):
+        buffers[which].free()
+        with pytest.raises(StaleHandle) as raised:
             other.attach_handles(references)
         assert eventually(lambda: other.quota().held == 0)
+        del raised
         assert len(other.attach_handles(references[:2])) == 2, "it goes on"
         with pytest.raises(StaleHandle, match="another arena"):
             other.attach_handles([references[0], references[1]._replace(arena_id=bytes(16))])
