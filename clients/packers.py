@@ -189,9 +189,8 @@ class Sharing(Packer):
                 continue
             if place.buffer is None:
                 self.place(PickleBuffer(array))
-            if (
-                place.buffer is None
-            ):  # there is no room; or another copy was made, as of an array that was resized since
+            # There is no room; or another copy was made, as of an array that was resized since.
+            if place.buffer is None:
                 return None
             found.append(told(at, array, place.buffer.reference, 0, True))
         return Call(fn, without(args, arrays), found)

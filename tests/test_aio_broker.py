@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,6 +162,14 @@ def test_an_attach_that_is_cancelled_while_the_next_broker_is_greeted(
         run(main(first, gcma_shm.connect(endpoint, wait_for_broker=WAIT_S)))
 
 
+async def all_are_served(own: aio.Client, tasks: Sequence[asyncio.Future[aio.Buffer]]) -> None:
+    """By the next broker; and closes the client while that is there."""
+    for buffer in await asyncio.gather(*tasks):
+        await buffer.free()
+    assert (await own.areas())[0].held == 0
+    await own.close()
+
+
 def test_a_broker_that_is_away_for_longer_than_the_timeout(run: Runs) -> None:
     """`wait_for_broker` is about all that wait: for a connection, for others' replies, and for the hello."""
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
@@ -175,10 +183,7 @@ def test_a_broker_that_is_away_for_longer_than_the_timeout(run: Runs) -> None:
             assert not any(task.done() for task in tasks)
             own._channel.timeout = WAIT_S
             with broker(endpoint, *options):
-                for buffer in await asyncio.gather(*tasks):
-                    await buffer.free()
-                assert (await own.areas())[0].held == 0
-                await own.close()
+                await all_are_served(own, tasks)
 
     with broker(endpoint, *options) as first:
         run(main(first))
@@ -202,10 +207,7 @@ def test_requests_under_way_when_the_broker_goes_for_longer_than_the_timeout(run
             await steps(10)
             assert not any(task.done() for task in tasks)
             with broker(endpoint, *options):
-                for buffer in await asyncio.gather(*tasks):
-                    await buffer.free()
-                assert (await own.areas())[0].held == 0
-                await own.close()
+                await all_are_served(own, tasks)
 
     with broker(endpoint, *options) as first:
         run(main(first))
