@@ -194,12 +194,12 @@ def test_a_worker_that_forgets_it_holds_nothing_and_stays_connected(client: Embe
             said.hear()
             del buffer
             gc.collect()
-            (mine,) = handles.clients
+            mine = handles.client_of(client.endpoint, arena_id)
             mine.stats()  # what was dropped is told with any request
             said.say((mine.number, mine._generation))
         said.hear()
 
-    sessions = set()
+    arena_id, sessions = client.arena_id, set()
     with forked(child) as running:
         for _ in range(2):
             buffer = client.alloc_contig(PAGE)
