@@ -61,7 +61,7 @@ class Chaos:
         }
         self._acts = [acts[kind] for kind in _ACTS if kind in kinds]
         self._weights = [_ACTS[kind] for kind in _ACTS if kind in kinds]
-        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._later: list[tuple[float, int, Callable[[], object]]] = []
         self._next = time.monotonic()
         self._number = 0
         self._full_until = 0.0
@@ -85,7 +85,7 @@ class Chaos:
         while self._later and self._later[0][0] <= time.monotonic():
             heapq.heappop(self._later)[2]()
 
-    def _undo(self, seconds: float, how: Callable[[], None]) -> None:
+    def _undo(self, seconds: float, how: Callable[[], object]) -> None:
         self._number += 1
         heapq.heappush(self._later, (time.monotonic() + seconds, self._number, how))
 
@@ -102,17 +102,18 @@ class Chaos:
 
     def _stop(self) -> None:
         seconds = self._rng.uniform(0, STOPPED_MAX_S)
-        self._counts["stops"] += 1
         if self._rng.random() < BROKER_SHARE:
             pid = self._targets.broker.pid
             if pid:
                 os.kill(pid, signal.SIGSTOP)
+                self._counts["stops"] += 1
                 # The broker's number stays its own until we have waited for it; another broker is none the worse for a SIGCONT.
                 self._undo(seconds, lambda: self._continue_broker(pid))
             return
         child = self._victim()
-        child.send(signal.SIGSTOP)
-        self._undo(seconds, lambda: child.send(signal.SIGCONT))
+        if child.send(signal.SIGSTOP):
+            self._counts["stops"] += 1
+            self._undo(seconds, lambda: child.send(signal.SIGCONT))
 
     def _continue_broker(self, pid: int) -> None:
         if self._targets.broker.pid == pid:

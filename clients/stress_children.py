@@ -101,6 +101,7 @@ class Child:
     role: Role
     how: How
     process: BaseProcess
+    sign: mmap.mmap  # shared with it: its first byte is set when it has begun
     log: Log | None = None
     stopped: bool = field(default=False)
 
@@ -115,11 +116,18 @@ class Child:
         assert self.process.pid is not None
         return self.process.pid
 
-    def send(self, number: int) -> None:
-        """A signal, if it lives."""
-        if self.alive:
-            os.kill(self.pid, number)
-            self.stopped = (self.stopped and number != signal.SIGCONT) or number == signal.SIGSTOP
+    @property
+    def begun(self) -> bool:
+        """Whether it ends with its parent, and has its handlers. One that was stopped before, with its parent killed, would stay for ever."""
+        return self.sign[0] != 0
+
+    def send(self, number: int) -> bool:
+        """A signal, if it has begun and lives: whether it was sent."""
+        if not (self.begun and self.alive):
+            return False
+        os.kill(self.pid, number)
+        self.stopped = (self.stopped and number != signal.SIGCONT) or number == signal.SIGSTOP
+        return True
 
     def where(self) -> None:
         """Has it say on standard error what it is doing."""
@@ -140,14 +148,16 @@ def fork(role: Role, how: How, shared: Shared, work: Callable[[], object], log: 
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         faulthandler.register(signal.SIGUSR1, file=STDERR)
+        sign[0] = 1
         try:
             work()
         except BaseException:
             shared.tell(f"a {role} ({how}) failed: {traceback.format_exc()[-WORDS_MAX // 2 :]}")
 
+    sign = mmap.mmap(-1, mmap.PAGESIZE)
     process = multiprocessing.get_context("fork").Process(target=run, daemon=True)
     process.start()
-    return Child(role, how, process, log)
+    return Child(role, how, process, sign, log)
 
 
 @contextlib.contextmanager

@@ -232,7 +232,7 @@ class Targets:
                 raise gcma_shm.ArenaError("planted")
 
     class Fake:
-        role, how, begun, alive, stopped = "worker", "mapped", True, True, False
+        role, how, alive, stopped = "worker", "mapped", True, False
         pid = 1 << 22  # nobody's
 
         def __init__(self, name: int, done: list[tuple[int, str]]) -> None:
@@ -251,9 +251,10 @@ class Targets:
         def kill(self) -> None:
             self.done.append((self.name, "killed"))
 
-        def send(self, number: int) -> None:
+        def send(self, number: int) -> bool:
             if number == signal.SIGSTOP:
                 self.done.append((self.name, "stopped"))
+            return True
 
     def __init__(self) -> None:
         self.done: list[tuple[int, str]] = []
@@ -354,6 +355,32 @@ def test_what_a_child_says_is_heard_when_it_is_killed_and_what_it_raises(tmp_pat
     assert shared.heard() == []
     child.process.close()
     shared.close()
+
+
+def test_a_child_is_stopped_only_when_it_ends_with_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Shared()
+    read_end, write_end = os.pipe()
+    bind = Shared.end_with_parent
+
+    def late(shared: Shared) -> None:
+        os.read(read_end, 1)
+        bind(shared)
+
+    monkeypatch.setattr(Shared, "end_with_parent", late)
+    child = fork("worker", "mapped", shared, signal.pause)
+    try:
+        assert not child.send(signal.SIGSTOP)
+        os.write(write_end, b"!")
+        assert eventually(lambda: child.send(signal.SIGSTOP))
+        assert eventually(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        assert child.stopped
+    finally:
+        child.kill()
+    assert not child.send(signal.SIGCONT)
+    child.process.close()
+    shared.close()
+    os.close(read_end)
+    os.close(write_end)
 
 
 def test_rest_tells_what_is_left(client: EmbeddedClient) -> None:
