@@ -40,6 +40,9 @@ multiprocessing_util.get_temp_dir()
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# With it `print` writes the end of a line by itself, and the lines of processes that tell by one pipe run into one another.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 SHM = Path("/dev/shm")
 GONE_S = 20.0  # a killed owner's broker takes a moment to notice
 

@@ -32,6 +32,7 @@ from gcma_shm.clients.mapping_pages import (
 from gcma_shm.clients.swap import Swap
 from gcma_shm.presence import Presence
 
+from .faults.spilling import spilled
 from .processes import Said, eventually, forked, in_fork
 
 PAGE = 4096
@@ -261,8 +262,15 @@ def test_a_damaged_file_is_told_and_what_was_there_can_be_replaced(
     mapping[elsewhere] = other = random.Random(2).randbytes(100_000)
     (entry,) = (e for e in mapping._listed(bucket) if mapping._is_of(e, b"a"))
     slot = {"data": mapping._values.slots_of(entry)[-1], "head": entry.slot, "bucket": bucket}[what]
-    with client.alloc_contig(client.areas()[0].size):  # no page is in an area, nor will these be in the nursery
-        client.swap(2, SLOTS).store_many(range(SLOTS), random.Random(3).randbytes(SLOTS * PAGE))
+    others, pages = client.swap(2, SLOTS), random.Random(3).randbytes(SLOTS * PAGE)
+
+    def is_in_the_file_alone() -> bool:
+        """Others push it out, and the sweep, when it has its turn, what has been loaded."""
+        others.store_many(range(SLOTS), pages)
+        return slot in spilled(client, 1, SLOTS)
+
+    with client.alloc_contig(client.areas()[0].size):  # no page is in an area
+        assert eventually(is_in_the_file_alone)
     (file,) = (tmp_path / "cache" / "gcma").glob("*/001.*")
     with file.open("r+b") as opened:
         opened.seek(slot * PAGE + PAGE // 2)

@@ -14,15 +14,13 @@ from pathlib import Path
 import pytest
 
 import gcma_shm
-from gcma_shm import layout
 from gcma_shm.broker import direct
 from gcma_shm.check import check
 from gcma_shm.endpoint import arena_name
 from gcma_shm.errors import ArenaError, SpillCorrupt, SpillError
 from gcma_shm.sizes import parse_size
 from tests.faults.disks import needs_direct, small_disk
-from tests.faults.spilling import PAGE, SLOTS, Place, cached_pages, check_values, page_of, place
-from tests.invariants import SPILLED
+from tests.faults.spilling import PAGE, SLOTS, Place, cached_pages, check_values, page_of, place, spilled
 from tests.processes import broker, broker_command, eventually
 
 AHEAD_MAX = 16  # pages that are read ahead at once
@@ -32,15 +30,6 @@ def store_all(swap: gcma_shm.Swap, count: int = SLOTS, first_value: int = 1) -> 
     values = {n: first_value + n for n in range(count)}
     swap.store_many(values, b"".join(map(page_of, values.values())))
     return values
-
-
-def spilled(p: Place, type_: int) -> list[int]:
-    """The slots of the type whose values are in the file alone."""
-    assert p.owner._plane is not None
-    g, plane = p.owner._plane.geometry, p.owner._plane
-    base = plane.read(g.type_at(type_) + layout.TYPE_BASE_AT)
-    words = plane.read_many(g.slots_at + layout.SLOT_BYTES * base, SLOTS, layout.SLOT_BYTES)
-    return [n for n, word in enumerate(words) if word >> 33 & 7 == SPILLED]
 
 
 def counter(p: Place, name: str) -> int:
@@ -124,7 +113,7 @@ def test_a_file_that_was_cut_off_in_the_middle_of_a_block(tmp_path: Path) -> Non
     with place(tmp_path, mapped=True, spill_io="direct") as p:
         swap = p.client.swap(3, SLOTS)
         values = store_all(swap)
-        cut, *behind = spilled(p, 3)[100:]
+        cut, *behind = spilled(p.owner, 3)[100:]
         os.truncate(p.file(3), cut * PAGE + 1000)
         for n in (cut, behind[0], behind[-1]):
             with pytest.raises(SpillCorrupt):

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import gcma_shm
+from gcma_shm import layout
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import Swap
 from tests.faults.disks import needs_direct
-from tests.invariants import check_at_rest
+from tests.invariants import SPILLED, check_at_rest
 from tests.processes import eventually
 
 PAGE = 4096
@@ -42,6 +43,16 @@ def data_pages(file: Path) -> set[int]:
             found.update(range(at // PAGE, -(-end // PAGE)))
             at = end
     return found
+
+
+def spilled(client: EmbeddedClient, type_: int, slots: int = SLOTS) -> list[int]:
+    """The slots of the type whose values are in the file alone."""
+    plane = client._plane
+    assert plane is not None
+    g = plane.geometry
+    base = plane.read(g.type_at(type_) + layout.TYPE_BASE_AT)
+    words = plane.read_many(g.slots_at + layout.SLOT_BYTES * base, slots, layout.SLOT_BYTES)
+    return [n for n, word in enumerate(words) if word >> 33 & 7 == SPILLED]
 
 
 def cached_pages(file: Path) -> int:
