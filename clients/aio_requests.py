@@ -18,7 +18,7 @@ from typing import Any
 
 from gcma_shm import messages
 from gcma_shm.clients.aio_exchange import Exchange, Pending, Then
-from gcma_shm.clients.correspondence import BEGIN_AGAIN, LOST, ONCE, kind_of
+from gcma_shm.clients.correspondence import BEGIN_AGAIN, LOST, ONCE, again_after, kind_of
 from gcma_shm.errors import Closed
 from gcma_shm.messages import Frame, Reply, Request
 
@@ -148,7 +148,9 @@ class Requests(Exchange):
         assert self._loop is not None
         deadline = self._loop.time() + self.timeout
         reply = Reply(0, LOST, {})
-        while reply.status == LOST:  # one broker after the other
+        while (pause_s := again_after(reply, deadline - self._loop.time())) is not None:
+            if pause_s:
+                await asyncio.sleep(pause_s)
             self._refuse_absent()
             with self.lock:
                 self.attaching = [request.parameters for request in self._resent]

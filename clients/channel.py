@@ -28,6 +28,7 @@ from gcma_shm.clients.correspondence import (
     PROBE_S,
     Correspondence,
     Wanted,
+    again_after,
     anew,
     kind_of,
 )
@@ -376,7 +377,9 @@ class Channel(Correspondence):
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
         reply = self._receive_hello(request, deadline)
-        while reply.status == LOST:  # one broker after the other
+        while (pause_s := again_after(reply, deadline - time.monotonic())) is not None:
+            if pause_s:
+                time.sleep(pause_s)
             self._send_again(request, deadline)
             reply = self._receive_hello(request, deadline)
         self._greeted_with(reply)

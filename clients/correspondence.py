@@ -23,10 +23,11 @@ from typing import Any
 from gcma_shm import curve, messages
 from gcma_shm.clients.holds import Holds
 from gcma_shm.endpoint import check_endpoint, is_deserted, is_tcp, refuse_strangers, socket_path
-from gcma_shm.errors import BrokerUnavailable, ProtocolError
+from gcma_shm.errors import BrokerUnavailable, ProtocolError, QuotaExceeded
 from gcma_shm.messages import Frame, Reply, Request
 
 PROBE_S = 0.1  # between two questions whether we are known still
+EARLY_S = 0.01  # between two hellos, while the broker takes back what clients have left
 ONCE = {"store", "store_many", "invalidate_page", "invalidate_area", "hand_over", "unlink"}  # not to be done twice
 BATCHES = {"store_many", "load_many"}  # of each kind messages.BATCHES may be under way
 # ... and of these together, `window`. All others are answered at once.
@@ -176,6 +177,16 @@ class Correspondence:
 def anew(deadline: float, latest: float, now: float, timeout: float) -> float:
     """When a request's time is over that is sent, or asked after, only now, since no broker was there before: never after `latest`."""
     return max(deadline, min(now + timeout, latest))
+
+
+def again_after(reply: Reply, left_s: float) -> float | None:
+    """In how many seconds a hello is to be said again: one broker came after the other; or no client record was free, some are about to be,
+    and there is time left. None: that was the answer.
+    """
+    if reply.status == LOST:
+        return 0.0
+    is_early = reply.status == QuotaExceeded.__name__ and reply.results.get("returning")
+    return EARLY_S if is_early and left_s > EARLY_S else None
 
 
 def kind_of(operation: str) -> str:

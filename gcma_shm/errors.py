@@ -60,7 +60,14 @@ class ArenaExhausted(GcmaError, MemoryError):
 
 
 class QuotaExceeded(GcmaError, MemoryError):
-    """This client may not hold that much; or a table of the arena is full (clients, buffers, handles under way)."""
+    """This client may not hold that much; or a table of the arena is full (clients, buffers, handles under way).
+
+    `returning`: how many client records are about to be free, as those of clients that have just ended are.
+    """
+
+    def __init__(self, message: str, returning: int = 0) -> None:
+        super().__init__(message)
+        self.returning = returning
 
 
 class NurseryFull(GcmaError, TimeoutError):

@@ -285,7 +285,7 @@ def decode_reply(frames: Sequence[Frame]) -> Reply:
 
 
 _PLAIN = ("IndexError", "TypeError", "ValueError")
-_ATTRIBUTES = ("errno", "stored", "requested", "largest_free", "holders")
+_ATTRIBUTES = ("errno", "stored", "requested", "largest_free", "holders", "returning")
 
 
 def error_reply(number: int, error: Exception) -> Reply:
@@ -327,6 +327,8 @@ def _error_of(reply: Reply) -> Exception:
     if issubclass(kind, errors.ArenaExhausted):
         holders = {int(number): int(held) for number, held in more.get("holders", [])}
         return kind(message, int(more.get("requested", 0)), int(more.get("largest_free", 0)), holders)
+    if issubclass(kind, errors.QuotaExceeded):
+        return kind(message, int(more.get("returning", 0)))
     if issubclass(kind, OSError) and "errno" in more:
         return kind(int(more["errno"]), message)
     return kind(message)

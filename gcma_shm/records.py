@@ -90,9 +90,10 @@ class Records:
                 yield self.read(number)
 
     def take(self, parent: int, presence: Presence | None = None) -> int:
-        """Takes a free record. Raises QuotaExceeded when there is none. `presence`: passes over those whose lock is held still, by
-        a process that inherited it unknowingly.
+        """Takes a free record. Raises QuotaExceeded when there is none, which tells how many are about to be free. `presence`: passes
+        over those whose lock is held still, by a process that inherited it unknowingly.
         """
+        returning = 0
         for number in range(layout.BROKER + 1, self._geometry.clients_max + 1):
             at = self._geometry.client_at(number) + layout.CLIENT_STATE_AT
             word = self._plane.read(at)
@@ -102,8 +103,10 @@ class Records:
                 at, word, word | parent << _PARENT_SHIFT | State.TAKEN
             ):
                 return number
+            returning += word & 0xFF == State.DEAD
         raise QuotaExceeded(
-            f"all {self._geometry.clients_max - 1} client records of the arena are in use; start the broker with more --clients"
+            f"all {self._geometry.clients_max - 1} client records of the arena are in use; start the broker with more --clients",
+            returning,
         )
 
     def fill(self, number: int, state: State, pid: int, start: int, pidns: int = 0) -> None:
