@@ -19,6 +19,7 @@ from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import default_client
 from gcma_shm.clients.packers import Copy, Sharing, all_in_arena, large_in
 from gcma_shm.clients.parcels import Parcel
+from gcma_shm.clients.parents import who_we_are
 from gcma_shm.clients.places import AFTER_END_S, Place
 from gcma_shm.clients.plain import PLAIN_MAX, arrays_among, goes_by_name
 
@@ -71,7 +72,7 @@ class ArenaExecutor(ProcessPoolExecutor):
         after_end = AFTER_END_S if max_tasks_per_child is None else AFTER_END_OF_MANY_S
         number = next(_numbers)
         executor_worker.packers[number] = self._packer
-        started = (number, client.endpoint, client.arena_id, threshold, after_end, initializer, initargs)
+        started = (who_we_are(), number, client.endpoint, client.arena_id, threshold, after_end, initializer, initargs)
         super().__init__(
             max_workers, mp_context, executor_worker.begin, started, max_tasks_per_child=max_tasks_per_child
         )

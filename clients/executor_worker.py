@@ -10,7 +10,6 @@ holds that memory, too, and to ask the broker for it anew would take longer than
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import select
 import traceback
 import weakref
@@ -27,7 +26,7 @@ from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import Reference, client_of
 from gcma_shm.clients.packers import Giving, Packer, large_in
 from gcma_shm.clients.parcels import Parcel
-from gcma_shm.clients.parents import end_with
+from gcma_shm.clients.parents import Who, end_with
 from gcma_shm.clients.plain import PLAIN_MAX, plainly_small
 from gcma_shm.errors import GcmaError
 
@@ -41,6 +40,7 @@ _given: dict[tuple[Any, ...], memoryview] = {}  # ... and the memory that its ta
 
 
 def begin(
+    parent: Who,
     pool: int,
     endpoint: str,
     arena_id: bytes,
@@ -52,9 +52,7 @@ def begin(
     """The pool's initializer, which calls its user's. Connects to nobody: that is left to the first parcel which needs it."""
     global _pool, _results, _threshold
     _pool, _results, _threshold = pool, Giving(lambda: client_of(endpoint, arena_id), threshold, after_end), threshold
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        end_with(parent.pid)
+    end_with(parent)
     if initializer is not None:
         initializer(*initargs)
 

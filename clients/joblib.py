@@ -33,7 +33,7 @@ from gcma_shm.clients.default import ENDPOINT, default_client
 from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import Reference, client_of
 from gcma_shm.clients.joblib_arrays import Given, Returned, Room
-from gcma_shm.clients.parents import end_with
+from gcma_shm.clients.parents import Who, end_with, who_we_are
 from gcma_shm.clients.places import give_up
 
 log = logging.getLogger(__name__)
@@ -198,7 +198,7 @@ class _Workers(_ReusablePoolExecutor):  # type: ignore[misc]
 
     def __init__(self, n_jobs: int, **how: Any) -> None:
         self.made = how
-        begin = (os.getpid(), how["initializer"], how["initargs"])
+        begin = (who_we_are(), how["initializer"], how["initargs"])
         loky = {"timeout": how["timeout"], "env": how["env"], "initializer": _begin, "initargs": begin}
         super().__init__(threading.RLock(), max_workers=n_jobs, **loky)
 
@@ -326,7 +326,7 @@ class _Result:
 _room: Room | None = None  # in a worker
 
 
-def _begin(parent: int, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+def _begin(parent: Who, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
     """In a worker, before its first task, should it ever get one."""
     end_with(parent)
     if initializer is not None:
