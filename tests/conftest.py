@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import gcma_shm
 from gcma_shm import arena as arenas
@@ -42,6 +43,10 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # With it `print` writes the end of a line by itself, and the lines of processes that tell by one pipe run into one another.
 os.environ.pop("PYTHONUNBUFFERED", None)
+
+# How long an example takes says how busy the machine is: by default one of 200 ms fails, and so does making ten in more than a second.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 SHM = Path("/dev/shm")
 GONE_S = 20.0  # a killed owner's broker takes a moment to notice
