@@ -36,7 +36,7 @@ def has_unread(endpoint: str) -> bool:
     path = str(socket_path(endpoint))
     for descriptor in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):  # closed meanwhile, or of another kind
-            if not stat.S_ISSOCK(os.stat(int(descriptor.name)).st_mode):
+            if not stat.S_ISSOCK(descriptor.stat().st_mode):
                 continue
             with socket.socket(fileno=os.dup(int(descriptor.name))) as one:
                 if one.family == socket.AF_UNIX and one.getpeername() == path:

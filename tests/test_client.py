@@ -22,8 +22,10 @@ import gcma_shm
 from gcma_shm import ArenaExhausted, BrokerUnavailable, Client, Closed, GcmaError
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name
+from gcma_shm.records import Records
 from tests.invariants import check_at_rest
-from tests.processes import WAIT_S, Said, broker, descriptors, eventually, forked, in_fork, start_python
+from tests.patience import impatient
+from tests.processes import WAIT_S, Said, broker, descriptors, eventually, forked, in_fork, start_python, stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # tests here fork on purpose
 
@@ -594,6 +596,8 @@ def test_a_killed_clients_buffers_come_back_and_its_record_is_used_again(client:
         "sys.stdin.read()\n"
     )
     numbers = []
+    plane = client._plane
+    assert plane is not None
     for _ in range(3):
         process = start_python(code)
         assert process.stdout is not None
@@ -606,6 +610,7 @@ def test_a_killed_clients_buffers_come_back_and_its_record_is_used_again(client:
         process.stdin.close()
         assert eventually(lambda: held(client) == 0)
         assert eventually(lambda: clients(client) == 1)
+        assert eventually(lambda: [record.number for record in Records(plane).used()] == [client.number]), "buried"
         swap = client.swap(0, 100, "behind")
         assert all(swap.load(n) == page_of(n) for n in range(100)), "no stored value is lost"
         check_at_rest(arena_name(client.endpoint))
@@ -635,19 +640,17 @@ def test_a_client_killed_in_the_middle_of_stores(client: EmbeddedClient) -> None
 
 
 def test_a_broker_that_is_stopped_makes_requests_fail_and_pages_go_on(client: EmbeddedClient) -> None:
-    with gcma_shm.connect(client.endpoint, timeout=0.3) as other:
+    with gcma_shm.connect(client.endpoint, timeout=WAIT_S) as other:
         swap = other.swap(0, 3000)
-        os.kill(client.broker_pid, signal.SIGSTOP)
-        try:
-            with pytest.raises(BrokerUnavailable, match="areas"):
-                other.areas()
-            with pytest.raises(BrokerUnavailable):
-                other.alloc_contig(PAGE)
+        with stopped(client.broker_pid):
+            with impatient(other):
+                with pytest.raises(BrokerUnavailable, match="areas"):
+                    other.areas()
+                with pytest.raises(BrokerUnavailable):
+                    other.alloc_contig(PAGE)
             for n in range(3000):  # several times the nursery, with nobody who sweeps
                 swap.store(n, page_of(n))
             assert all(swap.load(n) == page_of(n) for n in range(3000))
-        finally:
-            os.kill(client.broker_pid, signal.SIGCONT)
         other.areas()
         assert eventually(lambda: held(other) == 0), "the buffer whose answer nobody waited for is given back"
     check_at_rest(arena_name(client.endpoint))
