@@ -209,7 +209,7 @@ def test_no_descriptor_is_left_open(bare: Bare) -> None:
         arenas.open_arena(NAME)
         arena.destroy()
         arena.memory.close()
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_prefault_maps_every_page(monkeypatch: pytest.MonkeyPatch) -> None:

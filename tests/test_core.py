@@ -149,7 +149,7 @@ def test_a_plane_that_was_never_begun_leaves_no_descriptor(bare: Bare) -> None:
         plane.become(3)
         assert plane.number == 3
         del plane
-    assert descriptors() == before
+    assert descriptors() <= before
 
 
 def test_words(bare: Bare) -> None:
