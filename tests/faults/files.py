@@ -253,7 +253,7 @@ def one_file_of_two(p: Place, faults: Faults) -> None:
 
 def retries_have_a_pace(p: Place, faults: Faults) -> None:
     """A nursery full of refused pages costs so many writes a second, and no more; a file that heals has them all at once."""
-    swap = p.client.swap(3, SLOTS, "behind")
+    swap = p.hurried(p.client.swap(3, SLOTS, "behind"))
     values: dict[int, int] = {}
     with faults.write.on(errno.EIO):
         with contextlib.suppress(NurseryFull):
