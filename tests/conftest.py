@@ -49,7 +49,7 @@ settings.register_profile("here", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("here")
 
 SHM = Path("/dev/shm")
-GONE_S = 20.0  # a killed owner's broker takes a moment to notice
+GONE_S = 60.0  # a killed owner's broker takes a moment to notice
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
