@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -321,7 +321,15 @@ def test_a_broker_that_ends_by_itself_is_a_loss(tmp_path: Path) -> None:
 
 def test_a_child_that_ends_by_itself_is_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a signal, say, of which it cannot tell."""
-    monkeypatch.setattr(Worker, "run", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    real = Worker.run
+
+    def die_once(self: Worker, operations: int, stop: Callable[[], bool]) -> object:
+        with contextlib.suppress(FileExistsError):
+            (tmp_path / "dead").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, operations, stop)
+
+    monkeypatch.setattr(Worker, "run", die_once)
     with Round(Rage(kinds=frozenset(), seed=SEED), tmp_path) as running:
         running.rage(WAIT_S)
         result = running.judge()
