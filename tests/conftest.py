@@ -7,6 +7,7 @@ directory in its environment, an arena belongs to whom its lock belongs, and a d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import mmap
 import os
@@ -30,6 +31,7 @@ from gcma_shm._core import Plane
 from gcma_shm.areas import AreaSpec
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.shared_memory import using
+from gcma_shm.endpoint import arena_name, default_spill_dir
 from tests.loops import NEW_LOOP, Runs
 from tests.processes import broker
 
@@ -180,6 +182,18 @@ def client() -> Iterator[EmbeddedClient]:
     """The owner of a broker with a 16 MiB arena: 4 KiB pages, about 400 in the nursery, one area."""
     with gcma_shm.embedded("16M") as owner:
         yield owner
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """Of brokers that are killed, too: what they leave is removed in the end."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    yield endpoint
+    Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+    with contextlib.suppress(gcma_shm.ArenaError):
+        arenas.remove_dead(arena_name(endpoint))
+    for path in sorted(default_spill_dir(endpoint).parent.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 @pytest.fixture
