@@ -184,6 +184,13 @@ def client() -> Iterator[EmbeddedClient]:
         yield owner
 
 
+@pytest.fixture(params=[True, False], ids=["mapped", "messages"])
+def either(request: pytest.FixtureRequest, client: EmbeddedClient) -> Iterator[gcma_shm.Client]:
+    """Another client of that broker, which maps the arena or sends messages."""
+    with gcma_shm.connect(client.endpoint, mapped=request.param) as found:
+        yield found
+
+
 @pytest.fixture
 def endpoint() -> Iterator[str]:
     """Of brokers that are killed, too: what they leave is removed in the end."""
