@@ -32,6 +32,7 @@ from gcma_shm.areas import AreaSpec
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.shared_memory import using
 from gcma_shm.endpoint import arena_name, default_spill_dir
+from tests.inspected import Copy, in_use
 from tests.loops import NEW_LOOP, Runs
 from tests.processes import broker
 
@@ -201,6 +202,24 @@ def endpoint() -> Iterator[str]:
         arenas.remove_dead(arena_name(endpoint))
     for path in sorted(default_spill_dir(endpoint).parent.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+_images: list[bytes] = []
+
+
+@pytest.fixture
+def copy(endpoint: str) -> Copy:
+    """Of an arena with something of everything in it."""
+    if not _images:  # made once: it takes a second
+        with in_use(endpoint):
+            _images.append((SHM / arena_name(endpoint)[1:]).read_bytes())
+    return Copy(_images[0])
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gcma check` looks three times: for what is wrong for good."""
+    monkeypatch.setattr("gcma_shm.check.LOOKS", 3)
 
 
 @pytest.fixture
