@@ -20,7 +20,7 @@ from _common import STOP_S
 from peers_plasma import plasma_command
 from peers_ways import NotHere
 
-START_S = 20.0  # until it accepts connections
+START_S = 60.0  # until it accepts connections
 MEMCACHED_MIB = 2048  # it takes what it needs, up to that
 MEMCACHED_ITEM_MIB = 4  # -I: the largest page and its key, with room
 

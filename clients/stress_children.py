@@ -164,6 +164,7 @@ def fork(role: Role, how: How, shared: Shared, work: Callable[[], object], log: 
 def client_of(owner: Client, how: How, timeout_s: float, stop: Callable[[], bool]) -> Iterator[Client | None]:
     """In a child: the client that it works with; None when it was told to stop before there was one."""
     if how == "inherited" and not owner.closed:  # closed: no record was free at the fork
+        owner._channel.timeout = timeout_s
         yield owner
         return
     owner.close()  # the fork's share of it: its record is free for another

@@ -36,7 +36,7 @@ WAIT_S = 90.0  # for what must come, never a measure
 KEPT = "kept"  # a file beside logs that somebody is to look at
 CHECKERS = 2  # processes that check a history
 CHECKED_S = 0.2  # between two looks whether they have, or whether a child has ended
-OWNER_S = 5.0  # what the others, and the client that is forked, let the broker take
+OTHERS_S = 5.0  # what guest and operator let the broker take
 WORKER_S = 2.0  # what a worker lets the broker, or a busy slot, take
 
 
@@ -102,7 +102,7 @@ class Round:
             stack.callback(self._shared.close)
             self.broker = BrokerProcess(self.plan, self._directory / "broker.log")
             stack.callback(self.broker.close)
-            self.owner = stack.enter_context(connect(self.broker.endpoint, mapped=True, timeout=OWNER_S))
+            self.owner = stack.enter_context(connect(self.broker.endpoint, mapped=True, timeout=WAIT_S))
             stack.callback(self._end_children)
             self._chaos = Chaos(self, self._rage.kinds, f"{self._rage.seed} chaos", self.result.counts)
             stack.callback(self._chaos.calm)
@@ -129,6 +129,7 @@ class Round:
             self._hear()
             self.meanwhile()
             for child in [child for child in self.children if not child.alive]:
+                self._look_at_end(child)
                 self.replace(child)
             if not self.broker.pid:
                 self.wrong(f"the broker has ended by itself: {self.broker.words()}")
@@ -201,7 +202,7 @@ class Round:
         seed = f"{self._rage.seed} {role} {self._rng.random()}"
 
         def work() -> None:
-            timeout_s = WORKER_S if role == "worker" else OWNER_S
+            timeout_s = WORKER_S if role == "worker" else OTHERS_S
             with client_of(self.owner, how, timeout_s, shared.stop) as client:
                 if client is None:
                     return
@@ -228,6 +229,11 @@ class Round:
         for words in self._shared.heard():
             self.wrong(words)
 
+    def _look_at_end(self, child: Child) -> None:
+        """Of one that nobody killed."""
+        if child.process.exitcode:
+            self.wrong(f"a {child.role} ({child.how}) ended with status {child.process.exitcode}")
+
     def _end(self) -> None:
         """Calms the chaos, tells all to stop, and waits for them."""
         self._chaos.calm()
@@ -241,8 +247,8 @@ class Round:
             if child.alive:
                 child.where()
                 self.wrong(f"a {child.role} ({child.how}) stands still")
-            elif child.process.exitcode:
-                self.wrong(f"a {child.role} ({child.how}) ended with status {child.process.exitcode}")
+            else:
+                self._look_at_end(child)
         self.children = [child for child in self.children if child.alive]
 
     def _end_children(self) -> None:

@@ -2,7 +2,8 @@
 broker.
 
 The lock is flock(2) on the object itself: it ends with the broker's process however that ends, and needs no file
-beside the arena. A broker never forks, so no child of it keeps the lock.
+beside the arena. A broker never forks, so no child of it keeps the lock. But whoever reads /proc/<pid>/maps, say, or smaps or cmdline, holds on
+to that process's memory meanwhile: so the mapping, the open file and its lock may outlast the process, also after its parent has waited for it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,12 +25,15 @@ from gcma_shm.areas import Area
 from gcma_shm.errors import ArenaError
 from gcma_shm.layout import Geometry
 from gcma_shm.presence import Presence
+from gcma_shm.process import start_time
 from gcma_shm.sizes import format_size
 
 SHM_DIR = Path("/dev/shm")  # noqa: S108 - where Linux keeps POSIX shared memory, see shm_overview(7)
 MADV_POPULATE_WRITE = 23  # since Linux 5.14; mmap has no name for it
 PREFAULT_BYTES = 4 << 20  # at a time: mmap's madvise keeps the interpreter from other threads
 MODE = 0o600
+LINGER_S = 5.0  # that the lock of a broker which has died may be held still
+LINGER_NAP_S = 0.002  # between two tries
 ROUNDS_MAX = 8  # each round lost means that another broker came or went just now
 
 
@@ -190,7 +195,13 @@ def _open_dead(name: str) -> int | None:
         return None
     except posix_ipc.PermissionsError:
         raise ArenaError(errno.EACCES, f"there is an arena {name} that belongs to another user") from None
-    if not _try_lock(old.fd):
+    deadline = time.monotonic() + LINGER_S
+    while not _try_lock(old.fd):
+        if (
+            _broker_is_dead(old.fd) and time.monotonic() < deadline
+        ):  # or another looks at what it left, or begins just now
+            time.sleep(LINGER_NAP_S)
+            continue
         old.close_fd()
         raise ArenaError(errno.EBUSY, f"another broker serves the arena {name}; stop it first, or use another endpoint")
     if not _is_named(old.fd, name):
@@ -267,6 +278,13 @@ def end_dead(name: str, fd: int) -> None:
     """Ends the lives of all types in the locked object `fd`; of what is no arena, and so has no clients, nothing."""
     with contextlib.suppress(ArenaError):
         _map(name, fd).end_lives()
+
+
+def _broker_is_dead(fd: int) -> bool:
+    """Whether the last broker of which the header tells has gone. One that we do not see, in another PID namespace, counts as gone."""
+    words = os.pread(fd, 16, layout.BROKER_PID_AT)
+    pid, start = (int.from_bytes(words[n : n + 8], "little") for n in (0, 8))
+    return pid != 0 and start_time(pid) != start
 
 
 def _try_lock(fd: int) -> bool:

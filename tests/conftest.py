@@ -7,6 +7,7 @@ directory in its environment, an arena belongs to whom its lock belongs, and a d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import mmap
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import gcma_shm
 from gcma_shm import arena as arenas
@@ -29,6 +31,8 @@ from gcma_shm._core import Plane
 from gcma_shm.areas import AreaSpec
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.shared_memory import using
+from gcma_shm.endpoint import arena_name, default_spill_dir
+from tests.inspected import Copy, in_use
 from tests.loops import NEW_LOOP, Runs
 from tests.processes import broker
 
@@ -43,8 +47,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # With it `print` writes the end of a line by itself, and the lines of processes that tell by one pipe run into one another.
 os.environ.pop("PYTHONUNBUFFERED", None)
 
+# How long an example takes says how busy the machine is: by default one of 200 ms fails, and so does making ten in more than a second.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
+
 SHM = Path("/dev/shm")
-GONE_S = 20.0  # a killed owner's broker takes a moment to notice
+GONE_S = 60.0  # a killed owner's broker takes a moment to notice
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -175,6 +183,43 @@ def client() -> Iterator[EmbeddedClient]:
     """The owner of a broker with a 16 MiB arena: 4 KiB pages, about 400 in the nursery, one area."""
     with gcma_shm.embedded("16M") as owner:
         yield owner
+
+
+@pytest.fixture(params=[True, False], ids=["mapped", "messages"])
+def either(request: pytest.FixtureRequest, client: EmbeddedClient) -> Iterator[gcma_shm.Client]:
+    """Another client of that broker, which maps the arena or sends messages."""
+    with gcma_shm.connect(client.endpoint, mapped=request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def endpoint() -> Iterator[str]:
+    """Of brokers that are killed, too: what they leave is removed in the end."""
+    endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
+    yield endpoint
+    Path(endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
+    with contextlib.suppress(gcma_shm.ArenaError):
+        arenas.remove_dead(arena_name(endpoint))
+    for path in sorted(default_spill_dir(endpoint).parent.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+_images: list[bytes] = []
+
+
+@pytest.fixture
+def copy(endpoint: str) -> Copy:
+    """Of an arena with something of everything in it."""
+    if not _images:  # made once: it takes a second
+        with in_use(endpoint):
+            _images.append((SHM / arena_name(endpoint)[1:]).read_bytes())
+    return Copy(_images[0])
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`gcma check` looks three times: for what is wrong for good."""
+    monkeypatch.setattr("gcma_shm.check.LOOKS", 3)
 
 
 @pytest.fixture

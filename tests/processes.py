@@ -164,14 +164,14 @@ def in_fork(function: Callable[[Said], object]) -> Any:
         return value
 
 
-def run_python(code: str, *arguments: str, cwd: str | Path = "/") -> str:
+def run_python(code: str, *arguments: str, cwd: str | Path = "/", wait_s: float = WAIT_S) -> str:
     """Runs `code` in a fresh interpreter, warnings as errors; returns what it printed."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, *arguments],
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=WAIT_S,
+        timeout=wait_s,
         check=False,
     )
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"

@@ -366,6 +366,7 @@ def test_wrong_bytes_end_the_run_before_the_timing(tmp_path: Path, monkeypatch: 
         worker_of(monkeypatch, tmp_path, store=1).prove_stores()
 
 
+@pytest.mark.timeout(600)
 def test_the_peers_are_compared_and_what_is_missing_is_told(tmp_path: Path) -> None:
     pytest.importorskip("lmdb")
     environment = os.environ | {
@@ -397,7 +398,7 @@ def test_the_peers_are_compared_and_what_is_missing_is_told(tmp_path: Path) -> N
     ]
     done = subprocess.run(
         [sys.executable, "bench/peers.py", *arguments, "--out", tmp_path / "peers.json"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100, check=False,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     record = json.loads((tmp_path / "peers.json").read_text())

@@ -23,6 +23,7 @@ from gcma_shm.arena import remove_dead
 from gcma_shm.endpoint import arena_name, default_spill_dir, socket_path
 from gcma_shm.errors import ArenaError, BrokerUnavailable, Closed
 from gcma_shm.process import start_time
+from tests.patience import impatient
 from tests.processes import WAIT_S, broker, broker_command, descriptors, eventually, stopped
 
 
@@ -74,7 +75,7 @@ def test_it_says_what_it_serves(endpoint: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_cleanly_with_everything_in_use(endpoint: str, number: signal.Signals) -> None:
     with broker(endpoint) as running:
-        client = gcma_shm.connect(endpoint, timeout=0.5)
+        client = gcma_shm.connect(endpoint, timeout=WAIT_S)
         swaps = [client.swap(0, 100), client.swap(1, 100, "behind")]
         for swap in swaps:
             for n in range(100):
@@ -92,7 +93,7 @@ def test_a_signal_stops_it_cleanly_with_everything_in_use(endpoint: str, number:
                 swap.load(1)
         assert bytes(view[:5]) == b"mine.", "what is mapped stays mapped"
         view.release()
-        with pytest.raises(BrokerUnavailable):
+        with impatient(client), pytest.raises(BrokerUnavailable):
             client.areas()
         client.close()
         assert running.process.stderr is not None
@@ -148,7 +149,7 @@ def test_a_second_broker_on_the_same_socket_written_otherwise(endpoint: str) -> 
         second.communicate()
         assert not serves, "a second broker took the first one's socket"
         assert client.stats()
-        gcma_shm.connect(endpoint, timeout=2.0).close()
+        gcma_shm.connect(endpoint, timeout=WAIT_S).close()
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def test_the_default_endpoint_is_the_clients_default() -> None:
 def test_an_old_handle_never_reaches_another_arenas_type(endpoint: str, mapped: bool) -> None:
     """Lives are counted per arena, so the same type may live the same life there: an old handle must not take it for its own."""
     with broker(endpoint) as first:
-        client = gcma_shm.connect(endpoint, mapped=mapped, timeout=2.0)
+        client = gcma_shm.connect(endpoint, mapped=mapped, timeout=WAIT_S)
         old = client.swap(0, 10)
         old.store(1, b"a-gcma--" * 512)
         first.stop(signal.SIGKILL)
@@ -249,7 +250,7 @@ def test_an_old_handle_never_reaches_another_arenas_type(endpoint: str, mapped: 
 def test_a_client_of_another_broker_than_now_serves(endpoint: str) -> None:
     """It maps the arena of the dead one: nothing of the new one may be done with it, and it can be closed."""
     with broker(endpoint) as first:
-        client = gcma_shm.connect(endpoint, timeout=2.0)
+        client = gcma_shm.connect(endpoint, timeout=WAIT_S)
         first.stop(signal.SIGKILL)
         remove_dead(arena_name(endpoint))
         with broker(endpoint), gcma_shm.connect(endpoint) as stranger:
@@ -267,13 +268,14 @@ def test_a_client_of_another_broker_than_now_serves(endpoint: str) -> None:
 
 def test_a_client_of_a_dead_broker_is_told_and_can_close(endpoint: str) -> None:
     with broker(endpoint) as first:
-        client = gcma_shm.connect(endpoint, timeout=0.3)
+        client = gcma_shm.connect(endpoint, timeout=WAIT_S)
         buffer = client.alloc_contig(4096)
         first.stop(signal.SIGKILL)
-        with pytest.raises(BrokerUnavailable, match="no answer"):
-            client.areas()
-        with pytest.raises(BrokerUnavailable):
-            buffer.free()
+        with impatient(client):
+            with pytest.raises(BrokerUnavailable, match="no answer"):
+                client.areas()
+            with pytest.raises(BrokerUnavailable):
+                buffer.free()
         client.close()
         with pytest.raises(BrokerUnavailable):
             gcma_shm.connect(endpoint, timeout=0.3)

@@ -25,7 +25,7 @@ from tests.register import Log
 SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))
 OPERATIONS = 1500
 ENDLESS = 100_000  # of a worker that is told when to stop
-pytestmark = pytest.mark.timeout(120 + 3 * SOAK_S)
+pytestmark = pytest.mark.timeout(600 + 3 * SOAK_S)
 
 # What must have happened, or the test has not tested it.
 OCCURRED = (

@@ -23,8 +23,8 @@ from gcma_shm.errors import BrokerUnavailable, ProtocolError
 from gcma_shm.process import start_time
 from tests.conftest import Bare
 from tests.processes import WAIT_S, broker, broker_command, eventually, forked
+from tests.takeover import AREAS, MIB, held, page_of
 from tests.test_sessions import Kept
-from tests.test_takeover import AREAS, MIB, endpoint, held, page_of  # noqa: F401 - the fixture
 
 DIES_AT = """
 import os, signal, sys
@@ -40,7 +40,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @contextlib.contextmanager
-def dying_broker(endpoint: str, module: str, name: str, method: str) -> Iterator[subprocess.Popen[bytes]]:  # noqa: F811
+def dying_broker(endpoint: str, module: str, name: str, method: str) -> Iterator[subprocess.Popen[bytes]]:
     """A broker that is killed as soon as it has done `method`."""
     _, _, _, *arguments = broker_command(endpoint, "--size", "8M", *AREAS)
     code = DIES_AT.format(module=module, name=name, method=method)
@@ -52,7 +52,7 @@ def dying_broker(endpoint: str, module: str, name: str, method: str) -> Iterator
         process.wait()
 
 
-def test_what_was_handed_over_comes_though_the_broker_died_before_it_said_so(endpoint: str) -> None:  # noqa: F811
+def test_what_was_handed_over_comes_though_the_broker_died_before_it_said_so(endpoint: str) -> None:
     """It had written down that the receiver holds it, and the giver held it no more."""
     with dying_broker(endpoint, "service", "Service", "_attach") as first:
         giver = gcma_shm.connect(endpoint, wait_for_broker=WAIT_S)
@@ -72,7 +72,7 @@ def test_what_was_handed_over_comes_though_the_broker_died_before_it_said_so(end
                 receiver.close()
 
 
-def test_a_claim_whose_handle_expired_with_the_broker(endpoint: str) -> None:  # noqa: F811
+def test_a_claim_whose_handle_expired_with_the_broker(endpoint: str) -> None:
     with dying_broker(endpoint, "allocations", "Allocations", "_end_hand_over") as first:
         client = gcma_shm.connect(endpoint, wait_for_broker=WAIT_S)
         reservation = client.reserve(MIB, area="b")
@@ -85,7 +85,7 @@ def test_a_claim_whose_handle_expired_with_the_broker(endpoint: str) -> None:  #
             client.close()
 
 
-def test_a_shared_claim_that_was_freed_without_a_broker(endpoint: str) -> None:  # noqa: F811
+def test_a_shared_claim_that_was_freed_without_a_broker(endpoint: str) -> None:
     """Shared by a fork whose child got no record, so no bits tell of it; and the message that freed it was lost."""
     with broker(endpoint, *AREAS, "--clients", "3") as first:
         client = gcma_shm.connect(endpoint, timeout=0.5)
@@ -104,7 +104,7 @@ def test_a_shared_claim_that_was_freed_without_a_broker(endpoint: str) -> None: 
             client.close()
 
 
-def test_tickets_of_two_brokers_are_not_taken_for_each_other(endpoint: str) -> None:  # noqa: F811
+def test_tickets_of_two_brokers_are_not_taken_for_each_other(endpoint: str) -> None:
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client, ThreadPoolExecutor(2) as pool:
         everything = client.alloc_contig(4 * MIB, area="a")
         other = gcma_shm.connect(endpoint, wait_for_broker=WAIT_S)
@@ -153,7 +153,7 @@ def kept(bare: Bare) -> Kept:
 # --- what fails is left to the next
 
 
-def test_a_broker_that_fails_leaves_all_to_the_next(endpoint: str) -> None:  # noqa: F811
+def test_a_broker_that_fails_leaves_all_to_the_next(endpoint: str) -> None:
     """Not as one that was told to stop: its types live, its buffers are held, its arena is there."""
     code = DIES_AT.format(module="server", name="Server", method="_look").replace(
         "os.kill(os.getpid(), signal.SIGKILL)", "os.path.exists(sys.argv[0]) or 1 / 0"
@@ -186,7 +186,7 @@ def test_a_broker_that_fails_leaves_all_to_the_next(endpoint: str) -> None:  # n
         process.communicate()
 
 
-def test_a_successor_without_descriptors_ends_no_type(endpoint: str) -> None:  # noqa: F811
+def test_a_successor_without_descriptors_ends_no_type(endpoint: str) -> None:
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint, timeout=1, wait_for_broker=WAIT_S) as client:
         swaps = [client.swap(n, 4) for n in range(60)]
         for n, swap in enumerate(swaps):
@@ -205,7 +205,7 @@ def test_a_successor_without_descriptors_ends_no_type(endpoint: str) -> None:  #
             assert [swap.load(0) for swap in swaps] == [page_of(n) for n in range(60)]
 
 
-def test_a_header_that_names_another_directory(endpoint: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_header_that_names_another_directory(endpoint: str, tmp_path: Path) -> None:
     """Whatever a client has written there: nothing of it is removed."""
     precious = tmp_path / "precious"
     precious.mkdir(mode=0o700)

@@ -15,6 +15,8 @@ DOCUMENTS = sorted(
     path.relative_to(ROOT) for pattern in ("*.md", "*/*.md", "tests/*/*.md") for path in ROOT.glob(pattern)
 )
 
+SAMPLES_S = 300.0  # a bound for all of a document's
+
 BEFORE = """
 import asyncio, inspect, multiprocessing, os, sys, warnings
 import numpy, numpy as np, gcma_shm, gcma_shm.aio
@@ -76,6 +78,7 @@ def samples(document: str | Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, block.start(1)), block[1]) for block in blocks]
 
 
+@pytest.mark.timeout(2 * SAMPLES_S)
 @pytest.mark.parametrize("document", RUNS)
 def test_the_samples_run(document: str) -> None:
     """One after the other in one process, as one program whose lines have the document's numbers."""
@@ -85,7 +88,7 @@ def test_the_samples_run(document: str) -> None:
     program = ""
     for line, code in chosen:
         program += "\n" * (line - program.count("\n")) + code
-    run_python(f"import ast\n{BEFORE}\n{before}\n{RUN}\n{after}\nowner.close()", document, program)
+    run_python(f"import ast\n{BEFORE}\n{before}\n{RUN}\n{after}\nowner.close()", document, program, wait_s=SAMPLES_S)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=str)

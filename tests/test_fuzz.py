@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 import gcma_shm
 from gcma_shm import errors, messages
 from gcma_shm.messages import OPERATIONS, Malformed, Request
-from gcma_shm.process import start_time
-from tests.processes import Broker, broker, descriptors, eventually
+from tests.processes import WAIT_S, Broker, broker, descriptors, eventually
 from tests.test_messages import PAGE, SOUND
-from tests.zmtp import Raw, frame
+from tests.zmtp import Raw, frame, hello
 
+pytestmark = pytest.mark.timeout(600)
 TYPED = {*errors.__all__, "ok", "HelloNeeded", "IndexError", "ValueError", "TypeError"} - {"GcmaError"}
 
 anything = st.recursive(
@@ -109,7 +109,7 @@ class Live:
 
     def __init__(self, running: Broker) -> None:
         self.broker = running
-        self.client = gcma_shm.connect(running.endpoint, mapped=False)
+        self.client = gcma_shm.connect(running.endpoint, mapped=False, timeout=WAIT_S)
         self.life = 0
         self.declare()
         self.descriptors = descriptors(running.pid)
@@ -165,9 +165,7 @@ def test_a_live_broker(live: Live, session: bool) -> None:
         last += 1
         with Raw(live.broker.endpoint).greet() as raw:
             if session:
-                who = {"pid": os.getpid(), "start": start_time(os.getpid()) or 0, "mapped": False}
-                raw.request(1, "hello", who)
-                assert msgpack.unpackb(raw.receive())[2] == "ok"
+                hello(raw)
             for one in sent:
                 raw.send(*one)
             for version, _number, status, results in replies(raw, last):

@@ -33,7 +33,7 @@ RUNS = 50_000
 RUNS_MAX = 64 * RUNS  # until the variant shows itself, when something else takes the processors
 SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))
 pytestmark = [
-    pytest.mark.timeout(300 + 3 * SOAK_S),
+    pytest.mark.timeout(900 + 3 * SOAK_S),
     pytest.mark.skipif(
         len(os.sched_getaffinity(0)) < 2,
         reason="two threads have to run at once, and this process may use one processor",

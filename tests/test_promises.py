@@ -23,6 +23,8 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.process import start_time
 from gcma_shm.records import Records
 from tests.conftest import Bare
+from tests.patience import impatient
+from tests.processes import stands_still, stopped
 
 WAIT_S = 30.0
 
@@ -91,6 +93,7 @@ def test_stopped_clients_keep_no_more_than_their_share() -> None:
                 until(lambda more=before + 20 + 7 * round_: stored() >= more)  # they have run since they were continued
                 for pid in (a, b, c):
                     os.kill(pid, signal.SIGSTOP)
+                until(lambda: all(map(stands_still, (a, b, c))))  # or what is seen is of several moments
                 held = pinned(plane)
                 held.pop(layout.BROKER, None)  # it goes on, so what is seen of it is of several moments
                 assert all(pages <= share for pages in held.values()), (round_, held, share)
@@ -177,7 +180,7 @@ def test_a_client_that_nobody_closed_says_goodbye_when_it_is_collected(client: E
     del array
     gc.collect()
     until(lambda: clients() == 1)
-    assert client.areas()[0].held == 0
+    until(lambda: client.areas()[0].held == 0)
 
 
 def test_a_fork_keeps_no_client_from_being_collected(client: EmbeddedClient) -> None:
@@ -241,19 +244,17 @@ def test_every_process_is_watched_however_descriptors_are_used_again(client: Emb
 def test_a_store_by_message_that_was_given_up_never_lands_torn() -> None:
     with (
         gcma_shm.embedded("64M", page_size="1M", slots=8) as owner,
-        gcma_shm.connect(owner.endpoint, mapped=False, timeout=0.5) as other,
+        gcma_shm.connect(owner.endpoint, mapped=False, timeout=WAIT_S) as other,
     ):
         swap = other.swap(0, 4)
         page = bytearray(b"a-gcma--" * (owner.page_size // 8))
-        os.kill(owner.broker_pid, signal.SIGSTOP)
-        try:
-            swap.store(1, page)
-        except gcma_shm.BrokerUnavailable:
-            page[:] = b"b-gcma--" * (owner.page_size // 8)
-        else:
-            raise AssertionError("a stopped broker cannot have answered")
-        finally:
-            os.kill(owner.broker_pid, signal.SIGCONT)
+        with stopped(owner.broker_pid), impatient(other):
+            try:
+                swap.store(1, page)
+            except gcma_shm.BrokerUnavailable:
+                page[:] = b"b-gcma--" * (owner.page_size // 8)
+            else:
+                raise AssertionError("a stopped broker cannot have answered")
         mapped = owner.swap(0, 4)
         until(lambda: 1 in mapped)
         assert mapped.load(1) == b"a-gcma--" * (owner.page_size // 8)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -37,15 +37,16 @@ from gcma_shm.clients.stress_plan import Plan
 from gcma_shm.clients.stress_rest import Rest
 from gcma_shm.clients.stress_round import Rage, Result, Round
 from gcma_shm.clients.stress_work import Worker, read_all
+from gcma_shm.process import start_time
 from tests.faults.builds import ROOT
 from tests.invariants import check_at_rest
-from tests.processes import WAIT_S, Said, eventually, forked
+from tests.processes import WAIT_S, Said, eventually, forked, stands_still
 
 SEED = int(os.environ.get("GCMA_SEED", time.time_ns() & 0xFFFFFFFF))
 SECONDS = 4.0  # of one round
 OCCURRED = ("kills", "stops", "restarts", "allocations", "claims", "drains", "ends", "full")
 PLAN = Plan(nursery_pages=20, area_pages=(24,), wide=16, types=1)
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.parametrize("page_size", [4096, 65536])
@@ -64,32 +65,38 @@ def test_everything_at_once(page_size: int, tmp_path: Path) -> None:
     assert not [what for what in (*OCCURRED, "spill_failures") if not result.counts[what]], f"{result.counts}"
 
 
+def rage_until(running: Round, more: int) -> None:
+    """Again and again, as long as it takes to do so many more operations."""
+    goal, deadline = running.operations + more, time.monotonic() + WAIT_S
+    while running.operations < goal:
+        assert time.monotonic() < deadline, f"{goal - running.operations} operations of {more} are missing"
+        running.rage(1.0)
+
+
 def test_rages_follow_one_another_with_as_many_processes(tmp_path: Path) -> None:
     seen: set[int] = set()
     with Round(Rage(kinds=frozenset({"alloc"}), seed=SEED), tmp_path) as running:
         running.meanwhile = lambda: seen.add(len(running.children))
-        done = 0
         for _ in range(2):
-            running.rage(1.0)
+            rage_until(running, 1000)
             assert seen == {8}
             assert running.children == []
-            assert running.operations > done + 1000
-            done = running.operations
         assert running.judge().lost == []
 
 
 def test_a_recorded_history_that_is_altered_is_found(tmp_path: Path) -> None:
     with Round(Rage(kinds=frozenset(), seed=SEED), tmp_path) as running:
-        running.rage(1.0)
+        rage_until(running, 5000)
         assert running.judge().losses == 0
         history = gather(running.logs)
     history = [operation for operation in history if operation.slot == 0]
     assert check(history) == []
     rng = random.Random(SEED)
-    old = min((o for o in history if o.kind is Kind.STORE and o.value >= UNIQUE), key=lambda o: o.end_ns)
-    places = [n for n, o in enumerate(history) if o.kind is Kind.LOAD and o.value > ZEROS]
-    assert places
-    for place in rng.sample(places[-len(places) // 2 :], 10):
+    stores = [o for o in history if o.kind is Kind.STORE]
+    old = min((o for o in stores if o.value >= UNIQUE), key=lambda o: o.end_ns)
+    gone_ns = min(o.end_ns for o in stores if o.start_ns > old.end_ns)  # from then on it is never seen again
+    places = [n for n, o in enumerate(history) if o.kind is Kind.LOAD and o.value > ZEROS and o.start_ns > gone_ns]
+    for place in rng.sample(places, 10):
         load = history[place]
         altered = Operation(Kind.LOAD, 0, old.value, load.start_ns, load.end_ns, load.writer)
         wrong = check([*history[:place], altered, *history[place + 1 :]])
@@ -116,7 +123,7 @@ def command(*options: str) -> Iterator[subprocess.Popen[str]]:
 
 def test_the_command_tells_its_seed_its_figures_and_the_end() -> None:
     with command("--seconds", "2", "--tell-every", "1", "--seed", str(SEED), "--chaos", "kill,alloc") as process:
-        said, _ = process.communicate(timeout=WAIT_S)
+        said, _ = process.communicate(timeout=4 * WAIT_S)
     lines = said.splitlines()
     assert process.returncode == 0, said
     assert lines[0].startswith(f"seed {SEED}; chaos: kill, alloc;")
@@ -141,22 +148,25 @@ def test_the_command_leaves_nothing_however_it_ends(number: int) -> None:
         assert len(children) > 3
         process.send_signal(number)
         assert process.wait(WAIT_S) == (-number if number == signal.SIGKILL else 128 + number)
-    assert eventually(lambda: not any(map(_alive, children)))
+    assert eventually(lambda: not any(_alive(*child) for child in children))
 
 
-def _descendants(pid: int) -> list[int]:
-    found = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for word in path.read_text().split():
-            found += [int(word), *_descendants(int(word))]
+def _descendants(pid: int) -> list[tuple[int, int | None]]:
+    """Each by its number and its start: numbers are used again."""
+    found: list[tuple[int, int | None]] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            for word in path.read_text().split():
+                found += [(int(word), start_time(int(word))), *_descendants(int(word))]
     return found
 
 
-def _alive(pid: int) -> bool:
+def _alive(pid: int, start: int | None) -> bool:
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
         return False
+    return state not in "ZX" and start_time(pid) == start
 
 
 def test_a_loss_is_told_and_ends_it_with_status_1(
@@ -175,7 +185,7 @@ def test_a_loss_is_told_and_ends_it_with_status_1(
 
     monkeypatch.setattr(Worker, "_store", forget)
     monkeypatch.setattr(stress, "ROUND_S", 1.0)
-    assert stress.main(["--seconds", "30", "--chaos", "none", "--seed", str(SEED), "--page-size", "4K"]) == 1
+    assert stress.main(["--seconds", "120", "--chaos", "none", "--seed", str(SEED), "--page-size", "4K"]) == 1
     said = capsys.readouterr().out
     assert "the logs of that round are in" in said
     assert re.search(rf"^seed {SEED}, pages of 4 KiB: (LOAD|STORE) slot ", said, re.MULTILINE), said
@@ -309,6 +319,23 @@ def test_a_broker_that_ends_by_itself_is_a_loss(tmp_path: Path) -> None:
     assert any("the broker has ended by itself" in words for words in result.lost), result.lost
 
 
+def test_a_child_that_ends_by_itself_is_a_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a signal, say, of which it cannot tell."""
+    real = Worker.run
+
+    def die_once(self: Worker, operations: int, stop: Callable[[], bool]) -> object:
+        with contextlib.suppress(FileExistsError):
+            (tmp_path / "dead").touch(exist_ok=False)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, operations, stop)
+
+    monkeypatch.setattr(Worker, "run", die_once)
+    with Round(Rage(kinds=frozenset(), seed=SEED), tmp_path) as running:
+        running.rage(WAIT_S)
+        result = running.judge()
+    assert any(f"ended with status {-signal.SIGKILL}" in words for words in result.lost), result.lost
+
+
 def test_the_disk_is_full_for_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
     with forked(lambda said: said.hear()) as child:
         before = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
@@ -372,7 +399,7 @@ def test_a_child_is_stopped_only_when_it_ends_with_its_parent(monkeypatch: pytes
         assert not child.send(signal.SIGSTOP)
         os.write(write_end, b"!")
         assert eventually(lambda: child.send(signal.SIGSTOP))
-        assert eventually(lambda: Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        assert eventually(lambda: stands_still(child.pid))
         assert child.stopped
     finally:
         child.kill()
@@ -458,9 +485,10 @@ def test_a_broker_that_was_stopped_ends_with_who_started_it(tmp_path: Path) -> N
 
     with forked(start) as child:
         pid = child.receive()
-        assert eventually(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+        begun = start_time(pid)
+        assert eventually(lambda: stands_still(pid))
         child.kill()
-        assert eventually(lambda: not _alive(pid))
+        assert eventually(lambda: not _alive(pid, begun))
 
 
 def test_results_add_up() -> None:
@@ -475,7 +503,7 @@ def test_results_add_up() -> None:
 def test_the_benchmark_records_and_checks_too(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "bench/stress.py", "--record", "--duration", "1", "--slots", "300", "--arena", "8M", "--out", tmp_path / "out.json"],
-        cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=4 * WAIT_S, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     assert "checking the history of" in done.stdout

@@ -24,7 +24,7 @@ from gcma_shm import Client, Closed, SpillError, Swap
 from gcma_shm.sizes import parse_size
 from tests.driven import driven
 from tests.keys import KeyArguments, Keys, tcp_of
-from tests.processes import broker, files_refuse_writes, in_fork, run_python
+from tests.processes import WAIT_S, broker, files_refuse_writes, in_fork, run_python
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*multi-threaded.*:DeprecationWarning"
@@ -61,7 +61,7 @@ class Place:
     spill_dir: Path
     size: int
 
-    def connect(self, way: str, timeout: float = 5.0) -> Client:
+    def connect(self, way: str, timeout: float = WAIT_S) -> Client:
         """A client that goes this way."""
         mapped = is_mapped(way)
         if way == "tcp":
@@ -573,7 +573,7 @@ def test_a_failed_store_leaves_no_older_value_as_if_it_were_new(
     """No file takes a page: whatever a store answers, the slot then holds the new value, or what it held before."""
     with (
         served(tmp_path, "4M", str(place.size), "--slots", "400", "--clients", "4") as fresh,
-        fresh.connect(way, timeout=20.0) as client,
+        fresh.connect(way) as client,
     ):
         swap = client.swap(type_, 300, write)
         last: dict[int, bytes | None] = {}
@@ -612,7 +612,7 @@ def test_an_error_in_the_middle_of_a_long_batch(place: Place, way: str, type_: i
     data = np.random.default_rng(9).bytes(slots * place.size)
     with (
         served(tmp_path, "4M", str(place.size), "--slots", "400", "--clients", "4") as fresh,
-        fresh.connect(way, timeout=20.0) as client,
+        fresh.connect(way) as client,
     ):
         swap = client.swap(type_, slots, "through")
         with files_refuse_writes(os.getpid(), fresh.broker_pid, above=good * place.size):

@@ -18,10 +18,17 @@ import gcma_shm
 from gcma_shm import ArenaExhausted, Buffer, Closed, Swap
 from gcma_shm.arena import open_arena
 from gcma_shm.endpoint import arena_name
+from tests import invariants
 from tests.invariants import check_at_rest
+from tests.processes import WAIT_S, stopped
 
 SLOTS = 300
 BATCH_MAX = 90  # three times the nursery
+OCCURRED = (
+    "promotions", "evictions", "hits_spill", "hits_area", "hits_nursery", "hits_zero", "hits_filled", "misses", "discards",
+    "orphans_freed",
+)  # fmt: skip
+TIMES_MAX = 5
 
 offsets = st.integers(0, SLOTS - 1) | st.integers(0, 7)  # a few slots are met often
 values = st.integers(0, 2**32 - 1) | st.just(0)
@@ -176,15 +183,22 @@ class Checked(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page_size", ["4K", "64K"])
 def test_against_a_dict(tmp_path: Path, page_size: str) -> None:
     size = {"4K": 1 << 20, "64K": 12 << 20}[page_size]
     area = size // 5
     with (
         gcma_shm.embedded(
-            size, areas={"a": area, "b": area}, page_size=page_size, slots=2 * SLOTS, clients=5, spill_dir=tmp_path
+            size,
+            areas={"a": area, "b": area},
+            page_size=page_size,
+            slots=2 * SLOTS,
+            clients=5,
+            spill_dir=tmp_path,
+            timeout=WAIT_S,
         ) as owner,
-        gcma_shm.connect(owner.endpoint, mapped=False) as remote,
+        gcma_shm.connect(owner.endpoint, mapped=False, timeout=WAIT_S) as remote,
     ):
         (spill_dir,) = tmp_path.glob("gcma-*")
 
@@ -192,33 +206,25 @@ def test_against_a_dict(tmp_path: Path, page_size: str) -> None:
             pass
 
         Machine.owner, Machine.remote, Machine.spill_dir = owner, remote, spill_dir
-        run_state_machine_as_test(
-            Machine,
-            settings=settings(
-                max_examples=25,
-                stateful_step_count=40,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-                print_blob=True,
-            ),
-        )
-        counters = owner.stats()["counters"]
-        for name in (
-            "promotions",
-            "evictions",
-            "hits_spill",
-            "hits_area",
-            "hits_nursery",
-            "hits_zero",
-            "hits_filled",
-            "misses",
-            "discards",
-            "orphans_freed",
-        ):
+        for _ in range(TIMES_MAX):  # examples are chosen by chance, and who reclaims is
+            run_state_machine_as_test(
+                Machine,
+                settings=settings(
+                    max_examples=25,
+                    stateful_step_count=40,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                    print_blob=True,
+                ),
+            )
+            counters = owner.stats()["counters"]
+            if all(counters[name] for name in OCCURRED):
+                break
+        for name in OCCURRED:
             assert counters[name], f"the examples never came to {name}: {counters}"
 
 
-def test_the_checker_sees_damage(tmp_path: Path) -> None:
+def test_the_checker_sees_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sound arena with one word changed is not sound any more: what the other test relies on."""
     with gcma_shm.embedded("1M", slots=SLOTS, clients=5, spill_dir=tmp_path) as owner:
         (spill_dir,) = tmp_path.glob("gcma-*")
@@ -244,16 +250,13 @@ def test_the_checker_sees_damage(tmp_path: Path) -> None:
             "differ": (g.page_at(page), 12345),
             "still filling": (0x300, 77),
         }
-        from tests import invariants
-
-        patience, invariants.REST_S = invariants.REST_S, 0.0
-        try:
+        with monkeypatch.context() as impatient, stopped(owner.broker_pid):
+            # Or its tick moves the tables between two looks, and puts some of this right.
+            impatient.setattr(invariants, "REST_S", 0.0)
             for message, (at, value) in damages.items():
                 before, words[at // 8] = words[at // 8], value
                 with pytest.raises(AssertionError, match=message):
                     check_at_rest(name, spill_dir)
                 words[at // 8] = before
-        finally:
-            invariants.REST_S = patience
         check_at_rest(name, spill_dir)
         words.release()

@@ -4,6 +4,7 @@ that says it has a gigabyte, a message of endless frames.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from types import TracebackType
@@ -12,10 +13,11 @@ from typing import Any, Self
 import msgpack
 
 from gcma_shm.endpoint import is_tcp, socket_path, tcp_address
+from gcma_shm.process import start_time
+from tests.processes import WAIT_S, eventually
 
 GREETING = b"\xff" + bytes(8) + b"\x7f" + b"\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32)
 MORE, LONG, COMMAND = 1, 2, 4
-WAIT_S = 20.0
 
 
 def frame(body: bytes, flags: int = 0) -> bytes:
@@ -103,3 +105,13 @@ class Raw:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def hello(raw: Raw) -> None:
+    """Until there is a record: those of sessions that have just ended are being buried."""
+
+    def said() -> bool:
+        raw.request(1, "hello", {"pid": os.getpid(), "start": start_time(os.getpid()) or 0, "mapped": False})
+        return b"\xa2ok" in raw.receive()
+
+    assert eventually(said)

@@ -21,7 +21,7 @@ from gcma_shm import layout
 from gcma_shm.clients.swap import Swap
 from gcma_shm.errors import NurseryFull, SpillCorrupt, SpillError
 from tests.faults.spilling import PAGE, SLOTS, Place, cached_pages, check_values, data_pages, page_of, place
-from tests.processes import Said, eventually, in_fork
+from tests.processes import Said, eventually, in_fork, stopped
 
 ENVIRONMENT = "GCMA_TEST_FILES"
 EVERYWHERE = 1 << 62
@@ -253,7 +253,7 @@ def one_file_of_two(p: Place, faults: Faults) -> None:
 
 def retries_have_a_pace(p: Place, faults: Faults) -> None:
     """A nursery full of refused pages costs so many writes a second, and no more; a file that heals has them all at once."""
-    swap = p.client.swap(3, SLOTS, "behind")
+    swap = p.hurried(p.client.swap(3, SLOTS, "behind"))
     values: dict[int, int] = {}
     with faults.write.on(errno.EIO):
         with contextlib.suppress(NurseryFull):
@@ -364,13 +364,15 @@ def neighbours_in_one_write(p: Place, faults: Faults) -> None:
     batch = b"".join(map(page_of, range(1, 65)))
     through, behind = p.client.swap(3, 64), p.client.swap(4, 64, "behind")
     calls = faults.write.get("calls")
-    through.store_many(range(64), batch)
+    with stopped(p.owner.broker_pid):  # or it writes some of it, should we be kept from that for a second
+        through.store_many(range(64), batch)
     # A batch of stores is of no more pages than a quarter of the nursery.
     size = min(64, g.nursery_pages // 4)
     expected = sum(writes(min(size, 64 - first), g.grants_max) for first in range(0, 64, size))
     assert faults.write.get("calls") - calls == expected
     calls = faults.write.get("calls")
-    behind.store_many(range(64), batch)
+    with stopped(p.owner.broker_pid):
+        behind.store_many(range(64), batch)
     assert eventually(lambda: p.owner.stats()["counters"]["cleaned"] == 128)
     expected = writes(64, min(64, max(g.grants_max, g.nursery_pages // 8)))
     assert expected <= faults.write.get("calls") - calls <= 3 * expected, "in two or three rounds of the broker's"

@@ -13,7 +13,7 @@ from typing import Any
 import gcma_shm
 from gcma_shm import layout
 from gcma_shm.clients.embedded import EmbeddedClient
-from gcma_shm.clients.swap import Swap
+from gcma_shm.clients.swap import MappedSwap, Swap
 from tests.faults.disks import needs_direct
 from tests.invariants import SPILLED, check_at_rest
 from tests.processes import eventually
@@ -21,6 +21,7 @@ from tests.processes import eventually
 PAGE = 4096
 SLOTS = 2000
 TIMEOUT_S = 1.0  # of a store that finds no page
+REQUEST_S = 60.0  # of a request
 
 
 def page_of(value: int) -> bytes:
@@ -87,6 +88,15 @@ class Place:
         self.pinned_max = self.nursery_pages - self.nursery_pages // 16  # of one type, whose share is the whole
         self.spill_dir = spill_root / self.arena.removeprefix("/")
 
+    def hurried(self, swap: Swap) -> Swap:
+        """A handle on the same type whose stores wait for a page no longer than TIMEOUT_S; those by message, as long as the broker lets them."""
+        if not isinstance(swap, MappedSwap):
+            return swap
+        assert self.client._plane is not None
+        handle = MappedSwap(self.client._plane, swap.type, swap.life, TIMEOUT_S, self.client)
+        swap.close()
+        return handle
+
     def file(self, type_: int) -> Path:
         """The spill file of that type's life."""
         (found,) = self.spill_dir.glob(f"{type_:03}.*")
@@ -146,8 +156,8 @@ def place(spill_root: Path, mapped: bool, size: str = "4M", spill_io: str = "buf
         needs_direct(spill_root)
     with (
         gcma_shm.embedded(
-            size, slots=3 * SLOTS, clients=8, spill_dir=spill_root, spill_io=spill_io, timeout=20.0
+            size, slots=3 * SLOTS, clients=8, spill_dir=spill_root, spill_io=spill_io, timeout=REQUEST_S
         ) as owner,
-        gcma_shm.connect(owner.endpoint, mapped=mapped, timeout=TIMEOUT_S if mapped else 20.0) as client,
+        gcma_shm.connect(owner.endpoint, mapped=mapped, timeout=REQUEST_S) as client,
     ):
         yield Place(owner, client, spill_root)

@@ -27,7 +27,7 @@ from gcma_shm.clients.linearizable import check
 from gcma_shm.clients.stress_guest import Guest
 from gcma_shm.clients.stress_plan import BATCH_MAX, HOWS, TYPE_STEP, TYPES, How, Plan
 from gcma_shm.clients.stress_work import Report, Worker, read_all
-from gcma_shm.clients.swap import Swap
+from gcma_shm.clients.swap import MappedSwap, Swap
 from gcma_shm.records import Records
 from tests.processes import WAIT_S, Child, Said, eventually, forked
 
@@ -62,10 +62,14 @@ class Storm:
                 clients=plan.clients,
                 spill_dir=self._directory,
                 spill_io=self._spill_io,
-                timeout=plan.timeout_s,
+                timeout=WAIT_S,
             )
         )
-        self.swaps: list[Swap] = [self.owner.swap(type_, plan.wide, TYPES[type_]) for type_ in range(plan.types)]
+        lives = [self.owner.swap(type_, plan.wide, TYPES[type_]).life for type_ in range(plan.types)]  # type: ignore[attr-defined]
+        assert self.owner._plane is not None
+        self.swaps: list[Swap] = [
+            MappedSwap(self.owner._plane, type_, life, plan.timeout_s, self.owner) for type_, life in enumerate(lives)
+        ]
         return self
 
     def __exit__(
@@ -160,10 +164,12 @@ class Storm:
 @contextlib.contextmanager
 def _client(owner: Client, how: How, plan: Plan) -> Iterator[Client]:
     if how == "inherited":
+        owner._channel.timeout = plan.timeout_s  # it is this process's own
         yield owner
         return
     owner.close()  # the fork's share of it: its record is free for another
-    with gcma_shm.connect(owner.endpoint, mapped=how == "mapped", timeout=plan.timeout_s) as client:
+    with gcma_shm.connect(owner.endpoint, mapped=how == "mapped", timeout=WAIT_S) as client:
+        client._channel.timeout = plan.timeout_s  # nobody is stopped before it is connected
         yield client
 
 

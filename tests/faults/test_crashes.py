@@ -17,6 +17,7 @@ pytestmark = pytest.mark.timeout(3600)
 # planted faults show that it is enough.
 DENSE = os.environ.get("GCMA_CRASH_DENSE", "8")
 ROUNDS = "40" if DENSE != "0" else "3000"
+SEED = "11"  # for faults that some changes alone bring to light: another might, once in a thousand, try none of them
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_a_broker_killed_at_every_change(core: Path) -> None:
 )
 def test_a_recovery_that_leaves_something_out_is_found(fault: str, scene: str, expected: str, core: Path) -> None:
     """The proof above can fail."""
-    done = run(core, "--dense", DENSE, "--no-takeovers", "--fault", fault, scene)
+    done = run(core, "--dense", DENSE, "--no-takeovers", "--seed", SEED, "--fault", fault, scene)
     assert done.returncode != 0, f"not found: {done.stdout}"
     assert f"{scene}, killed at change" in done.stderr, done.stderr
     assert expected in done.stderr, done.stderr

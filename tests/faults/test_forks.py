@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.builds import HERE, ROOT, build, environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 def test_a_fork_at_every_step_of_a_batch(tmp_path_factory: pytest.TempPathFactory) -> None:

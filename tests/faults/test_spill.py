@@ -22,7 +22,7 @@ from tests.faults.disks import Disk, immutable, small_disk
 from tests.faults.spilling import PAGE, SLOTS, TIMEOUT_S, check_values, page_of, place
 from tests.processes import broker, cpu_seconds, eventually, files_refuse_writes
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 DISK_BYTES = 4 << 20
 
 
@@ -87,7 +87,7 @@ def test_a_full_disk_under_stores_that_are_written_through(disk: Disk, mapped: b
 def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) -> None:
     """A store fails whole, says why, and at once where the broker knows; everything else goes on."""
     with place(disk.path, mapped) as p:
-        swap = p.client.swap(3, SLOTS, "behind")
+        swap = p.hurried(p.client.swap(3, SLOTS, "behind"))
         disk.fill()
         values: dict[int, int] = {}
         with pytest.raises(NurseryFull, match=os.strerror(errno.ENOSPC)):
@@ -128,6 +128,7 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
             assert time.monotonic() - begun < 40, "20 stores waited 3 s each"
         disk.relieve()
         p.healthy()
+        swap = p.client.swap(3, SLOTS, "behind")
         swap.sync()
         for n in range(1000, 1200):
             swap.store(n, page_of(n))
@@ -238,7 +239,7 @@ def pin_all(bad: Swap, pinned: int) -> int:
 def test_a_type_whose_file_refuses_stays_within_its_share(share: int, tmp_path: Path, mapped: bool) -> None:
     """It stores into ever new slots: refused before anything has changed, while another type stores through as if nothing were."""
     with place(tmp_path, mapped) as p:
-        bad, good = p.client.swap(1, SLOTS, "behind", share=share), p.client.swap(2, SLOTS)
+        bad, good = p.hurried(p.client.swap(1, SLOTS, "behind", share=share)), p.client.swap(2, SLOTS)
         with files_refuse_writes(os.getpid(), p.owner.broker_pid, above=16 * PAGE):
             pinned = pin_all(bad, 0)
             p.degraded(pinned, errno.EFBIG, type_=1)
@@ -253,6 +254,7 @@ def test_a_type_whose_file_refuses_stays_within_its_share(share: int, tmp_path: 
             p.degraded(pinned, errno.EFBIG, type_=1)
             check_values(bad, {16 + n: n + 1 for n in range(pinned)})
         p.healthy()
+        bad = p.client.swap(1, SLOTS, "behind", share=share)
         bad.store(16 + pinned, page_of(pinned + 1))
         bad.sync()
         p.seen_by_all(2, values)
@@ -262,7 +264,7 @@ def test_a_type_whose_file_refuses_stays_within_its_share(share: int, tmp_path: 
 def test_who_waits_for_a_file_keeps_no_other_thread_from_storing(tmp_path: Path) -> None:
     """More threads than a process may have pages in hand store into a type whose file refuses; one stores into another."""
     with place(tmp_path, mapped=True) as p, ExitStack() as ends:
-        bad, good, stop = p.client.swap(1, SLOTS, "behind"), p.client.swap(2, SLOTS), threading.Event()
+        bad, good, stop = p.hurried(p.client.swap(1, SLOTS, "behind")), p.client.swap(2, SLOTS), threading.Event()
         ends.enter_context(files_refuse_writes(os.getpid(), p.owner.broker_pid, above=16 * PAGE))
         pinned = pin_all(bad, 0)
         refused: list[int] = []
@@ -296,7 +298,7 @@ def test_who_waits_for_a_file_keeps_no_other_thread_from_storing(tmp_path: Path)
 def test_a_sweep_in_vain_costs_no_more_than_what_calls_it(tmp_path: Path) -> None:
     """The nursery is full of pages that no file takes, and loads from the file want one each: the broker's sweep looks, and writes nothing."""
     with place(tmp_path, mapped=True) as p:
-        swap, bad = p.client.swap(3, SLOTS), p.client.swap(4, SLOTS, "behind")
+        swap, bad = p.client.swap(3, SLOTS), p.hurried(p.client.swap(4, SLOTS, "behind"))
         swap.store_many(range(SLOTS), b"".join(map(page_of, range(1, SLOTS + 1))))
         with files_refuse_writes(os.getpid(), p.owner.broker_pid):
             p.degraded(pin_all(bad, 0), errno.EFBIG, type_=4)

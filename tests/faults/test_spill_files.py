@@ -21,7 +21,7 @@ from tests.faults.disks import Disk, immutable, small_disk
 from tests.faults.spilling import PAGE, SLOTS, check_values, page_of, place
 from tests.processes import eventually
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(params=[True, False], ids=["mapped", "messages"])

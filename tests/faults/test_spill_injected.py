@@ -11,7 +11,7 @@ import pytest
 from tests.faults.builds import HERE, ROOT, build, environment
 from tests.faults.disks import needs_direct
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 SCENES = (
     "errors_of_writing",
     "a_bad_block",

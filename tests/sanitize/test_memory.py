@@ -15,12 +15,15 @@ from tests.sanitize.runtime import FOUND, HERE, MEMORY, Sanitized, preloaded
 
 SECONDS = float(os.environ.get("GCMA_SANITIZE_S", "0"))
 SHORT_S = 2.0
-PLANTED_S = 60.0  # a bound: the first report ends the run
-SUITE = ["tests/test_core.py", "tests/test_buffer.py", "tests/test_swap_contract.py", "tests/test_reservation.py"]
+PLANTED_S = 400.0  # a bound: the first report ends the run
+SUITE = [
+    "tests/test_core.py", "tests/test_core_checksums.py", "tests/test_core_reservations.py", "tests/test_core_slots.py",
+    "tests/test_buffer.py", "tests/test_swap_contract.py", "tests/test_reservation.py",
+]  # fmt: skip
 WHY_NOT = preloaded(MEMORY)
 pytestmark = [
     pytest.mark.slow,  # with its build
-    pytest.mark.timeout(300 + 3 * SECONDS),
+    pytest.mark.timeout(900 + 3 * SECONDS),
     pytest.mark.skipif(isinstance(WHY_NOT, str), reason=str(WHY_NOT)),
 ]
 

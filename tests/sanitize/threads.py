@@ -52,7 +52,7 @@ AT_WORK = (
     "stores_at_hand", "loads_at_hand",
 )  # fmt: skip
 AT_LEAST = 50
-AT_WORK_S = 120.0
+AT_WORK_S = 400.0
 
 
 def work(arena: Arena, plane: Plane, random_: random.Random, stop: threading.Event) -> None:
