@@ -66,6 +66,11 @@ class Correspondence:
         self._credentials = credentials  # for the socket
         self._begin()
 
+    @property
+    def patience(self) -> tuple[float, float]:
+        """`timeout` and `wait_for_broker`, in seconds."""
+        return self.timeout, self._wait_for_broker
+
     def _begin(self) -> None:
         """At first, and in a forked child."""
         self._number = 0

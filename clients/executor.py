@@ -59,7 +59,9 @@ class ArenaExecutor(ProcessPoolExecutor):
         client: Client | None = None,
         threshold: int = THRESHOLD,
     ) -> None:
-        """As ProcessPoolExecutor's. `client`: of the arena, mapped; by default this process's, see `default_client`."""
+        """As ProcessPoolExecutor's. `client`: of the arena, mapped; by default this process's, see `default_client`. Workers wait for the
+        broker as long as it does.
+        """
         if threshold < 1:
             raise ValueError(f"threshold {threshold}: expected at least 1 byte")
         if initializer is not None and not callable(initializer):
@@ -72,7 +74,8 @@ class ArenaExecutor(ProcessPoolExecutor):
         after_end = AFTER_END_S if max_tasks_per_child is None else AFTER_END_OF_MANY_S
         number = next(_numbers)
         executor_worker.packers[number] = self._packer
-        started = (who_we_are(), number, client.endpoint, client.arena_id, threshold, after_end, initializer, initargs)
+        arena = (client.endpoint, client.arena_id, client._channel.patience)
+        started = (who_we_are(), number, *arena, threshold, after_end, initializer, initargs)
         super().__init__(
             max_workers, mp_context, executor_worker.begin, started, max_tasks_per_child=max_tasks_per_child
         )

@@ -20,6 +20,7 @@ from multiprocessing.queues import SimpleQueue
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, cast
 
+from gcma_shm.clients import handles
 from gcma_shm.clients.calls import Call, Told
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.frames import forget_frames
@@ -44,6 +45,7 @@ def begin(
     pool: int,
     endpoint: str,
     arena_id: bytes,
+    patience: tuple[float, float],
     threshold: int,
     after_end: float,
     initializer: Callable[..., object] | None,
@@ -51,6 +53,7 @@ def begin(
 ) -> None:
     """The pool's initializer, which calls its user's. Connects to nobody: that is left to the first parcel which needs it."""
     global _pool, _results, _threshold
+    handles.patience = patience
     _pool, _results, _threshold = pool, Giving(lambda: client_of(endpoint, arena_id), threshold, after_end), threshold
     end_with(parent)
     if initializer is not None:

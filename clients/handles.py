@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 clients: Living[Client] = Living()  # of this process
 async_clients: Living[AsyncClient] = Living()  # by which no handle is loaded or made here: that would need an await
 connecting = threading.Lock()
+# `timeout` and `wait_for_broker` of the clients that `client_of` connects: as `connect` has them, and in a pool's worker as the pool's client has.
+patience: tuple[float, float] = (5.0, 0.0)
 _connected: Client | None = None  # by `client_of`, last
 
 
@@ -105,7 +107,8 @@ def client_of(endpoint: str, arena_id: bytes) -> Client:
         known = _known(arena_id)
         if known is not None:
             return known
-        client = connect(endpoint, mapped=True)
+        timeout, wait_for_broker = patience
+        client = connect(endpoint, mapped=True, timeout=timeout, wait_for_broker=wait_for_broker)
         if client.arena_id != arena_id:
             client.close()
             raise StaleHandle(f"the arena of this handle has ended; the broker on {endpoint} serves another one since")

@@ -28,6 +28,7 @@ from joblib.externals.loky.backend.reduction import loads
 from joblib.externals.loky.process_executor import ProcessPoolExecutor
 from joblib.externals.loky.reusable_executor import _ReusablePoolExecutor
 
+from gcma_shm.clients import handles
 from gcma_shm.clients.client import Client
 from gcma_shm.clients.default import ENDPOINT, default_client
 from gcma_shm.clients.frames import forget_frames
@@ -148,7 +149,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         room, max_nbytes, _ = self._given_as
         pool = self._pool = self._pool or _pool(self._made[0], **self._made[1])
         task = _Task(pool, cast(Given, self._given), func, callback, self._note)
-        desk = _Desk(room.client.endpoint, room.client.arena_id, max_nbytes)
+        desk = _Desk(room.client.endpoint, room.client.arena_id, room.client._channel.patience, max_nbytes)
         future: Future[Any] = pool.submit(_work, task, desk)
         future.add_done_callback(task.end)
         return future
@@ -303,6 +304,7 @@ class _Desk:
 
     endpoint: str
     arena_id: bytes
+    patience: tuple[float, float]
     max_nbytes: int | None
 
 
@@ -338,6 +340,7 @@ def _work(batch: bytes, desk: _Desk) -> _Result:
     global _room  # noqa: PLW0603 - kept, so that the worker connects once
     register()  # for tasks that use the backend by its name
     if _room is None:
+        handles.patience = desk.patience
         _room = Room(functools.partial(client_of, desk.endpoint, desk.arena_id))
     refusals: list[str] = []
     packer = Returned(_room, desk.max_nbytes, refusals.append)

@@ -25,7 +25,7 @@ import gcma_shm.aio
 from gcma_shm.clients.executor import ArenaExecutor
 
 UPLOAD_MAX = 4 << 20  # bytes
-WAIT_S = 10  # for room in the arena
+WAIT_S = 60  # for room in the arena
 
 CLIENT = web.AppKey("client", gcma_shm.aio.Client)
 POOL = web.AppKey("pool", ArenaExecutor)

@@ -1,7 +1,7 @@
 """What every test gets: directories of its own, an embedded broker when it asks for one, and the check that nothing stays behind.
 
 Several test runs may share a machine, so what stays behind is looked for by whose it is: a broker of this test has the test's own cache
-directory in its environment, an arena belongs to whom its lock belongs, and a dead one's spill directory has its name.
+directory in its environment, an arena belongs to whoever has it mapped, and a dead one's spill directory has its name.
 """
 
 from __future__ import annotations
@@ -77,19 +77,6 @@ def _objects() -> set[str]:
     return {path.name for path in SHM.glob("gcma-*")}
 
 
-def _lock_holder(name: str) -> int | None:
-    """The process that holds an arena's lock: its broker. None: the arena has gone, or its broker has ended."""
-    try:
-        inode = (SHM / name).stat().st_ino
-    except FileNotFoundError:
-        return None
-    for line in Path("/proc/locks").read_text().splitlines():
-        words = line.split()
-        if words[1] == "FLOCK" and words[5].endswith(f":{inode}"):
-            return int(words[4])
-    return None
-
-
 def _is_of(pid: int, cache: Path) -> bool:
     """Whether that process was started by the test that has this cache directory."""
     if pid == os.getpid():
@@ -100,15 +87,31 @@ def _is_of(pid: int, cache: Path) -> bool:
         return False
 
 
-def _objects_of(tmp_path: Path) -> set[str]:
-    """Arenas that this test's processes serve, or have left."""
-    found = set()
-    for name in _objects():
-        holder = _lock_holder(name)
-        ours = any(tmp_path.rglob(name)) if holder is None else _is_of(holder, tmp_path / "cache")
-        if (ours or name.startswith(f"gcma-test-{os.getpid()}")) and (SHM / name).exists():
-            found.add(name)
-    return found
+def _mapped_by(pid: int) -> str:
+    """What files a process has mapped, as the kernel lists them."""
+    try:
+        return Path(f"/proc/{pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return ""
+
+
+def _objects_of(tmp_path: Path, before: set[str]) -> set[str]:
+    """Arenas that this test's processes have mapped, or have left, and that were not there before.
+
+    (Who has a lock, /proc/locks tells: but who reads that waits until all processors have had their turn, and everyone who locks anything
+    waits for him. With some runs on a busy machine, looking there for each arena took a minute of each test.)
+    """
+    new = _objects() - before
+    if not new:
+        return set()
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    maps = "".join(_mapped_by(pid) for pid in pids if _is_of(pid, tmp_path / "cache"))
+    return {
+        name
+        for name in new
+        if (f"/{name}" in maps or any(tmp_path.rglob(name)) or name.startswith(f"gcma-test-{os.getpid()}"))
+        and (SHM / name).exists()
+    }
 
 
 def _brokers(cache: Path) -> set[int]:
@@ -163,8 +166,8 @@ def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     gc.collect()
     try:
         assert _eventually(lambda: not _brokers(cache)), f"broker processes left: {_brokers(cache)}"
-        assert _eventually(lambda: _objects_of(tmp_path) <= objects), (
-            f"shared-memory objects left: {_objects_of(tmp_path) - objects}"
+        assert _eventually(lambda: not _objects_of(tmp_path, objects)), (
+            f"shared-memory objects left: {_objects_of(tmp_path, objects)}"
         )
         spilled = cache / "gcma"
         assert not spilled.exists() or not list(spilled.iterdir()), f"spill files left: {list(spilled.rglob('*'))}"

@@ -42,12 +42,24 @@ def cpu_seconds(pid: int) -> float:
     return (int(after_name[11]) + int(after_name[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def runs(pid: int) -> bool:
+    """Whether there is such a process. (One that has ended may wait for long to be waited for, by a parent that is none of ours.)"""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, for good. Returns once each thread of the process stands still, in the middle of whatever it was doing."""
+    os.kill(pid, signal.SIGSTOP)
+    assert eventually(lambda: stands_still(pid)), f"process {pid} does not stop"
+
+
 @contextlib.contextmanager
 def stopped(pid: int) -> Iterator[None]:
-    """SIGSTOP, until SIGCONT. Begins once each thread of the process stands still, in the middle of whatever it was doing."""
-    os.kill(pid, signal.SIGSTOP)
+    """The same, until SIGCONT."""
     try:
-        assert eventually(lambda: stands_still(pid)), f"process {pid} does not stop"
+        stop(pid)
         yield
     finally:
         os.kill(pid, signal.SIGCONT)

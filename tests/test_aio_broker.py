@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import gcma_shm
-from gcma_shm import BrokerUnavailable, Closed, StaleHandle, aio
+from gcma_shm import BrokerUnavailable, Closed, StaleHandle, aio, messages
 from gcma_shm.clients.aio_channel import AsyncChannel
 from gcma_shm.clients.embedded import EmbeddedClient
 from tests.loops import PAGE, SIZE, Runs, held, nothing_is_left, small_arena, soon, steps
-from tests.processes import WAIT_S, Broker, broker, stopped
+from tests.processes import WAIT_S, Broker, broker, stop, stopped
 
 SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))
 
@@ -32,9 +32,10 @@ def client() -> Iterator[EmbeddedClient]:
 
 def test_no_answer(client: EmbeddedClient, run: Runs) -> None:
     async def main() -> None:
-        async with aio.connect(client.endpoint, timeout=0.2) as own:
+        async with aio.connect(client.endpoint) as own:
             swap = await own.swap(3, 10)
             with stopped(client.broker_pid):
+                own._channel.timeout = 0.2
                 results = await asyncio.gather(*(own.alloc_contig(PAGE) for _ in range(4)), return_exceptions=True)
                 assert all(isinstance(one, BrokerUnavailable) for one in results)
                 swap.store(1, bytes(PAGE))
@@ -71,13 +72,13 @@ def test_a_takeover(run: Runs) -> None:
             kept.numpy(1)[:] = 42
             reservation = await own.reserve(PAGE)
             claimed = reservation.claim()
-            os.kill(first.pid, signal.SIGSTOP)
+            stop(first.pid)
             asked = [asyncio.ensure_future(own.alloc_contig(PAGE)) for _ in range(5)]
             asked += [asyncio.ensure_future(own.attach("kept")) for _ in range(5)]
             told = [asyncio.ensure_future(own.areas()) for _ in range(5)]
             once = asyncio.ensure_future(kept.hand_over())
             dropped = [asyncio.ensure_future(own.alloc_contig(PAGE)) for _ in range(5)]
-            await asyncio.sleep(0.01)
+            assert await soon(lambda: len(own._channel._pending) == 21), "all are under way"
             for task in dropped:
                 task.cancel()
             first.stop(signal.SIGKILL)
@@ -108,10 +109,17 @@ async def attach_whose_reply_is_lost(
     buffer.numpy(1)[:] = 3
     handle = buffer.hand_over()
     buffer.free()
+    lost: list[Any] = []
+
+    def lose(_channel: AsyncChannel, frames: Any) -> None:
+        reply = messages.decode_reply([frames[0].bytes])
+        if "buffer" in reply.results:
+            lost.append(reply)
+
     with monkeypatch.context() as patched:
-        patched.setattr(AsyncChannel, "take", lambda _channel, _frames: None)
+        patched.setattr(AsyncChannel, "take", lose)
         attaching = asyncio.ensure_future(own.attach(handle))
-        assert await soon(lambda: maker.stats()["broker"]["requests"].get("attach") == 1)
+        assert await soon(lambda: bool(lost))  # or it may still be on its way when it is no longer to be lost
         first.stop(signal.SIGKILL)
         await steps(10)
     return own, attaching
@@ -176,8 +184,9 @@ def test_a_broker_that_is_away_for_longer_than_the_timeout(run: Runs) -> None:
     options = ("--area", "a=4M")
 
     async def main(first: Any) -> None:
-        async with aio.connect(endpoint, timeout=0.2, wait_for_broker=WAIT_S) as own:
+        async with aio.connect(endpoint, wait_for_broker=WAIT_S) as own:
             first.stop(signal.SIGKILL)
+            own._channel.timeout = 0.2
             tasks = [asyncio.ensure_future(own.alloc_contig(PAGE)) for _ in range(100)]
             await asyncio.sleep(0.5)  # the time that is told
             assert not any(task.done() for task in tasks)
@@ -196,7 +205,7 @@ def test_requests_under_way_when_the_broker_goes_for_longer_than_the_timeout(run
 
     async def main(first: Broker) -> None:
         async with aio.connect(endpoint, timeout=WAIT_S, wait_for_broker=WAIT_S) as own:
-            os.kill(first.pid, signal.SIGSTOP)
+            stop(first.pid)
             tasks = [asyncio.ensure_future(own.alloc_contig(PAGE)) for _ in range(5)]
             await steps(10)
             first.stop(signal.SIGKILL)
@@ -220,7 +229,7 @@ def test_close_waits_for_no_broker_that_has_ended(run: Runs) -> None:
 
     async def main(first: Broker) -> None:
         own = await aio.connect(endpoint, timeout=for_ever, wait_for_broker=for_ever)
-        os.kill(first.pid, signal.SIGSTOP)
+        stop(first.pid)
         tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(own.alloc_contig(PAGE))]
         await steps(10)
         first.stop(signal.SIGKILL)
@@ -286,10 +295,12 @@ def test_everything_at_once(run: Runs, seed: int) -> None:
                     done += 1
 
             tasks = [asyncio.ensure_future(work(n)) for n in range(200)]
+            # A half of them, or on a slow machine hardly one would come to its end.
+            mortal = random.permutation(len(tasks))[: len(tasks) // 2]
 
             async def cancel() -> None:
                 while True:
-                    tasks[int(random.integers(len(tasks)))].cancel()
+                    tasks[int(random.choice(mortal))].cancel()
                     await asyncio.sleep(float(random.random()) * 0.01)
 
             cancelling = asyncio.ensure_future(cancel())
@@ -302,7 +313,7 @@ def test_everything_at_once(run: Runs, seed: int) -> None:
             cancelling.cancel()
             wrong = [one for one in results if one is not None and not isinstance(one, asyncio.CancelledError)]
             assert not wrong
-            assert done > 500
+            assert done >= 12 * len(tasks) // 2
             expected = sum(buffer.nbytes for buffer in (*kept, *names))
             with gcma_shm.connect(endpoint) as other:
                 assert await soon(lambda: held(other) == expected and other.areas()[0].reserved == 0), (

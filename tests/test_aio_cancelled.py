@@ -63,7 +63,7 @@ def test_cancelled_after_any_number_of_steps(client: EmbeddedClient, run: Runs, 
                 if what != "free":
                     await freeing
                 assert await soon(lambda: (held(client), client.areas()[0].reserved) == (PAGE, PAGE))
-                assert client.stats()["broker"]["in_line"] == 0
+                assert await soon(lambda: client.stats()["broker"]["in_line"] == 0)
             assert cancelled, "some were too late, but not all"
             named[0].free()
             named[1].release()
@@ -171,7 +171,7 @@ def test_cancelled_while_the_broker_is_stopped(client: EmbeddedClient, run: Runs
                 tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(own.alloc_contig(PAGE)) for _ in range(5)]
                 tasks += [asyncio.ensure_future(own.reserve(PAGE)) for _ in range(5)]
                 tasks += [asyncio.ensure_future(own.alloc_contig(SIZE, timeout=WAIT_S)) for _ in range(5)]
-                await asyncio.sleep(0.01)
+                assert await soon(lambda: len(own._channel._pending) == 15), "all are under way"
                 for task in tasks:
                     task.cancel()
                 assert all(

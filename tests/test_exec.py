@@ -94,7 +94,7 @@ def test_a_forked_child_that_becomes_another_program(client: EmbeddedClient) -> 
 
     with forked(child) as running_child:
         assert running_child.receive() != client.number
-        assert clients(client) == 2
+        assert soon(lambda: clients(client) == 2)
         running_child.tell()
         assert soon(lambda: is_another(running_child.pid))
         assert soon(lambda: clients(client) == 1)

@@ -8,7 +8,6 @@ import os
 import pickle
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +24,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
 from gcma_shm.clients.handles import clients
 
+from .gates import held_up
 from .processes import WAIT_S, eventually
 
 Array = npt.NDArray[np.float64]
@@ -111,11 +111,6 @@ def in_turn(array: Array) -> float:
         return float(inner.submit(twice, array).result().sum())
 
 
-def nap(seconds: float) -> float:
-    time.sleep(seconds)
-    return seconds
-
-
 def pid(_: object = None) -> int:
     return os.getpid()
 
@@ -155,7 +150,10 @@ def test_an_array_there_and_back(pool: ArenaExecutor, client: EmbeddedClient) ->
     assert result.flags.writeable
     assert in_arena(result)
     result[0] = 1.0
-    assert held(client) == -(-result.nbytes // 4096) * 4096
+    whole = -(-result.nbytes // 4096) * 4096
+    assert eventually(lambda: held(client) == whole), (
+        "the worker has told that it needs the argument no more, some time"
+    )
     del result
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
 
@@ -252,14 +250,18 @@ def test_bytes_are_bytes_in_the_worker(pool: ArenaExecutor) -> None:
 
 def test_to_many_tasks_it_travels_once(pool: ArenaExecutor, client: EmbeddedClient) -> None:
     array = np.ones(LARGE)
-    futures: list[Future[Any]] = [pool.submit(nap, 0.3), *(pool.submit(looked_at, array) for _ in range(20))]
-    assert {future.result()[2] for future in futures[1:]} == {LARGE}
+    with held_up(pool, 2):
+        futures = [pool.submit(looked_at, array) for _ in range(20)]
+    assert {future.result()[2] for future in futures} == {LARGE}
     assert pool.copied == array.nbytes  # whatever was under way when: all of them were submitted
     del futures
-    assert {found[2] for found in pool.map(looked_at, [array] * 30, chunksize=7)} == {LARGE}
+    with held_up(pool, 2):
+        found = pool.map(looked_at, [array] * 30, chunksize=7)
+    assert {one[2] for one in found} == {LARGE}
     assert pool.copied == 2 * array.nbytes
-    halves = [array[: LARGE // 2], array[LARGE // 2 :]] * 5
-    assert sum(found[2] for found in pool.map(looked_at, halves)) == 5 * LARGE
+    with held_up(pool, 2):
+        found = pool.map(looked_at, [array[: LARGE // 2], array[LARGE // 2 :]] * 5)
+    assert sum(one[2] for one in found) == 5 * LARGE
     assert pool.copied == 3 * array.nbytes
     assert eventually(lambda: held(client) == 0)
 
@@ -268,8 +270,10 @@ def test_a_copy_waits_for_a_task_that_comes_much_later(client: EmbeddedClient) -
     """The pool packs but a few tasks ahead: between these two there is none that has it."""
     with ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as pool:
         array = np.ones(LARGE)
-        others: list[Future[Any]] = [pool.submit(looked_at, array), *(pool.submit(pid) for _ in range(20))]
-        assert pool.submit(looked_at, array).result()[2] == LARGE
+        with held_up(pool):
+            others: list[Future[Any]] = [pool.submit(looked_at, array), *(pool.submit(pid) for _ in range(20))]
+            last = pool.submit(looked_at, array)
+        assert last.result()[2] == LARGE
         assert pool.copied == array.nbytes
         wait(others)
     assert eventually(lambda: held(client) == 0)
@@ -278,7 +282,9 @@ def test_a_copy_waits_for_a_task_that_comes_much_later(client: EmbeddedClient) -
 @pytest.mark.parametrize("chunksize", [1, 4])
 def test_bytes_in_a_map_travel_once(pool: ArenaExecutor, client: EmbeddedClient, chunksize: int) -> None:
     blob, both = b"x" * LARGE, bytearray(b"y" * LARGE)
-    assert list(pool.map(lengths, [blob] * 12, [both] * 12, chunksize=chunksize)) == [[LARGE, LARGE]] * 12
+    with held_up(pool, 2):
+        found = pool.map(lengths, [blob] * 12, [both] * 12, chunksize=chunksize)
+    assert list(found) == [[LARGE, LARGE]] * 12
     assert pool.copied == 2 * LARGE
     assert list(pool.map(upper, [blob[:-1]] * 3, chunksize=3)) == [b"X" * (LARGE - 1)] * 3
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
@@ -325,17 +331,22 @@ def test_a_task_that_ends_while_it_is_packed_keeps_nothing(
     pool: ArenaExecutor, client: EmbeddedClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of a pool that breaks just then. (This one has not, so its worker comes for the array, and too late.)"""
-    pack, submitted, futures = pool._packer.pack, threading.Event(), list[Any]()
+    pack, submitted, ended, futures = pool._packer.pack, threading.Event(), threading.Event(), list[Any]()
 
-    def pack_and_end(*arguments: Any) -> Any:
-        packed = pack(*arguments)
-        assert submitted.wait(WAIT_S)
-        futures[0].given.end()
+    def pack_and_end(what: Any, large: Any) -> Any:
+        packed = pack(what, large)
+        if large:
+            assert submitted.wait(WAIT_S)
+            futures[0].given.end()
+            ended.set()
         return packed
 
     monkeypatch.setattr(pool._packer, "pack", pack_and_end)
-    futures.append(pool.submit(looked_at, np.ones(LARGE)))
-    submitted.set()
+    with held_up(pool, 2):
+        futures.append(pool.submit(looked_at, np.ones(LARGE)))
+        submitted.set()
+        assert ended.wait(WAIT_S)
+        assert eventually(lambda: client.stats() is not None and held(client) == 0), "before a worker comes for it"
     assert isinstance(futures[0].exception(), gcma_shm.StaleHandle)
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
 
@@ -397,8 +408,9 @@ def test_failed_cancelled_and_forgotten_tasks_keep_nothing(pool: ArenaExecutor, 
         pool.submit(fail, array).result()
     for _ in range(5):
         pool.submit(twice, array)
-    futures: list[Future[Any]] = [pool.submit(nap, 0.2), *(pool.submit(twice, array + n) for n in range(20))]
-    cancelled = [future.cancel() for future in futures]
+    with held_up(pool, 2):
+        futures = [pool.submit(twice, array + n) for n in range(20)]
+        cancelled = [future.cancel() for future in futures]
     assert any(cancelled)
     wait(futures)
     with pytest.raises(CancelledError):
@@ -437,8 +449,8 @@ def test_futures_are_futures(pool: ArenaExecutor) -> None:
     assert sorted(float(future.result()[0]) for future in as_completed(futures)) == [0, 2, 4, 6, 8, 10]
     assert eventually(lambda: seen == [0.0])
     assert all(future.exception() is None and future.done() for future in futures)
-    with pytest.raises(TimeoutError):
-        pool.submit(nap, 5 * 0.1).result(timeout=0.001)
+    with held_up(pool, 2), pytest.raises(TimeoutError):
+        pool.submit(pid).result(timeout=0.001)
     done, pending = wait(futures)
     assert (len(done), pending) == (6, set())
     assert not futures[0].cancel()
@@ -529,9 +541,11 @@ def test_an_initializer_that_fails_breaks_the_pool(client: EmbeddedClient) -> No
 
 def test_shutdown_cancels_what_has_not_begun(client: EmbeddedClient) -> None:
     pool = ArenaExecutor(1, multiprocessing.get_context("spawn"), client=client, threshold=THRESHOLD)
-    futures: list[Future[Any]] = [pool.submit(nap, 0.2), *(pool.submit(twice, np.ones(LARGE)) for _ in range(10))]
-    pool.shutdown(cancel_futures=True)
-    assert futures[0].result() == 0.2
+    with held_up(pool) as gate:
+        futures = [pool.submit(twice, np.ones(LARGE)) for _ in range(10)]
+        assert eventually(gate.tasks[0].running)
+        gate.shut_down(futures[-1])
+    assert gate.tasks[0].result() > 0, "what had begun was done"
     assert sum(future.cancelled() for future in futures) >= 6
     del futures
     assert eventually(lambda: held(client) == 0)

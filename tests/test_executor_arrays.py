@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import time
+import sys
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -23,11 +23,11 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
 from gcma_shm.clients.packers import Sharing
 
-from .processes import eventually
+from .gates import held_up
+from .processes import WAIT_S, eventually
 
 Array = npt.NDArray[Any]
 LARGE = 100_000  # floats
-SLOW_S = 0.1
 NBYTES = -(-8 * LARGE // 4096) * 4096
 
 
@@ -85,9 +85,20 @@ def total(array: Array, *_: object) -> float:
     return float(array.sum())
 
 
-def slowly(array: Array, seconds: float, *_: object) -> float:
-    time.sleep(seconds)
+def before_the_next(array: Array, *_: object) -> float:
+    """Ends when the next task is there, so that the worker knows whether that is given the same."""
+    assert eventually(_tasks()._is_waiting)
     return float(array.sum())
+
+
+def _tasks() -> executor_worker.Tasks:
+    """In a worker: the queue that its tasks come from."""
+    frame = sys._getframe(1)  # not this one, whose variables would refer to itself, and with it to the task's
+    while "call_queue" not in frame.f_locals:
+        assert frame.f_back is not None
+        frame = frame.f_back
+    queue: executor_worker.Tasks = frame.f_locals["call_queue"]
+    return queue
 
 
 def fail(array: Array) -> None:
@@ -173,7 +184,8 @@ def test_one_array_to_many_tasks_is_copied_once_and_to_the_next_ones_anew(
     pool: ArenaExecutor, client: EmbeddedClient
 ) -> None:
     array = np.ones(LARGE)
-    futures: list[Future[Any]] = [pool.submit(slowly, array, 0.2), *(pool.submit(total, array, n) for n in range(20))]
+    with held_up(pool):
+        futures = [pool.submit(total, array, n) for n in range(20)]
     assert {future.result() for future in futures} == {LARGE}
     assert pool.copied == array.nbytes
     for n in range(5):
@@ -197,12 +209,13 @@ def test_without_room_it_goes_through_the_pipe(pool: ArenaExecutor, client: Embe
 
 
 def test_an_array_that_is_resized_before_it_is_copied(pool: ArenaExecutor) -> None:
-    busy = [pool.submit(time.sleep, SLOW_S) for _ in range(4)]  # so that it is not pickled yet
-    array = np.ones(LARGE)
-    task = pool.submit(total, array, 1)
-    array.resize(4 * LARGE, refcheck=False)
+    with held_up(pool):
+        others = [pool.submit(abs, -n) for n in range(4)]  # so that it is not pickled yet
+        array = np.ones(LARGE)
+        task = pool.submit(total, array, 1)
+        array.resize(4 * LARGE, refcheck=False)
     assert task.result() == LARGE
-    assert [one.result() for one in busy] == [None] * 4
+    assert [one.result() for one in others] == [*range(4)]
 
 
 def test_an_array_in_the_place_of_a_freed_buffer(pool: ArenaExecutor, client: EmbeddedClient) -> None:
@@ -223,7 +236,7 @@ def test_what_one_task_was_given_is_given_back_before_its_result_is_sent(
     """... so that who waits for the result may have the room for the next."""
     room = client.areas()[0].largest_free // 4096 * 4096
     for n in range(5):
-        array = client.alloc_contig(room, timeout=5).numpy(LARGE, "float64")
+        array = client.alloc_contig(room, timeout=WAIT_S).numpy(LARGE, "float64")
         array[:] = n
         assert pool.submit(total, array).result() == n * LARGE
         del array
@@ -234,12 +247,13 @@ def test_what_the_next_task_is_given_too_is_asked_for_once(pool: ArenaExecutor, 
     first, second = built(client, 1.0), built(client, 2.0)
     pool.submit(total, first).result()
     before = asked(client, "attach")
-    # So slow that the next one is always there.
-    futures: list[Future[Any]] = [pool.submit(slowly, first, SLOW_S)]
-    futures += [pool.submit(slowly, first, SLOW_S, second) for _ in range(5)]
+    futures: list[Future[Any]] = [pool.submit(before_the_next, first)]
+    futures += [pool.submit(before_the_next, first, second) for _ in range(4)]
+    futures += [pool.submit(total, first, second)]
     assert [future.result() for future in futures] == [LARGE] * 6
     assert asked(client, "attach") == before + 2
-    futures = [pool.submit(slowly, one, SLOW_S) for one in (first, second, first, first, second)]
+    futures = [pool.submit(before_the_next, one) for one in (first, second, first, first)]
+    futures += [pool.submit(total, second)]
     assert [future.result() for future in futures] == [n * LARGE for n in (1, 2, 1, 1, 2)]
     assert asked(client, "attach") == before + 2 + 4, "what the next task is not given was given back"
     del futures
@@ -258,7 +272,7 @@ def test_a_forked_worker_uses_what_it_has(client: EmbeddedClient) -> None:
 
 def test_what_a_task_remembers_is_its_own(pool: ArenaExecutor, client: EmbeddedClient) -> None:
     array = built(client, 4.0)
-    futures: list[Future[Any]] = [pool.submit(slowly, array, 0.2), pool.submit(remember, array)]
+    futures: list[Future[Any]] = [pool.submit(before_the_next, array), pool.submit(remember, array)]
     futures += [pool.submit(total, np.ones(LARGE)) for _ in range(3)]
     del array
     [future.result() for future in futures]
@@ -271,7 +285,7 @@ def test_what_a_task_remembers_is_its_own(pool: ArenaExecutor, client: EmbeddedC
 
 def test_a_result_on_what_was_given(pool: ArenaExecutor, client: EmbeddedClient) -> None:
     array = built(client, 2.0)
-    futures: list[Future[Any]] = [pool.submit(slowly, array, 0.2), *(pool.submit(part, array) for _ in range(4))]
+    futures: list[Future[Any]] = [pool.submit(before_the_next, array), *(pool.submit(part, array) for _ in range(4))]
     results = [future.result() for future in futures]
     del array, futures
     assert [result.sum() for result in results[1:]] == [100_000.0] * 4
@@ -282,8 +296,10 @@ def test_a_result_on_what_was_given(pool: ArenaExecutor, client: EmbeddedClient)
 
 def test_tasks_that_fail_before_others(pool: ArenaExecutor, client: EmbeddedClient) -> None:
     array = built(client)
-    futures: list[Future[Any]] = [pool.submit(slowly, array, 0.3), pool.submit(fail, array), pool.submit(unsent, array)]
-    futures += [pool.submit(total, array), pool.submit(described, Explosive(), array), pool.submit(total, array)]
+    with held_up(pool):
+        futures: list[Future[Any]] = [pool.submit(before_the_next, array), pool.submit(fail, array)]
+        futures += [pool.submit(unsent, array), pool.submit(total, array)]
+        futures += [pool.submit(described, Explosive(), array), pool.submit(total, array)]
     assert isinstance(futures[1].exception(), LookupError)
     assert "local object" in str(futures[2].exception())  # which every Python says of a lambda that it cannot pickle
     assert futures[3].result() == LARGE
@@ -299,15 +315,16 @@ def test_a_next_task_that_cannot_be_loaded_breaks_the_pool_as_ever(client: Embed
     with ArenaExecutor(1, multiprocessing.get_context("spawn"), client=client) as pool:
         late = client.alloc_contig(8 * LARGE).numpy(LARGE, "float64")
         late[:] = 2
-        good = pool.submit(slowly, late, 1.0)
-        bad = pool.submit(total, array, late)
+        good = pool.submit(before_the_next, late)
+        after = pool.submit(total, array, late)
         assert good.result() == 2 * LARGE
-        assert bad.result() == LARGE
-        pool.submit(slowly, late, 0.5)
+        assert after.result() == LARGE
+        good = pool.submit(before_the_next, late)
         lost = pool.submit(nowhere, late)
+        assert good.result() == 2 * LARGE
         with pytest.raises(BrokenProcessPool):
             lost.result()
-    del array, late, good, bad, lost
+    del array, late, good, after, lost
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
 
 
@@ -409,11 +426,12 @@ def _is_free() -> bool:
 def test_a_worker_that_is_killed_with_the_next_task_in_hand(client: EmbeddedClient) -> None:
     array = built(client)
     with ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client) as pool:
-        futures: list[Future[Any]] = [
-            pool.submit(slowly, array, 0.3),
-            pool.submit(die, array),
-            pool.submit(total, array),
-        ]
+        with held_up(pool):  # or the pool may be broken before all are submitted
+            futures: list[Future[Any]] = [
+                pool.submit(before_the_next, array),
+                pool.submit(die, array),
+                pool.submit(total, array),
+            ]
         assert futures[0].result() == LARGE
         for future in futures[1:]:
             assert isinstance(future.exception(), BrokenProcessPool)
@@ -424,13 +442,16 @@ def test_a_worker_that_is_killed_with_the_next_task_in_hand(client: EmbeddedClie
 def test_shutdown_with_a_task_in_hand(client: EmbeddedClient) -> None:
     array = built(client)
     pool = ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client)
-    futures = [pool.submit(slowly, array, 0.1) for _ in range(12)]
-    pool.shutdown(wait=False)
+    with held_up(pool, 2):
+        futures = [pool.submit(total, array) for _ in range(12)]
+        pool.shutdown(wait=False)
     assert [future.result() for future in futures] == [LARGE] * 12
     pool.shutdown()
     again = ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client)
-    futures = [again.submit(slowly, array, 0.1) for _ in range(12)]
-    again.shutdown(cancel_futures=True)
+    with held_up(again) as gate:
+        futures = [again.submit(total, array) for _ in range(12)]
+        assert eventually(futures[0].running)  # with a worker, or on its way there
+        gate.shut_down(futures[-1])
     assert {future.result() for future in futures if not future.cancelled()} == {LARGE}
     del array, futures
     assert eventually(lambda: client.stats() is not None and held(client) == 0)

@@ -18,6 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -27,9 +28,12 @@ from gcma_shm.clients import executor as executor_module
 from gcma_shm.clients import executor_worker
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
+from gcma_shm.clients.handles import clients
+from gcma_shm.clients.joblib import end_workers, register
 from gcma_shm.clients.joblib_arrays import Given, Room
 
-from .processes import WAIT_S, broker, eventually, run_python, start_python
+from .gates import held_up
+from .processes import WAIT_S, broker, eventually, run_python, runs, start_python
 
 Array = npt.NDArray[np.float64]
 THRESHOLD = 4096
@@ -188,7 +192,9 @@ from gcma_shm.clients.executor import ArenaExecutor
 if __name__ == "__main__":
     client = gcma_shm.connect({client.endpoint!r})
     buffer = client.alloc_contig(1 << 20)
-    pool = ArenaExecutor(2, multiprocessing.get_context({method!r}), client=client, threshold=4096)
+    context = multiprocessing.get_context({method!r})
+    # One that begins early would do all tasks alone, and there would be no second one.
+    pool = ArenaExecutor(2, context, context.Barrier(2).wait, client=client, threshold=4096)
     futures = [pool.submit(np.ones, 100_000) for _ in range(4)]
     results = [future.result() for future in futures]
     print(*pool._processes, flush=True)
@@ -210,13 +216,7 @@ if __name__ == "__main__":
 
 
 def _all_ended(processes: list[int]) -> bool:
-    return not any(_runs(process) for process in processes)
-
-
-def _runs(process: int) -> bool:
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+    return not any(runs(process) for process in processes)
 
 
 # --- pools
@@ -272,18 +272,20 @@ def test_a_pool_whose_workers_are_ended_cancels_or_fails_all_and_keeps_nothing(
     assert wait(futures, WAIT_S).not_done == set()
     assert futures[-1].cancelled()
     assert all(future.cancelled() or isinstance(future.exception(), BrokenProcessPool) for future in futures)
-    assert eventually(lambda: not _runs(worker))
+    assert eventually(lambda: not runs(worker))
     del futures
     assert nothing_held(client)
 
 
 def test_a_pool_that_was_shut_down_keeps_no_results(client: EmbeddedClient) -> None:
     pool = ArenaExecutor(1, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD)
-    futures = [pool.submit(twice, np.ones(LARGE)) for _ in range(10)]
-    futures[0].result()
-    pool.shutdown(cancel_futures=True)
+    first = pool.submit(twice, np.ones(LARGE))
+    with held_up(pool) as gate:
+        futures = [pool.submit(twice, np.ones(LARGE)) for _ in range(10)]
+        assert first.result()[0] == 2
+        gate.shut_down(futures[-1])
     assert any(future.cancelled() for future in futures)
-    del futures
+    del first, futures
     assert nothing_held(client)
     assert pool.fallbacks == 0, "and is still here"
 
@@ -297,7 +299,7 @@ def test_a_pool_that_nobody_refers_to_ends(client: EmbeddedClient) -> None:
     del pool
     assert late.result() == LARGE
     assert eventually(lambda: gc.collect() >= 0 and gone() is None)
-    assert eventually(lambda: not _runs(worker))
+    assert eventually(lambda: not runs(worker))
     assert result[0] == 2
     del result, late
     assert nothing_held(client)
@@ -311,8 +313,8 @@ from gcma_shm.clients.executor import ArenaExecutor
 if __name__ == "__main__":
     os.environ["GCMA_SIZE"] = "32M"
     pool = ArenaExecutor(2, multiprocessing.get_context({method!r}), threshold=4096)
-    for n in range(4):
-        pool.submit(np.full, 10_000, n).add_done_callback(lambda future: print(future.result().sum(), flush=True))
+    for n in range(4):  # by whichever thread, so each in one piece
+        pool.submit(np.full, 10_000, n).add_done_callback(lambda future: os.write(1, b"%d\\n" % future.result().sum()))
 """
     assert sorted(run_python(code).split()) == ["0", "10000", "20000", "30000"]
 
@@ -324,7 +326,7 @@ def test_a_broker_that_is_killed_and_another_one_takes_over(tmp_path: Path) -> N
     endpoint = f"ipc://{tmp_path}/b"
     with contextlib.ExitStack() as brokers, contextlib.ExitStack() as stack:
         first = brokers.enter_context(broker(endpoint, size="32M"))
-        client = stack.enter_context(gcma_shm.connect(endpoint, timeout=30, wait_for_broker=30))
+        client = stack.enter_context(gcma_shm.connect(endpoint, timeout=WAIT_S, wait_for_broker=WAIT_S))
         context = multiprocessing.get_context("spawn")
         pool = stack.enter_context(ArenaExecutor(2, context, client=client, threshold=THRESHOLD))
         futures = [pool.submit(twice, np.full(LARGE, float(n))) for n in range(30)]
@@ -335,15 +337,34 @@ def test_a_broker_that_is_killed_and_another_one_takes_over(tmp_path: Path) -> N
         del futures
 
 
-def test_a_broker_that_has_gone_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def patience_of_all(_: Array) -> list[tuple[float, float]]:
+    """Of this process's clients, one of which has what it was given."""
+    return [client._channel.patience for client in clients if not client.closed]
+
+
+def test_workers_wait_for_the_broker_as_long_as_their_pools_client(client: EmbeddedClient) -> None:
+    """Or a task fails for want of what it is given, while the next broker starts that its pool waits for."""
+    context = multiprocessing.get_context("spawn")
+    with gcma_shm.connect(client.endpoint, timeout=77.0, wait_for_broker=88.0) as mine:
+        with ArenaExecutor(1, context, client=mine, threshold=THRESHOLD) as pool:
+            assert pool.submit(patience_of_all, np.ones(LARGE)).result() == [(77.0, 88.0)]
+        register()
+        with joblib.parallel_config(backend="gcma", n_jobs=2, client=mine):
+            found = joblib.Parallel()(joblib.delayed(patience_of_all)(np.ones(2 * LARGE)) for _ in range(2))
+        assert found == [[(77.0, 88.0)]] * 2
+        end_workers()
+
+
+def test_a_broker_that_has_gone_for_good(tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/b"
     with broker(endpoint, size="32M") as served:
-        client = gcma_shm.connect(endpoint, timeout=0.3)
+        client = gcma_shm.connect(endpoint)
         context = multiprocessing.get_context("spawn")
         with ArenaExecutor(1, context, client=client, threshold=THRESHOLD) as pool:
             array = np.ones(LARGE)
             assert pool.submit(total, array).result() == LARGE
             served.stop(signal.SIGKILL)
+            client._channel.timeout = 0.3  # from now on nobody answers
             assert [pool.submit(twice, array).result()[0] for _ in range(3)] == [2, 2, 2]
             assert pool.fallbacks == 6
         with contextlib.suppress(gcma_shm.GcmaError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import pickle
 import random
@@ -417,17 +418,19 @@ def test_readers_never_see_a_mix_of_two_writers(mapping: SwapMapping) -> None:
     with forked(lambda said: write_on(mapping, said, 1)) as one, forked(lambda said: write_on(mapping, said, 2)) as two:
         one.receive(), two.receive()
         seen: set[bytes] = set()
+        writers: set[int] = set()
         deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline or len(seen) < 100:
+        while (
+            time.monotonic() < deadline or len(seen) < 100 or writers != {1, 2}
+        ):  # however long one of them is not let run
             for n in range(12):
                 value = mapping.get(f"key {n}")
                 if value is not None:
                     assert is_whole(value)
                     seen.add(value[:8])
+                    writers.add(int.from_bytes(value[:8], "little") % 10)
         one.kill()
         two.kill()
-    writers = {int.from_bytes(first, "little") % 10 for first in seen}
-    assert writers == {1, 2}
     for _, value in mapping.items():
         assert is_whole(value)
 
@@ -441,7 +444,9 @@ def test_a_writer_killed_at_any_moment_leaves_values_whole_and_no_slot_lost(smal
     chance = random.Random(7)
     small["kept"] = whole(77, 8 * 2000)
     collected = 0
-    for round_ in range(40):
+    for round_ in itertools.count():
+        if round_ >= 40 and collected:  # or no kill has fallen into a write yet: for each that is a matter of luck
+            break
         with forked(lambda said, seed=round_: write_on(small, said, seed)) as child:  # type: ignore[misc]
             child.receive()
             time.sleep(chance.random() * 0.02)  # not to wait for anything: where the kill falls
@@ -453,7 +458,6 @@ def test_a_writer_killed_at_any_moment_leaves_values_whole_and_no_slot_lost(smal
     small.clear()
     small["last"] = b"x" * PAGE * 150
     assert small["last"] == b"x" * PAGE * 150
-    assert collected > 0
 
 
 def test_it_outlives_the_one_who_wrote(mapping: SwapMapping) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -205,8 +205,19 @@ def test_what_cannot_all_be_given_away_goes_through_the_pipe_and_nothing_is_left
     assert eventually(lambda: client.stats() is not None and held(client) == 0)
 
 
-def test_the_reducer_and_the_packers_leave_each_other_alone(client: EmbeddedClient, packer: Packer) -> None:
+@pytest.fixture
+def _registered() -> Iterator[None]:
+    """The reducer, for this test alone."""
+    registered: dict[type, Any] = vars(ForkingPickler)["_extra_reducers"]
+    before = dict(registered)
     reducer.register()
+    yield
+    registered.clear()
+    registered.update(before)
+
+
+@pytest.mark.usefixtures("_registered")
+def test_the_reducer_and_the_packers_leave_each_other_alone(client: EmbeddedClient, packer: Packer) -> None:
     array = client.alloc_contig(80_000).numpy(10_000, "f8")
     array[:] = 3
     for _ in range(2):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import pickle
 import signal
 import tempfile
@@ -18,8 +17,9 @@ from gcma_shm import Client
 from gcma_shm.clients import tree
 from gcma_shm.clients.shared_memory import SharedMemory, using
 from gcma_shm.endpoint import arena_name
+from gcma_shm.messages import Reply, Request
 from tests.invariants import check_at_rest
-from tests.processes import WAIT_S, Said, broker, eventually, forked
+from tests.processes import WAIT_S, Said, broker, eventually, forked, stop
 
 from .segments import METHODS, PAGE, buf, held, names, program, said
 
@@ -182,7 +182,7 @@ def test_a_program_of_another_tree_takes_nothing_away(at: Client) -> None:
     for one in (segment, again):
         one.close()
     segment.unlink()
-    assert not held(at)
+    assert eventually(lambda: not held(at)), "that the program has ended the broker sees when it looks"
 
 
 # --- a broker that is killed
@@ -214,14 +214,20 @@ def test_what_is_kept_is_kept_by_the_next_broker() -> None:
             client.close()  # while somebody listens
 
 
-def test_a_broker_is_killed_during_unlink() -> None:
+def test_a_broker_is_killed_during_unlink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it was done, nobody can say; what is not done can be done again, and it is never kept without its name."""
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
     with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=WAIT_S) as client, using(client):
         segment = SharedMemory("mine", create=True, size=PAGE)
         segment.close()
-        os.kill(first.pid, signal.SIGSTOP)
+        stop(first.pid)
         outcome: list[object] = []
+        asked = threading.Event()
+        receive = client._channel._receive
+
+        def tell_and_receive(request: Request, deadline: float) -> Reply:
+            asked.set()
+            return receive(request, deadline)
 
         def unlink() -> None:
             try:
@@ -230,8 +236,9 @@ def test_a_broker_is_killed_during_unlink() -> None:
                 outcome.append(error)
 
         thread = threading.Thread(target=unlink)
+        monkeypatch.setattr(client._channel, "_receive", tell_and_receive)
         thread.start()
-        thread.join(0.2)
+        assert asked.wait(WAIT_S)
         first.stop(signal.SIGKILL)
         with broker(endpoint):
             thread.join()
@@ -245,12 +252,14 @@ def test_a_broker_is_killed_during_unlink() -> None:
 
 def test_an_arena_that_has_ended() -> None:
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
-    with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=0.5) as client, using(client):
+    with broker(endpoint) as first, gcma_shm.connect(endpoint) as client, using(client):
         segment = SharedMemory(create=True, size=PAGE)
         pickled = pickle.dumps(segment)
         first.stop()
+        client._channel.timeout = 0.5  # while nobody answers
         with pytest.raises(gcma_shm.BrokerUnavailable):
             segment.unlink()
+        client._channel.timeout = WAIT_S
         with broker(endpoint):
             with pytest.raises(FileNotFoundError):
                 segment.unlink()

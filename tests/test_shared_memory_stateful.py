@@ -155,9 +155,7 @@ class Machine(RuleBasedStateMachine):
         assert sum(keepers == (1,) for keepers in told.values()) == sum(not one.tracked for one in self.names.values())
         living = {*self.names.values(), *(one.segment for one in self.open if one.ours.buf is not None)}
         expected = PAGE * sum(segment.pages for segment in living)
-        assert eventually(lambda: self.held() == expected, 10.0), (
-            "to close is to tell the broker, and not to wait for it"
-        )
+        assert eventually(lambda: self.held() == expected), "to close is to tell the broker, and not to wait for it"
 
 
 def test_segments_are_what_a_naive_model_says(client: EmbeddedClient) -> None:
