@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import select
 import signal
 import subprocess
 from pathlib import Path
@@ -21,7 +22,8 @@ def record(words: str) -> logging.LogRecord:
     return logging.LogRecord("x", logging.WARNING, __file__, 1, words, None, None)
 
 
-def test_lines_come_in_order() -> None:
+def test_lines_come_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "END_S", WAIT_S)
     read_end, write_end = os.pipe()
     log = Log(write_end)
     for n in range(100):
@@ -33,30 +35,36 @@ def test_lines_come_in_order() -> None:
 
 
 def test_a_reader_that_does_not_read_costs_lines_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_module, "END_S", 0.01)
     read_end, write_end = os.pipe()
     log = Log(write_end)
 
     def is_stuck() -> bool:
-        """Whether a hundred lines in a row are lost: pipe and queue are full."""
+        """Whether a hundred lines in a row are lost, and not because it was not the thread's turn to write: pipe and queue are full."""
         before = log._lost
         for n in range(100):
             log.emit(record(f"line {n} {'x' * 200}"))
-        return log._lost - before == 100
+        return log._lost - before == 100 and not select.select([], [write_end], [], 0)[1]
 
-    assert eventually(is_stuck)
-    log.end()
     with os.fdopen(read_end, "rb", 0) as said:
+        assert eventually(is_stuck)
         assert eventually(lambda: not log._lines.full() or not said.read(65536))
         log.emit(record("the last one"))
         found = b""
         while b"the last one" not in found:
             found += said.read(65536)
-    assert b"lines before it were lost" in found
+        assert b"lines before it were lost" in found
+        assert eventually(is_stuck)
+        monkeypatch.setattr(log_module, "END_S", 0.01)
+        log.end()
+        assert log._thread.is_alive(), "it is left behind, in its write"
+    monkeypatch.setattr(log_module, "END_S", WAIT_S)
+    log.end()
+    assert not log._thread.is_alive()
     os.close(write_end)
 
 
-def test_a_reader_that_has_gone() -> None:
+def test_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_module, "END_S", WAIT_S)
     read_end, write_end = os.pipe()
     os.close(read_end)
     log = Log(write_end)
