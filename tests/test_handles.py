@@ -205,7 +205,8 @@ def test_a_worker_that_forgets_it_holds_nothing_and_stays_connected(client: Embe
             buffer = client.alloc_contig(PAGE)
             running.tell(pickle.dumps(buffer))
             assert running.receive() == PAGE
-            assert clients(client) == 2
+            # The record that it inherited and closed without a word may be found by its lock alone, within a second.
+            assert eventually(lambda: clients(client) == 2)
             running.tell()
             sessions.add(running.receive())
             buffer.free()
@@ -461,7 +462,7 @@ def test_of_a_brokers_former_life(tmp_path: Path, number: int) -> None:
     endpoint = f"ipc://{os.environ['XDG_RUNTIME_DIR']}/former/broker"
     options = ("--spill-dir", str(tmp_path / "spill"))
     with broker(endpoint, *options, size="4M") as first:
-        before = gcma_shm.connect(endpoint, timeout=1.0)
+        before = gcma_shm.connect(endpoint)
         old = before.alloc_contig(PAGE)
         place, data, claimed = old.offset, pickle.dumps(old), pickle.dumps(before.reserve(PAGE))
         handle = old.hand_over()
@@ -489,7 +490,7 @@ def test_of_a_former_life_whose_client_is_still_there(tmp_path: Path, number: in
     endpoint = f"ipc://{os.environ['XDG_RUNTIME_DIR']}/former/broker"
     options = ("--spill-dir", str(tmp_path / "spill"))
     with broker(endpoint, *options, size="4M") as first:
-        before = gcma_shm.connect(endpoint, timeout=1.0)
+        before = gcma_shm.connect(endpoint, timeout=WAIT_S)
         data = pickle.dumps(before.alloc_contig(PAGE))
         first.stop(number)
     remove_dead(arena_name(endpoint))  # what a clean stop has done already, and a takeover would not
@@ -625,11 +626,11 @@ def test_several_under_way(client: EmbeddedClient) -> None:
 
 def test_a_bound_on_handles_under_way(client: EmbeddedClient) -> None:
     with client.alloc_contig(PAGE) as buffer:
-        handles = [buffer.hand_over() for _ in range(HAND_OVERS_MAX)]
+        handles = [buffer.hand_over(timeout=3600) for _ in range(HAND_OVERS_MAX)]  # none is over before the last is made
         with pytest.raises(QuotaExceeded):
             buffer.hand_over()
         handles.pop().attach().free()
-        handles.append(buffer.hand_over())
+        handles.append(buffer.hand_over(timeout=3600))
     for handle in handles:
         handle.attach().free()
     assert held(client) == 0
