@@ -1530,6 +1530,7 @@ class Machine(RuleBasedStateMachine):
         self.patch.undo()
 
 
+@pytest.mark.timeout(600)
 def test_any_order_keeps_the_books() -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=200, stateful_step_count=30, deadline=None))
 

@@ -21,6 +21,7 @@ from tests.invariants import BUFFER, PUBLISHED
 
 PAGE = 4096
 ANY = {"a": 40 * PAGE, "b": 80 * PAGE}
+MANY_EXAMPLES = pytest.mark.timeout(600)  # seconds of a processor that may not be ours alone
 
 
 def areas_of(bare: Bare) -> Areas:
@@ -597,6 +598,7 @@ def lines(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], int, int, int, i
     return pages, guests, base, asked, own, draw(st.integers(1, pages)), offset, new
 
 
+@MANY_EXAMPLES
 @settings(max_examples=3000, deadline=None)
 @given(lines())
 def test_nobody_is_delayed_and_nobody_waits_for_nothing(
@@ -614,6 +616,7 @@ def test_nobody_is_delayed_and_nobody_waits_for_nothing(
     assert delays(waiting, place_in(room, *new)) == truth
 
 
+@MANY_EXAMPLES
 @settings(max_examples=1500, deadline=None)
 @given(lines(), st.integers(20, 99))
 def test_nobody_is_delayed_where_guests_have_a_share(
@@ -801,6 +804,7 @@ def parts(draw: st.DrawFn) -> tuple[list[tuple[int, int]], int, int, int, int | 
     return placed, draw(st.integers(1, 100)), own, draw(st.integers(1, 12)), offset, asked
 
 
+@MANY_EXAMPLES
 @settings(max_examples=1500, deadline=None)
 @given(parts())
 def test_what_could_ever_be_is_what_an_empty_area_has_room_for(

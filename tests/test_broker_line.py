@@ -895,5 +895,6 @@ class Machine(RuleBasedStateMachine):
         self.patch.undo()
 
 
+@pytest.mark.timeout(600)
 def test_any_order_serves_them_all() -> None:
     run_state_machine_as_test(Machine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None))

@@ -626,7 +626,8 @@ def test_several_under_way(client: EmbeddedClient) -> None:
 
 def test_a_bound_on_handles_under_way(client: EmbeddedClient) -> None:
     with client.alloc_contig(PAGE) as buffer:
-        handles = [buffer.hand_over(timeout=3600) for _ in range(HAND_OVERS_MAX)]  # none is over before the last is made
+        # None is over before the last is made.
+        handles = [buffer.hand_over(timeout=3600) for _ in range(HAND_OVERS_MAX)]
         with pytest.raises(QuotaExceeded):
             buffer.hand_over()
         handles.pop().attach().free()
