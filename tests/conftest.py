@@ -27,8 +27,11 @@ from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import AreaSpec
+from gcma_shm.broker import allocations as allocations_module
+from gcma_shm.broker.allocations import Allocations
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.shared_memory import using
+from tests.books import Clock, allocations_of
 from tests.loops import NEW_LOOP, Runs
 from tests.processes import broker
 
@@ -218,6 +221,20 @@ def bare(tmp_path: Path) -> Iterator[Bare]:
         yield Bare(arena, plane, tmp_path / "spill")
     finally:
         arena.destroy()
+
+
+@pytest.fixture
+def allocations(bare: Bare) -> Allocations:
+    """Of that arena, all of them."""
+    return allocations_of(bare)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time that they read."""
+    clock = Clock()
+    monkeypatch.setattr(allocations_module, "time", clock)
+    return clock
 
 
 @pytest.fixture(params=list(NEW_LOOP))
