@@ -28,10 +28,12 @@ from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import AreaSpec
 from gcma_shm.broker import allocations as allocations_module
+from gcma_shm.broker import line as line_module
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.shared_memory import using
 from tests.books import Clock, allocations_of
+from tests.desk import Desk
 from tests.loops import NEW_LOOP, Runs
 from tests.processes import broker
 
@@ -235,6 +237,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(allocations_module, "time", clock)
     return clock
+
+
+@pytest.fixture
+def desk(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """Allocations of that arena, and the line before them."""
+    desk = Desk(bare)
+    monkeypatch.setattr(line_module, "time", desk)
+    return desk
 
 
 @pytest.fixture(params=list(NEW_LOOP))
