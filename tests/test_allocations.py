@@ -12,16 +12,7 @@ from gcma_shm.broker import allocations as allocations_module
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchArea, NoSuchBuffer, QuotaExceeded
 from gcma_shm.layout import BUFFER, RESERVATION
-from tests.books import (
-    PAGE,
-    Worker,
-    allocate,
-    allocations_of,
-    claim_word,
-    client_plane,
-    fork,
-    reserve,
-)
+from tests.books import PAGE, Worker, allocate, allocations_of, claim_word, client_plane, fork, reserve
 from tests.conftest import Bare, private_bare
 from tests.invariants import check_at_rest
 

@@ -8,17 +8,7 @@ from gcma_shm import layout
 from gcma_shm.broker.allocations import Allocations
 from gcma_shm.errors import ArenaExhausted, NoSuchBuffer, StaleHandle
 from tests import invariants
-from tests.books import (
-    PAGE,
-    Clock,
-    Worker,
-    allocate,
-    allocations_of,
-    claim_word,
-    fork,
-    reserve,
-    states,
-)
+from tests.books import PAGE, Clock, Worker, allocate, allocations_of, claim_word, fork, reserve, states
 from tests.conftest import Bare, private_bare
 from tests.invariants import check_at_rest, check_tables
 

@@ -7,14 +7,7 @@ import pytest
 from gcma_shm import layout
 from gcma_shm.broker.allocations import HAND_OVER_MAX_S, HAND_OVERS_MAX, Allocations
 from gcma_shm.errors import BufferExists, NoSuchBuffer, QuotaExceeded, StaleHandle
-from tests.books import (
-    PAGE,
-    Clock,
-    Worker,
-    allocate,
-    allocations_of,
-    reserve,
-)
+from tests.books import PAGE, Clock, Worker, allocate, allocations_of, reserve
 from tests.conftest import Bare
 from tests.invariants import check_at_rest
 

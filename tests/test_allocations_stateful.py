@@ -16,16 +16,7 @@ from gcma_shm.broker.allocations import HAND_OVER_MAX_S
 from gcma_shm.broker.table import Allocation
 from gcma_shm.errors import ArenaExhausted, BufferExists, NoSuchBuffer, QuotaExceeded, StaleHandle
 from gcma_shm.layout import BUFFER, RESERVATION
-from tests.books import (
-    CLIENTS,
-    PAGE,
-    Clock,
-    Worker,
-    allocate,
-    allocations_of,
-    claim_word,
-    fork,
-)
+from tests.books import CLIENTS, PAGE, Clock, Worker, allocate, allocations_of, claim_word, fork
 from tests.conftest import private_bare
 from tests.invariants import check_tables
 

@@ -16,7 +16,10 @@ from tests.sanitize.runtime import FOUND, HERE, MEMORY, Sanitized, preloaded
 SECONDS = float(os.environ.get("GCMA_SANITIZE_S", "0"))
 SHORT_S = 2.0
 PLANTED_S = 60.0  # a bound: the first report ends the run
-SUITE = ["tests/test_core.py", "tests/test_buffer.py", "tests/test_swap_contract.py", "tests/test_reservation.py"]
+SUITE = [
+    f"tests/test_{name}.py"
+    for name in ("core", "buffer", "swap_contract", "reservation", "reservation_claims", "reservation_shared")
+]
 WHY_NOT = preloaded(MEMORY)
 pytestmark = [
     pytest.mark.slow,  # with its build
