@@ -18,6 +18,9 @@ from gcma_shm.broker.log import Log
 from tests.processes import WAIT_S, broker_command, eventually
 
 
+CONNECTIONS = 100
+
+
 def record(words: str) -> logging.LogRecord:
     return logging.LogRecord("x", logging.WARNING, __file__, 1, words, None, None)
 
@@ -77,7 +80,8 @@ def test_a_reader_that_has_gone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_broker_whose_log_nobody_reads_serves_and_ends() -> None:
     endpoint = f"ipc://{os.environ['XDG_RUNTIME_DIR']}/b"
     process = subprocess.Popen(
-        broker_command(endpoint, "--size", "8M", "--log-level", "debug"),
+        # A record for each connection: those of clients that have left are free when the broker comes to it.
+        broker_command(endpoint, "--size", "8M", "--log-level", "debug", "--clients", str(CONNECTIONS + 1)),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         cwd="/",
@@ -86,10 +90,10 @@ def test_a_broker_whose_log_nobody_reads_serves_and_ends() -> None:
         assert process.stderr is not None
         assert eventually(Path(endpoint.removeprefix("ipc://")).exists)
         fcntl.fcntl(process.stderr, fcntl.F_SETPIPE_SZ, 4096)
-        for _ in range(100):  # two lines each, several times what the pipe holds
+        for _ in range(CONNECTIONS):  # two lines each, several times what the pipe holds
             gcma_shm.connect(endpoint, mapped=False, timeout=WAIT_S, wait_for_broker=WAIT_S).close()
         process.send_signal(signal.SIGTERM)
         assert process.wait(WAIT_S) == 0
     finally:
-        process.kill()
-        process.communicate()
+        process.terminate()  # with its arena, and its reader now
+        process.communicate(timeout=WAIT_S)
