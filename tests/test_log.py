@@ -17,7 +17,6 @@ from gcma_shm.broker import log as log_module
 from gcma_shm.broker.log import Log
 from tests.processes import WAIT_S, broker_command, eventually
 
-
 CONNECTIONS = 100
 
 
