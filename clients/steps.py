@@ -7,6 +7,7 @@ is thrown in where the step stands. `drive` does the steps of a client that bloc
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import time
 import weakref
@@ -70,16 +71,19 @@ Steps = Generator[Step, Any, T]
 
 
 def drive(steps: Steps[T], do: Callable[[Step], Any]) -> T:
-    """Does the steps one after another, and returns what they return."""
+    """Does the steps one after another, and returns what they return. Ctrl-C that is heard between two of them is told to the steps as one in
+    the middle of them is: they may have a place in line to leave.
+    """
     try:
         step = next(steps)
         while True:
             try:
-                answer = do(step)
+                while True:  # inside of the `try`: signals are heard at the jump back as well
+                    step = steps.send(do(step))
             except BaseException as error:
+                if inspect.getgeneratorstate(steps) == inspect.GEN_CLOSED:  # it is the steps' own, or their end
+                    raise
                 step = steps.throw(error)
-            else:
-                step = steps.send(answer)
     except StopIteration as done:
         return cast(T, done.value)
 

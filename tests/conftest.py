@@ -29,9 +29,14 @@ from gcma_shm import arena as arenas
 from gcma_shm import layout
 from gcma_shm._core import Plane
 from gcma_shm.areas import AreaSpec
+from gcma_shm.broker import allocations as allocations_module
+from gcma_shm.broker import line as line_module
+from gcma_shm.broker.allocations import Allocations
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.shared_memory import using
 from gcma_shm.endpoint import arena_name, default_spill_dir
+from tests.books import Clock, allocations_of
+from tests.desk import Desk
 from tests.inspected import Copy, in_use
 from tests.loops import NEW_LOOP, Runs
 from tests.processes import broker
@@ -266,6 +271,28 @@ def bare(tmp_path: Path) -> Iterator[Bare]:
         yield Bare(arena, plane, tmp_path / "spill")
     finally:
         arena.destroy()
+
+
+@pytest.fixture
+def allocations(bare: Bare) -> Allocations:
+    """Of that arena, all of them."""
+    return allocations_of(bare)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The time that they read."""
+    clock = Clock()
+    monkeypatch.setattr(allocations_module, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def desk(bare: Bare, monkeypatch: pytest.MonkeyPatch) -> Desk:
+    """Allocations of that arena, and the line before them."""
+    desk = Desk(bare)
+    monkeypatch.setattr(line_module, "time", desk)
+    return desk
 
 
 @pytest.fixture(params=list(NEW_LOOP))

@@ -43,8 +43,12 @@ class Keys:
         self._write(options)
 
     def _write(self, options: dict[str, str]) -> None:
+        self.replace("".join(f"{name} {self.public[name]} {words}\n" for name, words in options.items()))
+
+    def replace(self, content: str) -> None:
+        """The file's new content, whatever it is."""
         new = self.authorized.with_suffix(".new")
-        new.write_text("".join(f"{name} {self.public[name]} {words}\n" for name, words in options.items()))
+        new.write_text(content)
         new.chmod(0o600)
         new.rename(self.authorized)
 

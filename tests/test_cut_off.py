@@ -22,7 +22,7 @@ from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.errors import BrokerUnavailable, ProtocolError
 from gcma_shm.process import start_time
 from tests.conftest import Bare
-from tests.processes import WAIT_S, broker, broker_command, eventually, forked
+from tests.processes import WAIT_S, broker, broker_command, eventually, forked, stopped
 from tests.takeover import AREAS, MIB, held, page_of
 from tests.test_sessions import Kept
 
@@ -78,25 +78,30 @@ def test_a_claim_whose_handle_expired_with_the_broker(endpoint: str) -> None:
         reservation = client.reserve(MIB, area="b")
         claimed = reservation.claim()
         claimed.hand_over(0.5)
-        claimed.free()
-        assert first.wait(WAIT_S) == -signal.SIGKILL
-        with broker(endpoint, *AREAS):
-            reservation.claim(timeout=WAIT_S).free()
-            client.close()
+        with ThreadPoolExecutor(1) as pool:
+            freed = pool.submit(claimed.free)  # of the next broker, should the handle's time be over already
+            assert first.wait(WAIT_S) == -signal.SIGKILL
+            with broker(endpoint, *AREAS):
+                freed.result(WAIT_S)
+                reservation.claim(timeout=WAIT_S).free()
+                client.close()
 
 
 def test_a_shared_claim_that_was_freed_without_a_broker(endpoint: str) -> None:
     """Shared by a fork whose child got no record, so no bits tell of it; and the message that freed it was lost."""
     with broker(endpoint, *AREAS, "--clients", "3") as first:
-        client = gcma_shm.connect(endpoint, timeout=0.5)
+        client = gcma_shm.connect(endpoint, timeout=WAIT_S)
         reservation = client.reserve(MIB, area="b")
         claimed = reservation.claim()
         with gcma_shm.connect(endpoint), forked(lambda _: None) as child:  # no record is free
             child.receive()
             child.wait()
-        os.kill(first.pid, signal.SIGSTOP)
-        with contextlib.suppress(BrokerUnavailable):
-            claimed.free()
+        with stopped(first.pid):
+            client._channel.timeout = 0.5  # of what is not answered
+            with pytest.raises(BrokerUnavailable):
+                claimed.free()
+            client._channel.timeout = WAIT_S
+            os.kill(first.pid, signal.SIGKILL)
         first.stop(signal.SIGKILL)
         with broker(endpoint, *AREAS, "--clients", "3"):
             client.alloc_contig(4096).free()
@@ -187,7 +192,7 @@ def test_a_broker_that_fails_leaves_all_to_the_next(endpoint: str) -> None:
 
 
 def test_a_successor_without_descriptors_ends_no_type(endpoint: str) -> None:
-    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint, timeout=1, wait_for_broker=WAIT_S) as client:
+    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint, wait_for_broker=WAIT_S) as client:
         swaps = [client.swap(n, 4) for n in range(60)]
         for n, swap in enumerate(swaps):
             swap.store(0, page_of(n))
@@ -210,7 +215,7 @@ def test_a_header_that_names_another_directory(endpoint: str, tmp_path: Path) ->
     precious = tmp_path / "precious"
     precious.mkdir(mode=0o700)
     (precious / "file").write_bytes(b"mine")
-    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint, timeout=0.5) as client:
+    with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
         client.swap(0, 10).store(1, page_of(1))
         first.stop(signal.SIGKILL)
         path = SHM_DIR / arena_name(endpoint).removeprefix("/")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import tempfile
@@ -16,15 +17,27 @@ from gcma_shm import BrokerUnavailable, Client
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import Swap
 from gcma_shm.messages import BATCHES
-from tests.processes import broker, eventually, stopped
+from tests.processes import WAIT_S, broker, eventually, stopped
 
 PAGE = 4096
 
 
 @pytest.fixture
 def other(client: EmbeddedClient) -> Iterator[Client]:
-    with gcma_shm.connect(client.endpoint, mapped=False, timeout=0.3) as other:
+    with gcma_shm.connect(client.endpoint, mapped=False, timeout=WAIT_S) as other:
         yield other
+
+
+@contextlib.contextmanager
+def unanswered(pid: int, other: Client, timeout: float = 0.3) -> Iterator[None]:
+    """The broker is stopped, and what is asked for has so long; before and after it may take its time."""
+    before = other._channel.timeout
+    with stopped(pid):
+        other._channel.timeout = timeout
+        try:
+            yield
+        finally:
+            other._channel.timeout = before
 
 
 def given_up(client: Client) -> int:
@@ -46,7 +59,7 @@ def test_an_immediate_retry_of_a_batch_that_timed_out(client: EmbeddedClient, ot
             assert all(swap.load_many(range(2000), memory))
 
     for round_ in range(3):
-        with stopped(client.broker_pid):
+        with unanswered(client.broker_pid, other):
             for _ in range(3):
                 with pytest.raises(BrokerUnavailable) as raised:
                     batch()
@@ -63,14 +76,12 @@ def test_single_requests_that_timed_out_leave_room_for_the_window_alone(client: 
     window = other._channel.greeting["window"]
     page = os.urandom(PAGE)
     swap.store(1, page)
-    other._channel.timeout = 0.001
     other._channel._socket.setsockopt(zmq.RCVTIMEO, 1)
-    with stopped(client.broker_pid):
+    with unanswered(client.broker_pid, other, 0.001):
         for _ in range(window + 5):
             with pytest.raises(BrokerUnavailable):
                 swap.load(1)
         assert given_up(other) == window
-    other._channel.timeout = 60.0
     assert swap.load(1) == page
     assert given_up(other) == 0
     assert "ProtocolError" not in client.stats()["broker"]["refusals"]
@@ -107,7 +118,7 @@ def test_a_batch_that_is_broken_off_in_the_middle(
 
 def four_given_up(pid: int, other: Client) -> None:
     swap = other.swap(0, 2000)
-    with stopped(pid), pytest.raises(BrokerUnavailable):
+    with unanswered(pid, other), pytest.raises(BrokerUnavailable):
         swap.load_many(range(2000), bytearray(2000 * PAGE))
     assert given_up(other) == BATCHES
 
@@ -143,13 +154,12 @@ def test_the_next_broker_has_nothing_of_what_was_given_up(first: str) -> None:
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
     with (
         broker(endpoint) as killed,
-        gcma_shm.connect(endpoint, mapped=False, timeout=0.3) as other,
+        gcma_shm.connect(endpoint, mapped=False, timeout=WAIT_S) as other,
     ):
         swap = other.swap(0, 2000)
         four_given_up(killed.process.pid, other)
         killed.stop(signal.SIGKILL)
         with broker(endpoint):
-            other._channel.timeout = 60.0
             assert_nothing_of_it_is_left(other, swap, first)
             assert other._channel._late == 0
             other.close()

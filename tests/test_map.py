@@ -20,6 +20,7 @@ from tests.processes import broker, eventually
 
 PAGE = 4096
 MIB = 1 << 20
+SETTLED_S = 1.0  # without stores, until there are more of them
 
 
 def ranges(capsys: pytest.CaptureFixture[str], endpoint: str) -> dict[str, list[dict[str, Any]]]:
@@ -60,14 +61,17 @@ def test_what_each_page_holds(capsys: pytest.CaptureFixture[str], monkeypatch: p
             (info,) = [info for info in client.areas() if info.name == "a"]
             return info.lent >= info.size - MIB // 2
 
-        def settled() -> bool:
-            """A page that is just being replaced is no cache."""
-            of_a = ranges(capsys, endpoint)["a"]
-            return bytes_of("cache", of_a) == 4 * MIB - MIB - MIB // 2 and any(one.get("cached") == MIB for one in of_a)
+        found: list[dict[str, Any]] = []
 
-        assert eventually(whole)
-        assert eventually(settled)
-        found = ranges(capsys, endpoint)["a"]
+        def settled() -> bool:
+            """A page that is just being replaced is no cache; and the broker may go on replacing some after any look."""
+            found[:] = ranges(capsys, endpoint)["a"]
+            return bytes_of("cache", found) == 4 * MIB - MIB - MIB // 2 and any(
+                one.get("cached") == MIB for one in found
+            )
+
+        # One that was free when the stores ended, since its copy came too late, is filled by more of them.
+        assert eventually(lambda: whole() and eventually(settled, SETTLED_S))
         (one,) = [one for one in found if one["kind"] == "reserved"]
         assert (one["size"], one["name"], one["cached"], one["offset"]) == (MIB, "lent", MIB, lent.offset * PAGE)
         (one,) = [one for one in found if one["kind"] == "claimed"]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import re
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,11 +21,10 @@ from gcma_shm import layout
 from gcma_shm.arena import SHM_DIR, remove_dead
 from gcma_shm.broker.cli import main
 from gcma_shm.endpoint import arena_name, default_spill_dir
-from tests.processes import Said, broker, forked
+from tests.processes import WAIT_S, Said, broker, eventually, forked
 
 PAGE = 4096
-BROKERS_MAX = 30  # that are started until two have served
-NAME = f"gcma-{os.getuid()}-{0xFEED:016x}"  # of an arena that no endpoint has
+NAME = f"gcma-{os.getuid()}-{0xFEED << 32 | os.getpid():016x}"  # of an arena that no endpoint, and no other test's process, has
 
 
 @pytest.fixture
@@ -58,6 +59,16 @@ def reap(*options: str) -> int:
     return main(["reap", *options])
 
 
+def show_only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Of all arenas on this machine, these alone: to look at others takes the locks with which other tests' brokers begin."""
+
+    class Shown(type(SHM_DIR)):  # type: ignore[misc]
+        def iterdir(self) -> Iterator[Path]:
+            return iter(Path(SHM_DIR / name) for name in names)
+
+    monkeypatch.setattr("gcma_shm.broker.reap.arenas.SHM_DIR", Shown(SHM_DIR))
+
+
 def paths(endpoint: str) -> tuple[Path, Path, Path]:
     """Arena, socket, spill directory."""
     name = arena_name(endpoint)
@@ -87,7 +98,10 @@ def test_all_that_a_broker_left(endpoint: str, capsys: pytest.CaptureFixture[str
         assert "epoch 1" in again.description
 
 
-def test_a_living_brokers_is_left_alone(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_living_brokers_is_left_alone(
+    endpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show_only(monkeypatch, arena_name(endpoint)[1:])
     with broker(endpoint), gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 10)
         swap.store(1, b"x-gcma--" * (PAGE // 8))
@@ -96,7 +110,7 @@ def test_a_living_brokers_is_left_alone(endpoint: str, capsys: pytest.CaptureFix
             told = capsys.readouterr()
             assert f"a broker serves {arena_name(endpoint)}" in told.err
             assert told.out == ""
-        assert reap("--all", "--force", "--dry-run") == 0  # other tests' brokers may have died just now
+        assert reap("--all", "--force", "--dry-run") == 0
         assert f"a broker serves {arena_name(endpoint)}" in capsys.readouterr().out
         assert swap.load(1) == b"x-gcma--" * (PAGE // 8)
         assert all(path.exists() for path in paths(endpoint))
@@ -104,7 +118,7 @@ def test_a_living_brokers_is_left_alone(endpoint: str, capsys: pytest.CaptureFix
 
 
 def test_living_clients_are_in_the_way(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=0.5) as client:
+    with broker(endpoint) as first, gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 10)
         swap.store(1, b"x-gcma--" * (PAGE // 8))
         held, promised = client.alloc_contig(3 * PAGE), client.reserve(5 * PAGE)
@@ -119,6 +133,7 @@ def test_living_clients_are_in_the_way(endpoint: str, capsys: pytest.CaptureFixt
         assert not any(path.exists() for path in paths(endpoint))
         with pytest.raises(gcma_shm.Closed):
             swap.load(1)
+        client._channel.timeout = 0.5
         with pytest.raises(gcma_shm.BrokerUnavailable):
             client.alloc_contig(PAGE)
         held.view[:4] = b"mine"  # what it has mapped stays mapped
@@ -209,7 +224,9 @@ def test_only_the_arenas_own_directory(
     assert not spill.exists(), "it is left without an arena now"
 
 
-def test_another_users_directory(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_users_directory(
+    endpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if os.getuid():
         pytest.skip("only root can give a directory away")
     left_behind(endpoint)
@@ -228,6 +245,7 @@ def test_another_users_directory(endpoint: str, capsys: pytest.CaptureFixture[st
     assert f"kept {spill}: another user's, or no directory" in words
     assert f"kept {sock}: another user's, or no socket" in words
     assert not arena.exists()
+    show_only(monkeypatch, NAME)
     (SHM_DIR / NAME).write_bytes(b"x")
     os.chown(SHM_DIR / NAME, 12345, 12345)
     assert reap("--all", "--dry-run") == 1
@@ -278,7 +296,7 @@ def test_with_a_damaged_header_the_object_alone(endpoint: str, how: str, capsys:
 
 
 def test_a_damaged_arena_that_somebody_maps(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with broker(endpoint) as first, gcma_shm.connect(endpoint, timeout=0.5):
+    with broker(endpoint) as first, gcma_shm.connect(endpoint):
         first.stop(signal.SIGKILL)
         arena, _, _ = paths(endpoint)
         damaged(arena, "checksum")
@@ -290,15 +308,17 @@ def test_a_damaged_arena_that_somebody_maps(endpoint: str, capsys: pytest.Captur
     assert reap("--endpoint", endpoint) == 0
 
 
-def test_all_finds_arenas_and_directories_without_one(endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a dry run, and then one by one: other tests' brokers may have died just now, and be looked for by them."""
+def test_all_finds_arenas_and_directories_without_one(
+    endpoint: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     left_behind(endpoint)
     arena, sock, spill = paths(endpoint)
+    show_only(monkeypatch, arena.name)
     orphan, foreign = spill.parent / NAME, spill.parent / "gcma-somebody"
     for path in (orphan, foreign):
         path.mkdir()
         (path / "007.3").write_bytes(bytes(PAGE))
-    assert reap("--all", "--dry-run", "--json") in (0, 1)
+    assert reap("--all", "--dry-run", "--json") == 0
     would = json.loads(capsys.readouterr().out)
     assert would["dry_run"]
     found = {one["path"]: one["nbytes"] for one in would["removed"]}
@@ -309,25 +329,13 @@ def test_all_finds_arenas_and_directories_without_one(endpoint: str, capsys: pyt
     assert orphan.exists()
 
 
-def test_all_removes_them(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_all_removes_them(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     left_behind(endpoint)
     arena, sock, spill = paths(endpoint)
     orphan = spill.parent / NAME
     orphan.mkdir()
     (orphan / "007.3").write_bytes(bytes(PAGE))
-    # Of all arenas on this machine, only this test's.
-    shown = tmp_path / "shm"
-    shown.mkdir()
-    (shown / arena.name).write_bytes(b"")
-    (shown / f"gcma-{os.getuid() + 1}-{1:016x}").write_bytes(b"")
-    (shown / "gcma-test-1").write_bytes(b"")
-    listed = list(shown.iterdir())
-
-    class Shown(type(SHM_DIR)):  # type: ignore[misc]
-        def iterdir(self) -> Iterator[Path]:
-            return iter(Path(SHM_DIR / path.name) for path in listed)
-
-    monkeypatch.setattr("gcma_shm.broker.reap.arenas.SHM_DIR", Shown(SHM_DIR))
+    show_only(monkeypatch, arena.name, f"gcma-{os.getuid() + 1}-{1:016x}", "gcma-test-1")
     assert reap("--all") == 0
     assert not arena.exists()
     assert not spill.exists()
@@ -338,18 +346,18 @@ def test_all_removes_them(endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_brokers_that_start_meanwhile(endpoint: str) -> None:
     """The lock on the name is held until the object has gone, so a broker that starts finds all of it, or nothing, or is refused."""
     left_behind(endpoint)
+    refused = mmap.mmap(-1, mmap.PAGESIZE)
 
-    def again_and_again(said: Said) -> int:
+    def again_and_again(said: Said) -> None:
         said.say()
-        refused = 0
-        while not said._talk.poll():
-            refused += reap("--endpoint", endpoint)
-        return refused
+        with memoryview(refused).cast("Q") as counted:
+            while not said.has_more:
+                counted[0] += reap("--endpoint", endpoint)
 
-    served = 0
-    with forked(again_and_again) as child:
+    served, deadline = 0, time.monotonic() + WAIT_S
+    with forked(again_and_again) as child, memoryview(refused).cast("Q") as counted:
         child.receive()
-        for _ in range(BROKERS_MAX):
+        while served < 2 and time.monotonic() < deadline:
             with contextlib.ExitStack() as stack:
                 try:
                     stack.enter_context(broker(endpoint))
@@ -358,12 +366,13 @@ def test_brokers_that_start_meanwhile(endpoint: str) -> None:
                 client = stack.enter_context(gcma_shm.connect(endpoint))
                 client.swap(0, 10).store(1, b"y-gcma--" * (PAGE // 8))
                 assert client.swap(0, 10).load(1) == b"y-gcma--" * (PAGE // 8)
+                before = counted[0]
+                assert eventually(lambda before=before: counted[0] > before), "it was there while one served"  # type: ignore[misc]
                 assert all(path.exists() for path in paths(endpoint))
                 served += 1
-            if served == 2:
-                break
         child.tell()
-        assert child.receive() > 0, "it was there while one served"
+        child.receive()
     assert served == 2
+    refused.close()
     reap("--endpoint", endpoint)
     assert not any(path.exists() for path in paths(endpoint))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import zmq
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from zmq.utils import z85
 
@@ -104,6 +104,7 @@ def test_lines_that_are_none(line: str, words: str) -> None:
     assert words in str(raised.value)
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(codec="utf-8") | st.sampled_from("aA#=,-\n "), max_size=200))
 def test_any_text_is_rights_or_a_value_error(text: str) -> None:
     try:

@@ -33,7 +33,7 @@ def test_with_and_without_a_broker(capsys: pytest.CaptureFixture[str]) -> None:
     at = ("--endpoint", endpoint)
     try:
         with broker(endpoint, "--area", "a=4M", "--area", "b=1M,cache=off") as one:
-            client = gcma_shm.connect(endpoint, timeout=1.0)
+            client = gcma_shm.connect(endpoint)
             client.swap(3, 100, "behind").store(1, b"x-gcma--" * (PAGE // 8))
             buffer = client.alloc_contig(3 * PAGE, area="b", name="frame")
             reservation = client.reserve(MIB, area="a")

@@ -159,7 +159,8 @@ def test_a_right_that_is_taken_away_ends_at_once(place: Place) -> None:
 
         assert eventually(narrowed)
         client.swap(4, 10).store(0, PAGE)
-        place.keys.authorized.write_text("this is no line\n")
+        place.keys.replace("this is no line\n")
+        place.connect("narrow").close()  # before anybody is let in the file is looked at
         assert client.swap(4, 10).load(0) == PAGE, "a file that is not understood changes nothing"
         place.keys.authorize(narrow="")
         assert eventually(lambda: place.clients() == set()), "nor does its session stay"

@@ -9,17 +9,20 @@ import re
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 import gcma_shm
 from gcma_shm._core import COUNTERS
+from gcma_shm.broker import top
 from gcma_shm.broker.cli import main
 from gcma_shm.broker.top import Sample, _look, rates_between
-from tests.processes import broker
+from tests.processes import broker, eventually
 
 PAGE = 4096
 
@@ -86,18 +89,36 @@ def test_a_broker_that_is_started_again_has_another_arena() -> None:
     assert rates_between(before, after) is None
 
 
-@contextmanager
-def busy() -> Iterator[str]:
+@dataclass
+class Busy:
     """An arena in which one client stores, loads and allocates all the time."""
+
+    endpoint: str
+    client: int
+    rounds: int = 0
+
+    def sleep(self, seconds: float) -> None:
+        """So long, and until the client had its turn."""
+        time.sleep(seconds)
+        before = self.rounds
+        assert eventually(lambda: self.rounds >= before + 2)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(time, name)
+
+
+@contextmanager
+def busy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Busy]:
+    """Between two looks its client has done something."""
     endpoint = f"ipc://{tempfile.gettempdir()}/b/broker"
     stop = threading.Event()
     with broker(endpoint, "--area", "a=4M"), gcma_shm.connect(endpoint) as client:
-        swap = client.swap(0, 100)
+        swap, arena = client.swap(0, 100), Busy(endpoint, client.number)
+        monkeypatch.setattr(top, "time", arena)
 
         def work() -> None:
-            n = 0
             while not stop.is_set():
-                n += 1
+                n = arena.rounds = arena.rounds + 1
                 swap.store(n % 50, n.to_bytes(8, "little") * (PAGE // 8))
                 swap.load(n % 50)
                 swap.load(99)
@@ -106,15 +127,17 @@ def busy() -> Iterator[str]:
         worker = threading.Thread(target=work)
         worker.start()
         try:
-            yield endpoint
+            yield arena
         finally:
             stop.set()
             worker.join()
 
 
-def test_what_it_tells_of_an_arena_that_is_used(capsys: pytest.CaptureFixture[str]) -> None:
-    with busy() as endpoint:
-        arguments = ["top", "--endpoint", endpoint, "--interval", "0.2", "--count", "2"]
+def test_what_it_tells_of_an_arena_that_is_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with busy(monkeypatch) as arena_used:
+        arguments = ["top", "--endpoint", arena_used.endpoint, "--interval", "0.2", "--count", "2"]
         assert main([*arguments, "--json"]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(lines) == 2
@@ -144,15 +167,14 @@ def test_a_terminal_is_drawn_anew(monkeypatch: pytest.MonkeyPatch) -> None:
             return True
 
     screen = Terminal()
-    with busy() as endpoint:
-        monkeypatch.setattr(sys, "stdout", screen)
-        assert main(["top", "--endpoint", endpoint, "--interval", "0.1", "--count", "2"]) == 0
-        monkeypatch.undo()
+    with busy(monkeypatch) as used, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stdout", screen)
+        assert main(["top", "--endpoint", used.endpoint, "--interval", "0.1", "--count", "2"]) == 0
     _, first, second = screen.getvalue().split("\x1b[H\x1b[J")
     for drawn in (first, second):
         lines = drawn.splitlines()
         assert lines[2].split()[:3] == ["client", "process", "loads"]
-        assert [line.split()[0] for line in lines[3:]] == ["all", "broker", "2"]
+        assert [line.split()[0] for line in lines[3:]] == ["all", "broker", str(used.client)]
 
 
 @pytest.mark.parametrize("wrong", [["--interval", "0"], ["--interval", "nan"], ["--count", "0"]], ids=" ".join)

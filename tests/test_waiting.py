@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,7 +16,9 @@ import pytest
 
 import gcma_shm
 from gcma_shm import ArenaExhausted, BrokerUnavailable, Buffer, BufferExists, Client, QuotaExceeded
+from gcma_shm.broker.line import ASKED_S
 from gcma_shm.clients.embedded import EmbeddedClient
+from gcma_shm.clients.steps import WAIT_SLICE_S
 from tests.processes import WAIT_S, Child, Said, eventually, forked, stands_still
 
 PAGE = 4096
@@ -30,6 +33,11 @@ def held(client: Client) -> int:
 
 def in_line(client: Client, count: int) -> bool:
     return eventually(lambda: client.stats()["broker"]["in_line"] == count)
+
+
+def has_lost_its_place(stopping: float) -> bool:
+    """Whether a waiter that was stopped then may have been taken for gone since: it comes every second, at the latest."""
+    return time.monotonic() - stopping > ASKED_S - 2 * WAIT_SLICE_S
 
 
 @pytest.fixture
@@ -270,14 +278,19 @@ def test_in_another_area_nobody_is_delayed(pool: ThreadPoolExecutor) -> None:
 
 def test_who_gives_up_makes_room_for_who_is_behind(client: EmbeddedClient, pool: ThreadPoolExecutor) -> None:
     first = client.alloc_contig(8 * PAGE, "a", offset=0)
-    large = pool.submit(client.alloc_contig, SIZE, timeout=1.0)
-    assert in_line(client, 1)
-    small = pool.submit(client.alloc_contig, 8 * PAGE, timeout=WAIT_S)
-    assert in_line(client, 2)
-    with pytest.raises(ArenaExhausted):
-        large.result(WAIT_S)
-    with small.result(WAIT_S):
-        assert held(client) == SIZE
+    for patience in (0.5, 5.0, 30.0):  # until it was long enough for the other one to stand behind it
+        large = pool.submit(client.alloc_contig, SIZE, timeout=patience)
+        assert eventually(lambda: client.stats()["broker"]["in_line"] == 1 or large.done())  # noqa: B023 - at once
+        small = pool.submit(client.alloc_contig, 8 * PAGE, timeout=WAIT_S)
+        assert eventually(lambda: client.stats()["broker"]["in_line"] == 2 or large.done())  # noqa: B023
+        was_behind = not large.done()
+        with pytest.raises(ArenaExhausted):
+            large.result(WAIT_S)
+        with small.result(WAIT_S):
+            assert held(client) == SIZE
+        if was_behind:
+            break
+    assert was_behind
     first.free()
     assert in_line(client, 0)
 
@@ -386,13 +399,14 @@ def test_a_stopped_waiter_blocks_nobody(client: EmbeddedClient, pool: ThreadPool
         assert in_line(client, 1)
         behind = pool.submit(client.alloc_contig, 8 * PAGE, timeout=WAIT_S)
         assert in_line(client, 2)
+        stopping = time.monotonic()
         os.kill(running.pid, signal.SIGSTOP)
         assert eventually(lambda: stands_still(running.pid))
         first.free()
         behind.result(WAIT_S).free()
         for _ in range(3):
             client.alloc_contig(8 * PAGE, timeout=WAIT_S).free()
-        assert held(client) == 8 * PAGE
+        assert held(client) == 8 * PAGE or has_lost_its_place(stopping)
         os.kill(running.pid, signal.SIGCONT)
         assert running.receive()[1] == 8 * PAGE
         running.tell()
@@ -406,13 +420,15 @@ def test_a_stopped_waiter_that_is_killed(client: EmbeddedClient, pool: ThreadPoo
         first = client.alloc_contig(SIZE)
         running.tell()
         assert in_line(client, 1)
+        stopping = time.monotonic()
         os.kill(running.pid, signal.SIGSTOP)
         assert eventually(lambda: stands_still(running.pid))
         first.free()
-        assert held(client) == SIZE
-        assert [told.name for told in client.names()] == ["theirs"]
+        assert held(client) == SIZE or has_lost_its_place(stopping)
+        assert [told.name for told in client.names()] == ["theirs"] or has_lost_its_place(stopping)
         behind = pool.submit(client.alloc_contig, SIZE, timeout=WAIT_S)
-        assert in_line(client, 1)
+        assert eventually(lambda: behind.done() or client.stats()["broker"]["in_line"] == 1)
+        assert not behind.done() or has_lost_its_place(stopping)
         running.kill()
         behind.result(WAIT_S).free()
     assert client.names() == []
@@ -420,12 +436,13 @@ def test_a_stopped_waiter_that_is_killed(client: EmbeddedClient, pool: ThreadPoo
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_broker_that_ends_meanwhile(number: int) -> None:
-    with gcma_shm.embedded("4M", areas={"a": SIZE}, timeout=1.0) as client, ThreadPoolExecutor(2) as pool:
+    with gcma_shm.embedded("4M", areas={"a": SIZE}, timeout=WAIT_S) as client, ThreadPoolExecutor(2) as pool:
         client.alloc_contig(PAGE)
         gc.collect()
         first = client.alloc_contig(SIZE)
         waiting = [pool.submit(client.alloc_contig, SIZE, timeout=None) for _ in range(2)]
         assert in_line(client, 2)
+        client._channel.timeout = 1.0  # of what will not be answered
         os.kill(client.broker_pid, number)
         for one in waiting:
             with pytest.raises((BrokerUnavailable, gcma_shm.Closed)):

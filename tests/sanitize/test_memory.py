@@ -17,9 +17,12 @@ SECONDS = float(os.environ.get("GCMA_SANITIZE_S", "0"))
 SHORT_S = 2.0
 PLANTED_S = 400.0  # a bound: the first report ends the run
 SUITE = [
-    "tests/test_core.py", "tests/test_core_checksums.py", "tests/test_core_reservations.py", "tests/test_core_slots.py",
-    "tests/test_buffer.py", "tests/test_swap_contract.py", "tests/test_reservation.py",
-]  # fmt: skip
+    f"tests/test_{name}.py"
+    for name in (
+        *("core", "core_checksums", "core_reservations", "core_slots", "buffer", "swap_contract"),
+        *("reservation", "reservation_claims", "reservation_shared"),
+    )
+]
 WHY_NOT = preloaded(MEMORY)
 pytestmark = [
     pytest.mark.slow,  # with its build
