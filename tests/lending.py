@@ -7,7 +7,6 @@ import mmap
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import gcma_shm
 from gcma_shm import Client, layout
@@ -53,10 +52,6 @@ def fill_until_lent(client: Client) -> Swap:
 
 def all_there(swap: Swap) -> bool:
     return all(swap.load(n) == page_of(n) for n in range(SLOTS))
-
-
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] == b"T"
 
 
 def filling(client: Client) -> int:
@@ -126,13 +121,3 @@ def rounds_of(counts: mmap.mmap) -> int:
         found = rounds.tolist()
     assert (1 << 64) - 1 not in found, "a load returned what was never stored there"
     return sum(found)
-
-
-@contextlib.contextmanager
-def impatient(client: Client, timeout: float) -> Iterator[None]:
-    """What waits for a broker that will not answer waits no longer than that; all else has the time that it takes."""
-    before, client._channel.timeout = client._channel.timeout, timeout
-    try:
-        yield
-    finally:
-        client._channel.timeout = before

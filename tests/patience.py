@@ -19,16 +19,16 @@ IN_VAIN_S = 0.2  # of a request that nobody can answer
 
 
 @contextlib.contextmanager
-def impatient(*clients: gcma_shm.Client) -> Iterator[None]:
-    """Meanwhile requests of these clients wait hardly at all: their broker has ended, or is stopped."""
+def impatient(*clients: gcma_shm.Client, timeout: float = IN_VAIN_S) -> Iterator[None]:
+    """Meanwhile requests of these clients wait no longer: their broker has ended, or is stopped."""
     before = [client._channel.timeout for client in clients]
     for client in clients:
-        client._channel.timeout = IN_VAIN_S
+        client._channel.timeout = timeout
     try:
         yield
     finally:
-        for client, timeout in zip(clients, before, strict=True):
-            client._channel.timeout = timeout
+        for client, own in zip(clients, before, strict=True):
+            client._channel.timeout = own
 
 
 def has_unread(endpoint: str) -> bool:

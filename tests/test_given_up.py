@@ -17,6 +17,7 @@ from gcma_shm import BrokerUnavailable, Client
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import Swap
 from gcma_shm.messages import BATCHES
+from tests.patience import impatient
 from tests.processes import WAIT_S, broker, eventually, stopped
 
 PAGE = 4096
@@ -31,13 +32,8 @@ def other(client: EmbeddedClient) -> Iterator[Client]:
 @contextlib.contextmanager
 def unanswered(pid: int, other: Client, timeout: float = 0.3) -> Iterator[None]:
     """The broker is stopped, and what is asked for has so long; before and after it may take its time."""
-    before = other._channel.timeout
-    with stopped(pid):
-        other._channel.timeout = timeout
-        try:
-            yield
-        finally:
-            other._channel.timeout = before
+    with stopped(pid), impatient(other, timeout=timeout):
+        yield
 
 
 def given_up(client: Client) -> int:

@@ -20,14 +20,13 @@ from tests.lending import (
     fill,
     fill_until_lent,
     filling,
-    impatient,
-    is_stopped,
     page_of,
     rounds_of,
     stopped,
     whole,
 )
-from tests.processes import WAIT_S, eventually
+from tests.patience import impatient
+from tests.processes import WAIT_S, eventually, stands_still
 
 
 @pytest.fixture
@@ -67,7 +66,7 @@ def test_a_stopped_broker_is_not_waited_for(client: EmbeddedClient) -> None:
                 assert all(swap.load(n) == page_of(n) for n in range(round_, SLOTS, 20))
                 assert view == bytes([round_]) * size
         assert all_there(swap)
-        assert is_stopped(client.broker_pid)
+        assert stands_still(client.broker_pid)
     fill_until_lent(client)
     assert all_there(swap)
 
@@ -96,7 +95,7 @@ def test_a_broker_killed_in_its_copy_is_recognised() -> None:
             reservation = client.reserve(size)
             with stopped(client, in_copy=True) as in_copy:
                 if in_copy:  # nearly always
-                    with impatient(client, 1.0), pytest.raises(BrokerUnavailable, match="stopped"):
+                    with impatient(client, timeout=1.0), pytest.raises(BrokerUnavailable, match="stopped"):
                         reservation.claim()
                 os.kill(client.broker_pid, signal.SIGKILL)
             assert bool(filling(client)) == in_copy, "the copy goes on for ever"
@@ -113,7 +112,7 @@ def test_a_broker_stopped_in_its_copy_goes_on(client: EmbeddedClient) -> None:
         reservation = other.reserve(whole(client))
         with stopped(client, in_copy=True) as in_copy:
             if in_copy:
-                with impatient(other, 0.3), pytest.raises(BrokerUnavailable, match="stopped"):
+                with impatient(other, timeout=0.3), pytest.raises(BrokerUnavailable, match="stopped"):
                     reservation.claim()
         seen = rounds_of(counts)
         with reservation.claim() as buffer, buffer.view as view:
