@@ -47,6 +47,7 @@ class ArenaExecutor(ProcessPoolExecutor):
     """
 
     _call_queue: Any
+    _initargs: tuple[Any, ...]
 
     def __init__(
         self,
@@ -121,6 +122,11 @@ class ArenaExecutor(ProcessPoolExecutor):
             shipment = _Shipment(self._packer, self._threshold, fn, args, kwargs, arrays)
             future = submit(executor_worker.work, shipment, given=shipment)
         return cast("Future[T]", future)
+
+    def _spawn_process(self) -> None:
+        # They end with whoever starts them: a pool that was made before a fork may be used after it.
+        self._initargs = (who_we_are(), *self._initargs[1:])
+        cast(Any, super())._spawn_process()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As `Executor.shutdown`."""

@@ -33,7 +33,7 @@ from gcma_shm.clients.joblib import end_workers, register
 from gcma_shm.clients.joblib_arrays import Given, Room
 
 from .gates import held_up
-from .processes import WAIT_S, broker, eventually, run_python, runs, start_python
+from .processes import WAIT_S, Said, broker, eventually, forked, run_python, runs, start_python
 
 Array = npt.NDArray[np.float64]
 THRESHOLD = 4096
@@ -180,6 +180,21 @@ def test_a_worker_that_cannot_connect_sends_its_results_through_the_pipe(client:
     with ArenaExecutor(1, context, cannot_connect, client=client, threshold=THRESHOLD) as pool:
         assert pool.submit(np.ones, LARGE).result().sum() == LARGE
         assert pool.fallbacks == 1
+
+
+def test_workers_of_a_pool_that_was_made_before_a_fork_end_with_the_child_that_uses_it(client: EmbeddedClient) -> None:
+    pool = ArenaExecutor(1, multiprocessing.get_context("fork"), client=client)
+
+    def use(said: Said) -> None:
+        said.say(pool.submit(os.getpid).result())
+        said.hear()
+
+    with forked(use) as child:
+        worker = child.receive()
+        assert runs(worker)
+        child.kill()
+        assert eventually(lambda: not runs(worker))
+    pool.shutdown()
 
 
 def test_workers_end_with_a_parent_that_is_killed(client: EmbeddedClient) -> None:
@@ -352,6 +367,12 @@ def test_workers_wait_for_the_broker_as_long_as_their_pools_client(client: Embed
         with joblib.parallel_config(backend="gcma", n_jobs=2, client=mine):
             found = joblib.Parallel()(joblib.delayed(patience_of_all)(np.ones(2 * LARGE)) for _ in range(2))
         assert found == [[(77.0, 88.0)]] * 2
+        mine._channel.timeout = (
+            66.0  # as another client of the same arena may have it: these workers are not to wait for 77 s
+        )
+        with joblib.parallel_config(backend="gcma", n_jobs=2, client=mine):
+            found = joblib.Parallel()(joblib.delayed(patience_of_all)(np.ones(2 * LARGE)) for _ in range(2))
+        assert found == [[(66.0, 88.0)]] * 2
         end_workers()
 
 
