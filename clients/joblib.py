@@ -128,7 +128,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
             "initializer": parameters.get("initializer"),
             "initargs": parameters.get("initargs", ()),
         }
-        self._made = n_jobs, how | {"arena_id": client.arena_id}
+        self._made = n_jobs, how | {"arena_id": client.arena_id, "patience": client._channel.patience}
         self._pool = _pool(self._made[0], **self._made[1])
         self.parallel, self._asked = parallel, asked
         return n_jobs
@@ -149,7 +149,7 @@ class ArenaBackend(LokyBackend):  # type: ignore[misc] # joblib is not typed
         room, max_nbytes, _ = self._given_as
         pool = self._pool = self._pool or _pool(self._made[0], **self._made[1])
         task = _Task(pool, cast(Given, self._given), func, callback, self._note)
-        desk = _Desk(room.client.endpoint, room.client.arena_id, room.client._channel.patience, max_nbytes)
+        desk = _Desk(room.client.endpoint, room.client.arena_id, max_nbytes)
         future: Future[Any] = pool.submit(_work, task, desk)
         future.add_done_callback(task.end)
         return future
@@ -199,7 +199,7 @@ class _Workers(_ReusablePoolExecutor):  # type: ignore[misc]
 
     def __init__(self, n_jobs: int, **how: Any) -> None:
         self.made = how
-        begin = (who_we_are(), how["initializer"], how["initargs"])
+        begin = (who_we_are(), how["patience"], how["initializer"], how["initargs"])
         loky = {"timeout": how["timeout"], "env": how["env"], "initializer": _begin, "initargs": begin}
         super().__init__(threading.RLock(), max_workers=n_jobs, **loky)
 
@@ -304,7 +304,6 @@ class _Desk:
 
     endpoint: str
     arena_id: bytes
-    patience: tuple[float, float]
     max_nbytes: int | None
 
 
@@ -328,8 +327,14 @@ class _Result:
 _room: Room | None = None  # in a worker
 
 
-def _begin(parent: Who, initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> None:
+def _begin(
+    parent: Who,
+    patience: tuple[float, float],
+    initializer: Callable[..., object] | None,
+    initargs: tuple[Any, ...],
+) -> None:
     """In a worker, before its first task, should it ever get one."""
+    handles.patience = patience
     end_with(parent)
     if initializer is not None:
         initializer(*initargs)
@@ -340,7 +345,6 @@ def _work(batch: bytes, desk: _Desk) -> _Result:
     global _room  # noqa: PLW0603 - kept, so that the worker connects once
     register()  # for tasks that use the backend by its name
     if _room is None:
-        handles.patience = desk.patience
         _room = Room(functools.partial(client_of, desk.endpoint, desk.arena_id))
     refusals: list[str] = []
     packer = Returned(_room, desk.max_nbytes, refusals.append)
