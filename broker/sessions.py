@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -74,6 +75,7 @@ class Sessions:
         self._watch_pidfd = watch
         self._records = Records(plane)
         self._inherit = inherit
+        self._freeing = threading.Lock()
         self._forks_seen = 0
         self._unwatched: set[int] = set()  # numbers of local clients without a pidfd
         self.clients: dict[int, Client] = {}
@@ -337,14 +339,16 @@ class Sessions:
             os.close(client.pidfd)
 
     def buried(self, number: int) -> None:
-        """Everything that the client was granted is back: its number may be used again."""
-        self._records.free(number)
+        """Everything that the client was granted is back: its number may be used again. From any thread."""
+        with self._freeing:  # what it has counted becomes nobody's
+            self._records.free(number)
 
     def counters(self) -> dict[int, dict[str, int]]:
-        """What each client has counted; 0: those that have left; 1: the broker itself."""
-        return {
-            number: self._records.counters(number) for number in (layout.NOBODY, layout.BROKER, *sorted(self.clients))
-        }
+        """What each client has counted, also one that is about to be buried; 0: those that have left; 1: the broker itself."""
+        with self._freeing:
+            dead = [record.number for record in self._records.used() if record.state is State.DEAD]
+            numbers = (layout.NOBODY, layout.BROKER, *sorted({*self.clients, *dead}))
+            return {number: self._records.counters(number) for number in numbers}
 
     def close(self) -> None:
         """Lets go of all pidfds."""

@@ -197,9 +197,8 @@ def _open_dead(name: str) -> int | None:
         raise ArenaError(errno.EACCES, f"there is an arena {name} that belongs to another user") from None
     deadline = time.monotonic() + LINGER_S
     while not _try_lock(old.fd):
-        if (
-            _broker_is_dead(old.fd) and time.monotonic() < deadline
-        ):  # or another looks at what it left, or begins just now
+        # Its own still; or another looks at what it left, or begins just now, and has not said so.
+        if _broker_is_dead(old.fd) and time.monotonic() < deadline:
             time.sleep(LINGER_NAP_S)
             continue
         old.close_fd()

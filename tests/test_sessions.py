@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gcma_shm import layout
+from gcma_shm._core import COUNTERS
 from gcma_shm.broker.growth import growth_max
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.server import Server
@@ -361,3 +362,18 @@ def test_who_a_process_is() -> None:
         assert open_pidfd(other.pid, start) is None
         other.wait()
         assert start_time(other.pid) is None
+
+
+def test_what_a_client_has_counted_is_counted_also_between_its_end_and_its_burial(kept: Kept) -> None:
+    def stores() -> int:
+        return sum(counted["stores"] for counted in kept.sessions.counters().values())
+
+    before = stores()
+    client = kept.hello(b"a")
+    kept.plane.add(kept.records._counter_at(client.number, COUNTERS.index("stores")), 5)
+    assert stores() == before + 5
+    kept.sessions.forget(client)
+    assert stores() == before + 5
+    kept.sessions.buried(client.number)
+    assert stores() == before + 5
+    assert client.number not in kept.sessions.counters()
