@@ -147,8 +147,9 @@ class Requests(Exchange):
         """Introduces us. What it says is read from the state of this very moment, and accepted where its reply is read."""
         assert self._loop is not None
         deadline = self._loop.time() + self.timeout
+        latest = deadline + self._wait_for_broker
         reply = Reply(0, LOST, {})
-        while (pause_s := again_after(reply, deadline - self._loop.time())) is not None:
+        while (pause_s := again_after(reply, latest - self._loop.time())) is not None:
             if pause_s:
                 await asyncio.sleep(pause_s)
             self._refuse_absent()
@@ -160,8 +161,8 @@ class Requests(Exchange):
             reply = await self._exchange(
                 Pending(
                     request,
-                    deadline,
-                    deadline + self._wait_for_broker,
+                    self._anew(deadline),
+                    latest,
                     self._greeted_with,
                     self._loop.create_future(),
                 ),

@@ -377,12 +377,16 @@ class Channel(Correspondence):
         request = self._make("hello", self._introduce(), ())
         self._send(request, deadline)
         reply = self._receive_hello(request, deadline)
-        while (pause_s := again_after(reply, deadline - time.monotonic())) is not None:
+        while (pause_s := again_after(reply, self._left(deadline))) is not None:
             if pause_s:
                 time.sleep(pause_s)
             self._send_again(request, deadline)
             reply = self._receive_hello(request, deadline)
         self._greeted_with(reply)
+
+    def _left(self, deadline: float) -> float:
+        """Seconds in which a hello may still be said again; none when this client is about to end."""
+        return 0.0 if self._parting else deadline + self._wait_for_broker - time.monotonic()
 
     def _send_again(self, request: Request, deadline: float) -> None:
         before = self._renumber(request)

@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import gcma_shm
 from gcma_shm import aio
 from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.broker.service import Service
+from gcma_shm.clients.channel import Channel
 from gcma_shm.errors import QuotaExceeded
 from gcma_shm.messages import Reply, Request, decode_request, encode_reply, encode_request, reply_error
 from gcma_shm.process import start_time
@@ -26,7 +28,6 @@ from tests.processes import WAIT_S, eventually
 
 PAGE = 4096
 FOR_EVER = 1 << 30
-QUICK_S = 0.5
 
 
 class Refusing:
@@ -71,22 +72,23 @@ def refusing() -> Iterator[Refusing]:
 
 
 class Connects(Protocol):
-    def __call__(self, endpoint: str, timeout: float) -> None: ...
+    def __call__(self, endpoint: str, timeout: float, wait_for_broker: float = 0.0) -> None: ...
 
 
 @pytest.fixture(params=["blocks", *NEW_LOOP])
 def connects(request: pytest.FixtureRequest) -> Connects:
     """By the client that blocks, and by asyncio's in each loop."""
 
-    async def connect(endpoint: str, timeout: float) -> None:
-        await (await aio.connect(endpoint, mapped=False, timeout=timeout)).close()
+    async def connect(endpoint: str, timeout: float, wait_for_broker: float) -> None:
+        client = await aio.connect(endpoint, mapped=False, timeout=timeout, wait_for_broker=wait_for_broker)
+        await client.close()
 
-    def awaits(endpoint: str, timeout: float) -> None:
+    def awaits(endpoint: str, timeout: float, wait_for_broker: float = 0.0) -> None:
         with asyncio.Runner(loop_factory=NEW_LOOP[request.param]) as runner:
-            runner.run(connect(endpoint, timeout))
+            runner.run(connect(endpoint, timeout, wait_for_broker))
 
-    def blocks(endpoint: str, timeout: float) -> None:
-        gcma_shm.connect(endpoint, mapped=False, timeout=timeout).close()
+    def blocks(endpoint: str, timeout: float, wait_for_broker: float = 0.0) -> None:
+        gcma_shm.connect(endpoint, mapped=False, timeout=timeout, wait_for_broker=wait_for_broker).close()
 
     return blocks if request.param == "blocks" else awaits
 
@@ -101,11 +103,39 @@ def test_a_hello_is_said_again_while_records_are_about_to_be_free(refusing: Refu
 
 def test_a_hello_that_is_early_for_too_long_is_refused(refusing: Refusing, connects: Connects) -> None:
     refusing.returning = FOR_EVER
-    with pytest.raises(gcma_shm.GcmaError) as raised:
-        connects(refusing.endpoint, QUICK_S)
-    # Where the last answer came too late, that is told.
-    assert isinstance(raised.value, QuotaExceeded | gcma_shm.BrokerUnavailable)
-    assert eventually(lambda: refusing.hellos > 1)
+    for patience in (0.5, 5.0, 30.0):  # until it was long enough for two of them
+        with pytest.raises(gcma_shm.GcmaError) as raised:
+            connects(refusing.endpoint, patience)
+        # Where the last answer came too late, that is told.
+        assert isinstance(raised.value, QuotaExceeded | gcma_shm.BrokerUnavailable)
+        if refusing.hellos > 1:
+            break
+    assert refusing.hellos > 1
+
+
+def test_a_hello_is_said_again_for_as_long_as_its_client_waits_for_a_broker(
+    refusing: Refusing, connects: Connects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one takes in what another left, and that may take longer than what `timeout` is for."""
+    monkeypatch.setattr("gcma_shm.clients.correspondence.EARLY_S", 0.5)
+    refusing.returning = 5
+    with pytest.raises(QuotaExceeded) as raised:
+        connects(refusing.endpoint, 2.0, wait_for_broker=WAIT_S)
+    assert raised.value.returning == 0
+    assert refusing.hellos == 6
+
+
+def test_a_client_that_is_closed_says_no_hello_again(refusing: Refusing) -> None:
+    """`close` waits for no more than the hello that is under way."""
+    refusing.returning = FOR_EVER
+    channel = Channel(refusing.endpoint, 10 * WAIT_S, 0.0, lambda: {"pid": os.getpid(), "start": 0, "mapped": False})
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(channel.request, "ping")
+        assert eventually(lambda: refusing.hellos > 1)
+        channel.close()
+        with pytest.raises(gcma_shm.GcmaError):
+            asked.result(WAIT_S)
+    assert refusing.returning > 0
 
 
 def test_who_holds_a_record_and_who_is_about_to_leave_it(bare: Bare) -> None:
