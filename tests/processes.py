@@ -260,9 +260,18 @@ def broker(endpoint: str, *options: str, size: str = "8M") -> Iterator[Broker]:
         found = Broker(process, endpoint, "".join(lines))
         # "Serves" means that it answers; what comes between that and the words above is a test of its own. Asked by nobody: the record of
         # a client that has left is not free until the broker has come to bury it.
+        from gcma_shm import BrokerUnavailable
         from gcma_shm.broker.ask import ask
 
-        ask(endpoint, "areas", {})
+        def answers() -> bool:
+            """Within the few seconds that users wait; a busy machine's broker may take longer."""
+            assert process.poll() is None, f"the broker has ended: {process.communicate()[1]}"
+            with contextlib.suppress(BrokerUnavailable):
+                ask(endpoint, "areas", {})
+                return True
+            return False
+
+        assert eventually(answers), "the broker does not answer"
         yield found
     finally:
         if process.poll() is None:

@@ -67,7 +67,7 @@ def test_a_takeover(run: Runs) -> None:
     options = ("--area", f"a={SIZE}")
 
     async def main(first: Any) -> None:
-        async with aio.connect(endpoint, wait_for_broker=WAIT_S) as own:
+        async with aio.connect(endpoint, timeout=WAIT_S, wait_for_broker=WAIT_S) as own:
             kept = await own.alloc_contig(PAGE, name="kept")
             kept.numpy(1)[:] = 42
             reservation = await own.reserve(PAGE)

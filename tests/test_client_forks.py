@@ -68,7 +68,7 @@ def test_a_child_is_a_client_of_its_own(client: EmbeddedClient) -> None:
         running.receive()
         running.wait()
     assert eventually(lambda: clients(client) == 1)
-    assert client.stats()["counters"]["stores"] == 1, "its counts outlive it"
+    assert eventually(lambda: client.stats()["counters"]["stores"] == 1), "its counts outlive it"
 
 
 def test_a_child_holds_the_parents_buffer_from_the_fork_on(client: EmbeddedClient) -> None:

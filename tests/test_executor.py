@@ -406,8 +406,10 @@ def test_failed_cancelled_and_forgotten_tasks_keep_nothing(pool: ArenaExecutor, 
     array = np.ones(LARGE)
     with pytest.raises(LookupError, match=f"planted, {LARGE}"):
         pool.submit(fail, array).result()
+    done: list[None] = []
     for _ in range(5):
-        pool.submit(twice, array)
+        pool.submit(twice, array).add_done_callback(lambda _: done.append(None))
+    assert eventually(lambda: len(done) == 5)
     with held_up(pool, 2):
         futures = [pool.submit(twice, array + n) for n in range(20)]
         cancelled = [future.cancel() for future in futures]

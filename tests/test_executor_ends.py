@@ -209,7 +209,7 @@ if __name__ == "__main__":
     buffer = client.alloc_contig(1 << 20)
     context = multiprocessing.get_context({method!r})
     # One that begins early would do all tasks alone, and there would be no second one.
-    pool = ArenaExecutor(2, context, context.Barrier(2).wait, client=client, threshold=4096)
+    pool = ArenaExecutor(2, context, context.Barrier(2, timeout={WAIT_S}).wait, client=client, threshold=4096)
     futures = [pool.submit(np.ones, 100_000) for _ in range(4)]
     results = [future.result() for future in futures]
     print(*pool._processes, flush=True)

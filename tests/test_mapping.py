@@ -34,7 +34,7 @@ from gcma_shm.clients.swap import Swap
 from gcma_shm.presence import Presence
 
 from .faults.spilling import spilled
-from .processes import Said, eventually, forked, in_fork
+from .processes import WAIT_S, Said, eventually, forked, in_fork
 
 PAGE = 4096
 SLOTS = 2000
@@ -419,10 +419,9 @@ def test_readers_never_see_a_mix_of_two_writers(mapping: SwapMapping) -> None:
         one.receive(), two.receive()
         seen: set[bytes] = set()
         writers: set[int] = set()
-        deadline = time.monotonic() + 1.5
-        while (
-            time.monotonic() < deadline or len(seen) < 100 or writers != {1, 2}
-        ):  # however long one of them is not let run
+        begun = time.monotonic()
+        # However long one of them is not let run.
+        while (ago := time.monotonic() - begun) < 1.5 or (ago < WAIT_S and (len(seen) < 100 or writers != {1, 2})):
             for n in range(12):
                 value = mapping.get(f"key {n}")
                 if value is not None:
@@ -431,6 +430,8 @@ def test_readers_never_see_a_mix_of_two_writers(mapping: SwapMapping) -> None:
                     writers.add(int.from_bytes(value[:8], "little") % 10)
         one.kill()
         two.kill()
+    assert len(seen) >= 100
+    assert writers == {1, 2}
     for _, value in mapping.items():
         assert is_whole(value)
 
@@ -444,8 +445,10 @@ def test_a_writer_killed_at_any_moment_leaves_values_whole_and_no_slot_lost(smal
     chance = random.Random(7)
     small["kept"] = whole(77, 8 * 2000)
     collected = 0
+    deadline = time.monotonic() + WAIT_S
     for round_ in itertools.count():
-        if round_ >= 40 and collected:  # or no kill has fallen into a write yet: for each that is a matter of luck
+        # Or no kill has fallen into a write yet: for each that is a matter of luck.
+        if round_ >= 40 and (collected or time.monotonic() > deadline):
             break
         with forked(lambda said, seed=round_: write_on(small, said, seed)) as child:  # type: ignore[misc]
             child.receive()
@@ -455,6 +458,7 @@ def test_a_writer_killed_at_any_moment_leaves_values_whole_and_no_slot_lost(smal
         assert all(is_whole(value) for value in small.values())
         collected += small.collect()
         assert small.collect() == 0
+    assert collected > 0, "no kill has fallen into a write"
     small.clear()
     small["last"] = b"x" * PAGE * 150
     assert small["last"] == b"x" * PAGE * 150

@@ -228,10 +228,9 @@ def test_every_process_is_watched_however_descriptors_are_used_again(client: Emb
         leaver.send_multipart(hello(os.getpid()))
         leaver.recv_multipart()
         with child(dies_with_a_buffer):
-            os.kill(client.broker_pid, signal.SIGSTOP)
-            leaver.send(msgpack.packb([1, 2, "bye", {}]))
-            os.write(let_go, b"x")
-            os.kill(client.broker_pid, signal.SIGCONT)
+            with stopped(client.broker_pid):
+                leaver.send(msgpack.packb([1, 2, "bye", {}]))
+                os.write(let_go, b"x")
             os.read(heard, 1)
             assert client.areas()[0].held == client.page_size
         until(lambda: client.areas()[0].held == 0)

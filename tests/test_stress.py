@@ -71,6 +71,7 @@ def rage_until(running: Round, more: int) -> None:
     while running.operations < goal:
         assert time.monotonic() < deadline, f"{goal - running.operations} operations of {more} are missing"
         running.rage(1.0)
+        assert not running.result.losses, f"seed {SEED}: {running.result.lost}"  # it would not go on
 
 
 def test_rages_follow_one_another_with_as_many_processes(tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ from gcma_shm.clients.swap import MappedSwap, Swap
 from gcma_shm.errors import ArenaError
 from tests.faults.storm import TYPE_STEP, TYPES, Plan, Storm
 from tests.invariants import CACHED, SPILLED, check_at_rest
-from tests.processes import WAIT_S, Child, Said, eventually, forked
+from tests.processes import WAIT_S, Child, Said, eventually, forked, stop
 from tests.register import Kind, Log, Operation, check, make_page, read_page, value_id
 
 PLAN = Plan(nursery_pages=16, area_pages=(24,), wide=64, slots_spare=64, timeout_s=WAIT_S / 4)
 SLOT = 5  # where the victim works; its neighbours up to SLOT + 3 in batches
 NOWHERE = 1 << 62
+STOPS_MAX = 1000  # of the broker, until one falls between two writes to the file
 BUSY_S = 0.01  # what the other client's write-through store waits for a place that the victim is writing
 
 
@@ -235,14 +236,20 @@ def stop_broker(owner: EmbeddedClient) -> None:
     """SIGSTOP, but not while it writes pages to the file: those could be cleaned by nobody else, and fill this tiny nursery."""
     assert owner._plane is not None
     g, plane = owner._plane.geometry, owner._plane
-    while True:
-        os.kill(owner.broker_pid, signal.SIGSTOP)
-        assert eventually(
-            lambda: Path(f"/proc/{owner.broker_pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+    def writes_nothing() -> bool:
+        return not any(
+            plane.read(g.slots_at + layout.SLOT_BYTES * n + 8) >> 52 == layout.BROKER for n in range(g.slots)
         )
-        if not any(plane.read(g.slots_at + layout.SLOT_BYTES * n + 8) >> 52 == layout.BROKER for n in range(g.slots)):
+
+    for _ in range(STOPS_MAX):
+        # One that was woken and is stopped again at once has not had a turn in between: it would be where it was.
+        assert eventually(writes_nothing), "the broker keeps what it writes to the file"
+        stop(owner.broker_pid)
+        if writes_nothing():
             return
         os.kill(owner.broker_pid, signal.SIGCONT)
+    raise AssertionError(f"the broker was stopped {STOPS_MAX} times, and wrote to the file each time")
 
 
 @contextlib.contextmanager
