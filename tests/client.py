@@ -15,5 +15,9 @@ def held(client: Client) -> int:
     return sum(area.held for area in client.areas())
 
 
+def reserved(client: Client) -> int:
+    return sum(area.reserved for area in client.areas())
+
+
 def clients(client: Client) -> int:
     return int(client.stats()["broker"]["clients"])

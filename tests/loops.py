@@ -12,6 +12,7 @@ import uvloop
 import gcma_shm
 from gcma_shm import aio
 from gcma_shm.clients.embedded import EmbeddedClient
+from tests.client import held
 from tests.processes import WAIT_S
 
 PAGE = 4096
@@ -29,10 +30,6 @@ def small_arena() -> Iterator[EmbeddedClient]:
     """The owner of a broker with one area of 16 pages."""
     with gcma_shm.embedded("8M", areas={"a": SIZE}, clients=12) as owner:
         yield owner
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def nothing_is_left(client: gcma_shm.Client) -> bool:

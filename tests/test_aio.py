@@ -27,8 +27,9 @@ from gcma_shm import (
 )
 from gcma_shm.clients import aio_client
 from gcma_shm.clients.embedded import EmbeddedClient
+from tests.client import held
 from tests.keys import Keys, tcp_of
-from tests.loops import AREA_PAGES, PAGE, SIZE, Runs, give_back, held, nothing_is_left, small_arena, soon, steps
+from tests.loops import AREA_PAGES, PAGE, SIZE, Runs, give_back, nothing_is_left, small_arena, soon, steps
 from tests.processes import WAIT_S, broker, eventually
 
 

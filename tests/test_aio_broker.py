@@ -18,7 +18,8 @@ import gcma_shm
 from gcma_shm import BrokerUnavailable, Closed, StaleHandle, aio, messages
 from gcma_shm.clients.aio_channel import AsyncChannel
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.loops import PAGE, SIZE, Runs, held, nothing_is_left, small_arena, soon, steps
+from tests.client import held
+from tests.loops import PAGE, SIZE, Runs, nothing_is_left, small_arena, soon, steps
 from tests.processes import WAIT_S, Broker, broker, stop, stopped
 
 SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))

@@ -14,7 +14,8 @@ from gcma_shm import NoSuchBuffer, aio
 from gcma_shm.clients.aio_exchange import Pending
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import Handle
-from tests.loops import PAGE, SIZE, Runs, give_back, held, nothing_is_left, small_arena, soon, steps
+from tests.client import held
+from tests.loops import PAGE, SIZE, Runs, give_back, nothing_is_left, small_arena, soon, steps
 from tests.processes import WAIT_S, stopped
 
 

@@ -17,7 +17,8 @@ import pytest
 from gcma_shm import BrokerUnavailable, Closed, aio
 from gcma_shm.clients.aio_channel import AsyncChannel
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.loops import NEW_LOOP, PAGE, SIZE, Runs, held, nothing_is_left, small_arena, soon, steps
+from tests.client import held
+from tests.loops import NEW_LOOP, PAGE, SIZE, Runs, nothing_is_left, small_arena, soon, steps
 from tests.processes import WAIT_S, Said, eventually, forked, in_fork, start_python, stopped
 
 

@@ -21,7 +21,7 @@ from gcma_shm.arena import remove_dead
 from gcma_shm.clients.channel import WINDOW
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name
-from tests.holding import PAGE, clients, held
+from tests.client import PAGE, clients, held
 from tests.processes import WAIT_S, Said, broker, eventually, forked
 
 

@@ -11,7 +11,7 @@ import pytest
 import gcma_shm
 from gcma_shm import BufferExists, NoSuchBuffer, QuotaExceeded
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.holding import PAGE, held
+from tests.client import PAGE, held
 from tests.processes import eventually
 
 

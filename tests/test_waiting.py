@@ -19,16 +19,13 @@ from gcma_shm import ArenaExhausted, BrokerUnavailable, Buffer, BufferExists, Cl
 from gcma_shm.broker.line import ASKED_S
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.steps import WAIT_SLICE_S
+from tests.client import held
 from tests.processes import WAIT_S, Child, Said, eventually, forked, stands_still
 
 PAGE = 4096
 AREA_PAGES = 16
 SIZE = AREA_PAGES * PAGE
 LINE_MAX_CLIENT = 64  # requests of one client in line
-
-
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def in_line(client: Client, count: int) -> bool:
