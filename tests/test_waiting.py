@@ -20,7 +20,7 @@ from gcma_shm.broker.line import ASKED_S
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.steps import WAIT_SLICE_S
 from tests.client import held
-from tests.processes import WAIT_S, Child, Said, eventually, forked, stands_still
+from tests.processes import WAIT_S, Child, Said, eventually, forked, stop
 
 PAGE = 4096
 AREA_PAGES = 16
@@ -397,8 +397,7 @@ def test_a_stopped_waiter_blocks_nobody(client: EmbeddedClient, pool: ThreadPool
         behind = pool.submit(client.alloc_contig, 8 * PAGE, timeout=WAIT_S)
         assert in_line(client, 2)
         stopping = time.monotonic()
-        os.kill(running.pid, signal.SIGSTOP)
-        assert eventually(lambda: stands_still(running.pid))
+        stop(running.pid)
         first.free()
         behind.result(WAIT_S).free()
         for _ in range(3):
@@ -418,8 +417,7 @@ def test_a_stopped_waiter_that_is_killed(client: EmbeddedClient, pool: ThreadPoo
         running.tell()
         assert in_line(client, 1)
         stopping = time.monotonic()
-        os.kill(running.pid, signal.SIGSTOP)
-        assert eventually(lambda: stands_still(running.pid))
+        stop(running.pid)
         first.free()
         assert held(client) == SIZE or has_lost_its_place(stopping)
         assert [told.name for told in client.names()] == ["theirs"] or has_lost_its_place(stopping)
