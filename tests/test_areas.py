@@ -18,7 +18,8 @@ from gcma_shm.areas import AreaSpec
 from gcma_shm.arena import open_arena
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name
-from tests.using_areas import PAGE, SLOTS, K, M, all_there, area, fill, fill_until_lent, gcma, page_of
+from tests.client import page_of
+from tests.using_areas import PAGE, SLOTS, K, M, all_there, area, fill, fill_until_lent, gcma
 
 
 def add_up(info: AreaInfo) -> None:
