@@ -20,14 +20,9 @@ from tests.client import PAGE, clients, held
 from tests.processes import WAIT_S, Said, eventually, forked
 from tests.using_areas import fill_until_lent
 
+pytestmark = pytest.mark.arena("small")
+
 HAND_OVERS_MAX = 1024  # of one buffer, as the docstring of the table says
-
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
 
 
 # --- workers of every start method

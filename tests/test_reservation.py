@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,12 +15,7 @@ from tests.lending import PAGE, figure, use_fully, use_until_lent, whole
 from tests.processes import eventually
 from tests.using_areas import all_there
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("small")
 
 
 # --- what it is

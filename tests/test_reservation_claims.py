@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 
@@ -27,12 +26,7 @@ from tests.patience import impatient
 from tests.processes import WAIT_S, eventually, stands_still
 from tests.using_areas import SLOTS, all_there
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("small")
 
 
 # --- no message

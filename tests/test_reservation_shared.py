@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,12 +21,7 @@ from tests.lending import PAGE, broker_stopped, figure, use_fully, use_until_len
 from tests.processes import WAIT_S, Said, eventually, forked, in_fork
 from tests.using_areas import all_there
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("small")
 
 
 # --- in turn
