@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import util as multiprocessing_util
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from gcma_shm.endpoint import arena_name, default_spill_dir
 from tests.books import Clock, allocations_of
 from tests.desk import Desk
 from tests.inspected import Copy, in_use
-from tests.loops import NEW_LOOP, Runs
+from tests.loops import NEW_LOOP, SIZE, Runs
 from tests.processes import broker
 
 # multiprocessing makes its temporary directory once and removes it at the very end: not in the directory of the one test
@@ -186,10 +187,19 @@ def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         short.rmdir()
 
 
+ARENAS = {
+    "usual": partial(gcma_shm.embedded, "16M"),  # 4 KiB pages, about 400 in the nursery, one area
+    "small": partial(gcma_shm.embedded, "4M", timeout=20),  # full at once: about 900 pages in one area
+    "two areas": partial(gcma_shm.embedded, "4M", areas={"a": "1M", "b": "1M"}),  # a nursery of a bit over one MiB
+    "16 pages": partial(gcma_shm.embedded, "8M", areas={"a": SIZE}, clients=12),  # in one area
+}
+
+
 @pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """The owner of a broker with a 16 MiB arena: 4 KiB pages, about 400 in the nursery, one area."""
-    with gcma_shm.embedded("16M") as owner:
+def client(request: pytest.FixtureRequest) -> Iterator[EmbeddedClient]:
+    """The owner of a broker with the usual arena, or with another of these that the test or its file is marked with."""
+    mark = request.node.get_closest_marker("arena")
+    with ARENAS[mark.args[0] if mark else "usual"]() as owner:
         yield owner
 
 

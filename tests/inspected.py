@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import struct
 from collections.abc import Callable, Iterator
 
 import gcma_shm
@@ -14,8 +13,8 @@ from gcma_shm.arena import SHM_DIR
 from gcma_shm.check import Report, check, look_once
 from gcma_shm.endpoint import arena_name
 from gcma_shm.entries import ClientEntry
-from gcma_shm.records import State
 from gcma_shm.standing import Standing
+from tests.client import page_of
 from tests.processes import WAIT_S, Broker, broker, eventually
 
 PAGE = 4096
@@ -24,10 +23,6 @@ AREAS = ("--area", "a=4M", "--area", "b=1M,cache=off", "--slots", "6000")
 EMPTY, CACHED, SPILLED, ZERO, CLOSED, FILLED, FILLED_LAID = range(7)
 FREE, GRANTED, PUBLISHED, BUFFER = range(4)
 DIRTY = 1 << 32
-
-
-def page_of(n: int) -> bytes:
-    return struct.pack("<Q", n) * (PAGE // 8)
 
 
 def _is_swept(endpoint: str) -> bool:
@@ -42,23 +37,10 @@ def _is_swept(endpoint: str) -> bool:
 
 
 @contextlib.contextmanager
-def _numbers_are_free(endpoint: str) -> Iterator[None]:
-    """Waits until the broker has buried who saw that it serves: what is planted below is in the name of one client or the other."""
-
-    def buried() -> bool:
-        copy = Copy((SHM_DIR / arena_name(endpoint)[1:]).read_bytes())
-        return all(copy.read(copy.g.client_at(number)) & 0xFF == State.FREE for number in (2, 3))
-
-    assert eventually(buried)
-    yield
-
-
-@contextlib.contextmanager
 def in_use(endpoint: str) -> Iterator[tuple[Broker, gcma_shm.Client]]:
     """An arena with something of everything, at rest. Its clients are numbers 2 and 3."""
     with (
         broker(endpoint, *AREAS) as first,
-        _numbers_are_free(endpoint),
         gcma_shm.connect(endpoint, timeout=WAIT_S) as client,
         gcma_shm.connect(endpoint, timeout=WAIT_S) as other,
     ):
@@ -70,18 +52,18 @@ def in_use(endpoint: str) -> Iterator[tuple[Broker, gcma_shm.Client]]:
         lent, claimed = (client.reserve(40 * PAGE, area="a", name=name) for name in ("lent", "claimed"))
         mine = claimed.claim()
         for n in range(3000):
-            through.store(n, page_of(n + 1))
+            through.store(n, page_of(n))
             through.load(n)
         through.store(2900, bytes(PAGE))
         through.store(2901, b"\7" * PAGE)
         for n in range(50):
-            behind.store(n, page_of(n + 1))
+            behind.store(n, page_of(n))
 
         def is_swept() -> bool:
             """The sweep begins when less than an eighth of the nursery is free: until it has, there is one page less."""
             if _is_swept(endpoint):
                 return True
-            through.store(0, page_of(1))
+            through.store(0, page_of(0))
             return False
 
         assert eventually(is_swept)

@@ -12,16 +12,13 @@ import gcma_shm
 from gcma_shm import Client, layout
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import Swap
-from tests.processes import Said, eventually, forked, stands_still
+from tests.client import page_of
+from tests.processes import Said, eventually, forked, stop
+from tests.using_areas import SLOTS
 
 PAGE = 4096
-SLOTS = 2000  # twice what the arena of these tests has room for
 STOPS_MAX = 5000  # attempts to stop a broker in the middle of a copy
 LOOKS_MAX = 2000  # whether it is in one, before each of them
-
-
-def page_of(value: int) -> bytes:
-    return (value + 1).to_bytes(8, "little") * (PAGE // 8)
 
 
 def figure(client: Client, name: str) -> int:
@@ -32,7 +29,7 @@ def whole(client: Client) -> int:
     return client.areas()[0].largest_free
 
 
-def fill(client: Client) -> Swap:
+def use_fully(client: Client) -> Swap:
     """Stores into every slot, and loads some: the cache wants all of the area that it can have."""
     swap = client.swap(0, SLOTS, "behind")
     for n in range(SLOTS):
@@ -41,17 +38,13 @@ def fill(client: Client) -> Swap:
     return swap
 
 
-def fill_until_lent(client: Client) -> Swap:
+def use_until_lent(client: Client) -> Swap:
     def is_lent() -> bool:
-        fill(client)
+        use_fully(client)
         return figure(client, "lent") > 0
 
     assert eventually(is_lent)
     return client.swap(0, SLOTS, "behind")
-
-
-def all_there(swap: Swap) -> bool:
-    return all(swap.load(n) == page_of(n) for n in range(SLOTS))
 
 
 def filling(client: Client) -> int:
@@ -61,7 +54,7 @@ def filling(client: Client) -> int:
 
 
 @contextlib.contextmanager
-def stopped(client: EmbeddedClient, in_copy: bool = False) -> Iterator[bool]:
+def broker_stopped(client: EmbeddedClient, in_copy: bool = False) -> Iterator[bool]:
     """The broker is stopped meanwhile, not in the middle of a copy; `in_copy`: in one, as far as it can be caught there. Tells whether it is."""
     pid = client.broker_pid
     try:
@@ -70,8 +63,7 @@ def stopped(client: EmbeddedClient, in_copy: bool = False) -> Iterator[bool]:
             for _ in range(LOOKS_MAX):
                 if bool(filling(client)) == in_copy:
                     break
-            os.kill(pid, signal.SIGSTOP)
-            assert eventually(lambda: stands_still(pid))
+            stop(pid)
             if bool(filling(client)) == in_copy:
                 break
             os.kill(pid, signal.SIGCONT)

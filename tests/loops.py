@@ -1,17 +1,17 @@
-"""The loops that tests of the asyncio client run in, asyncio's own and uvloop's, and a small arena to use there."""
+"""The loops that tests of the asyncio client run in, asyncio's own and uvloop's, and the small area they use there."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import uvloop
 
 import gcma_shm
 from gcma_shm import aio
-from gcma_shm.clients.embedded import EmbeddedClient
+from tests.client import held
 from tests.processes import WAIT_S
 
 PAGE = 4096
@@ -22,17 +22,6 @@ NEW_LOOP: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {
     "asyncio": asyncio.new_event_loop,
     "uvloop": uvloop.new_event_loop,
 }
-
-
-@contextlib.contextmanager
-def small_arena() -> Iterator[EmbeddedClient]:
-    """The owner of a broker with one area of 16 pages."""
-    with gcma_shm.embedded("8M", areas={"a": SIZE}, clients=12) as owner:
-        yield owner
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def nothing_is_left(client: gcma_shm.Client) -> bool:

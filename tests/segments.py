@@ -15,10 +15,6 @@ MIB = 1 << 20
 METHODS = ("fork", "spawn", "forkserver")
 
 
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
-
-
 def buf(segment: stdlib.SharedMemory) -> memoryview:
     assert segment.buf is not None, "it was closed"
     return segment.buf

@@ -8,7 +8,7 @@ import os
 import pickle
 import tempfile
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,12 @@ from gcma_shm import (
 )
 from gcma_shm.clients import aio_client
 from gcma_shm.clients.embedded import EmbeddedClient
+from tests.client import held
 from tests.keys import Keys, tcp_of
-from tests.loops import AREA_PAGES, PAGE, SIZE, Runs, give_back, held, nothing_is_left, small_arena, soon, steps
+from tests.loops import AREA_PAGES, PAGE, SIZE, Runs, give_back, nothing_is_left, soon, steps
 from tests.processes import WAIT_S, broker, eventually
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    with small_arena() as owner:
-        yield owner
+pytestmark = pytest.mark.arena("16 pages")
 
 
 def test_it_is_told_the_same(client: EmbeddedClient, run: Runs) -> None:

@@ -8,7 +8,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,16 +18,13 @@ import gcma_shm
 from gcma_shm import BrokerUnavailable, Closed, StaleHandle, aio, messages
 from gcma_shm.clients.aio_channel import AsyncChannel
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.loops import PAGE, SIZE, Runs, held, nothing_is_left, small_arena, soon, steps
+from tests.client import held
+from tests.loops import PAGE, SIZE, Runs, nothing_is_left, soon, steps
 from tests.processes import WAIT_S, Broker, broker, stop, stopped
 
+pytestmark = pytest.mark.arena("16 pages")
+
 SOAK_S = float(os.environ.get("GCMA_SOAK_S", "0"))
-
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    with small_arena() as owner:
-        yield owner
 
 
 def test_no_answer(client: EmbeddedClient, run: Runs) -> None:

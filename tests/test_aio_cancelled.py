@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -14,14 +14,11 @@ from gcma_shm import NoSuchBuffer, aio
 from gcma_shm.clients.aio_exchange import Pending
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import Handle
-from tests.loops import PAGE, SIZE, Runs, give_back, held, nothing_is_left, small_arena, soon, steps
+from tests.client import held
+from tests.loops import PAGE, SIZE, Runs, give_back, nothing_is_left, soon, steps
 from tests.processes import WAIT_S, stopped
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    with small_arena() as owner:
-        yield owner
+pytestmark = pytest.mark.arena("16 pages")
 
 
 ASKED: dict[str, Callable[[aio.Client, Any], Coroutine[Any, Any, Any]]] = {

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from typing import Any, cast
 
 import pytest
@@ -17,14 +17,11 @@ import pytest
 from gcma_shm import BrokerUnavailable, Closed, aio
 from gcma_shm.clients.aio_channel import AsyncChannel
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.loops import NEW_LOOP, PAGE, SIZE, Runs, held, nothing_is_left, small_arena, soon, steps
+from tests.client import held
+from tests.loops import NEW_LOOP, PAGE, SIZE, Runs, nothing_is_left, soon, steps
 from tests.processes import WAIT_S, Said, eventually, forked, in_fork, start_python, stopped
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    with small_arena() as owner:
-        yield owner
+pytestmark = pytest.mark.arena("16 pages")
 
 
 def test_another_loop_and_another_thread(client: EmbeddedClient, run: Runs) -> None:

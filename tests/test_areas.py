@@ -7,7 +7,7 @@ import itertools
 import json
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +18,10 @@ from gcma_shm.areas import AreaSpec
 from gcma_shm.arena import open_arena
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name
-from tests.using_areas import PAGE, SLOTS, K, M, all_there, area, fill, fill_until_lent, gcma, page_of
+from tests.client import page_of
+from tests.using_areas import PAGE, SLOTS, K, M, all_there, area, fill, fill_until_lent, gcma
+
+pytestmark = pytest.mark.arena("two areas")
 
 
 def add_up(info: AreaInfo) -> None:
@@ -31,13 +34,6 @@ def add_up(info: AreaInfo) -> None:
         assert info.lent == 0
     if info.drained:
         assert info.largest_free == 0
-
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Two areas, and a nursery of a bit more than one MiB."""
-    with gcma_shm.embedded("4M", areas={"a": "1M", "b": "1M"}) as owner:
-        yield owner
 
 
 # --- figures

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from tests.processes import WAIT_S, broker_command, eventually
 from tests.using_areas import PAGE, K, M, all_there, area, fill_until_lent, gcma
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Two areas, and a nursery of a bit more than one MiB."""
-    with gcma_shm.embedded("4M", areas={"a": "1M", "b": "1M"}) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("two areas")
 
 
 # --- the command

@@ -12,15 +12,12 @@ import numpy as np
 import pytest
 
 import gcma_shm
-from gcma_shm import ArenaError, ArenaExhausted, Client, NoSuchArea, StaleHandle
+from gcma_shm import ArenaError, ArenaExhausted, NoSuchArea, StaleHandle
 from gcma_shm.clients.embedded import EmbeddedClient
+from tests.client import held
 from tests.processes import eventually
 
 PAGE = 4096
-
-
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def test_what_it_says_of_itself(client: EmbeddedClient) -> None:

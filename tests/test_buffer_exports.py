@@ -13,6 +13,7 @@ import pytest
 import gcma_shm
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.errors import StaleHandle
+from tests.client import held
 
 PAGE = 4096
 
@@ -48,10 +49,6 @@ WAYS: dict[str, dict[str, Way]] = {
 
 def installed(module: str) -> Any:
     return pytest.importorskip(module, reason=f"{module} is not installed: pip install {module}")
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 @pytest.mark.parametrize("module", WAYS)

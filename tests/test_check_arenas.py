@@ -24,6 +24,7 @@ from gcma_shm.broker.cli import main
 from gcma_shm.check import LOOKS, Inspected, Report, check, repeated
 from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.entries import read_guests
+from tests.client import page_of
 from tests.inspected import (
     AREAS,
     CACHED,
@@ -34,7 +35,6 @@ from tests.inspected import (
     found,
     in_use,
     look,
-    page_of,
     state,
 )
 from tests.processes import WAIT_S, Said, broker, eventually, forked
@@ -193,14 +193,14 @@ def churn(endpoint: str, said: Said | None, over: Callable[[], bool]) -> None:
             for swap in swaps:
                 for _ in range(20):
                     n = chance.randrange(swap.slots)
-                    swap.store(n, page_of(n + 1))
+                    swap.store(n, page_of(n))
                     swap.load(chance.randrange(swap.slots))
                 swap.invalidate_page(chance.randrange(swap.slots))
             try:
                 client.alloc_contig(chance.randrange(1, 200) * PAGE).free()
                 reservation.claim().free()
                 short = client.swap(chance.randrange(2, 9), 200)
-                short.store(7, page_of(7))
+                short.store(7, page_of(6))
                 short.invalidate_area()
             except (gcma_shm.Closed, gcma_shm.BrokerUnavailable, gcma_shm.ArenaExhausted):
                 continue  # another's invalidate_area, or no broker just now

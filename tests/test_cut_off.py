@@ -21,9 +21,10 @@ from gcma_shm.arena import SHM_DIR, remove_dead
 from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.errors import BrokerUnavailable, ProtocolError
 from gcma_shm.process import start_time
+from tests.client import filled_with
 from tests.conftest import Bare
 from tests.processes import WAIT_S, broker, broker_command, eventually, forked, stopped
-from tests.takeover import AREAS, MIB, held, page_of
+from tests.takeover import AREAS, MIB, held_by_area
 from tests.test_sessions import Kept
 
 DIES_AT = """
@@ -68,7 +69,7 @@ def test_what_was_handed_over_comes_though_the_broker_died_before_it_said_so(end
             with broker(endpoint, *AREAS):
                 with coming.result(WAIT_S) as came:
                     assert bytes(came.view[:4]) == b"sent"
-                assert eventually(lambda: held(receiver)["a"] == 0)
+                assert eventually(lambda: held_by_area(receiver)["a"] == 0)
                 receiver.close()
 
 
@@ -173,17 +174,17 @@ def test_a_broker_that_fails_leaves_all_to_the_next(endpoint: str) -> None:
     try:
         client = gcma_shm.connect(endpoint, wait_for_broker=WAIT_S)
         swap, buffer = client.swap(0, 10), client.alloc_contig(MIB, area="a")
-        swap.store(1, page_of(1))
+        swap.store(1, filled_with(1))
         Path(tempfile.gettempdir(), "fail").touch()
         _, words = process.communicate(timeout=WAIT_S)
         assert b"ZeroDivisionError" in words
         assert process.returncode not in (0, -signal.SIGKILL)
         Path(tempfile.gettempdir(), "fail").unlink()
-        assert swap.load(1) == page_of(1)
+        assert swap.load(1) == filled_with(1)
         with broker(endpoint, *AREAS):
-            assert held(client)["a"] == MIB
-            assert swap.load(1) == page_of(1)
-            swap.store(2, page_of(2))
+            assert held_by_area(client)["a"] == MIB
+            assert swap.load(1) == filled_with(1)
+            swap.store(2, filled_with(2))
             buffer.free()
             client.close()
     finally:
@@ -195,7 +196,7 @@ def test_a_successor_without_descriptors_ends_no_type(endpoint: str) -> None:
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint, wait_for_broker=WAIT_S) as client:
         swaps = [client.swap(n, 4) for n in range(60)]
         for n, swap in enumerate(swaps):
-            swap.store(0, page_of(n))
+            swap.store(0, filled_with(n))
         first.stop(signal.SIGKILL)
         done = subprocess.run(
             ["prlimit", "--nofile=50:50", *broker_command(endpoint, "--size", "8M", *AREAS)],
@@ -207,7 +208,7 @@ def test_a_successor_without_descriptors_ends_no_type(endpoint: str) -> None:
         assert done.returncode == 1, done.stderr
         assert len(list(default_spill_dir(endpoint).iterdir())) == len(swaps)
         with broker(endpoint, *AREAS):
-            assert [swap.load(0) for swap in swaps] == [page_of(n) for n in range(60)]
+            assert [swap.load(0) for swap in swaps] == [filled_with(n) for n in range(60)]
 
 
 def test_a_header_that_names_another_directory(endpoint: str, tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_a_header_that_names_another_directory(endpoint: str, tmp_path: Path) ->
     precious.mkdir(mode=0o700)
     (precious / "file").write_bytes(b"mine")
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
-        client.swap(0, 10).store(1, page_of(1))
+        client.swap(0, 10).store(1, filled_with(1))
         first.stop(signal.SIGKILL)
         path = SHM_DIR / arena_name(endpoint).removeprefix("/")
         with path.open("r+b") as arena:

@@ -14,6 +14,7 @@ import pytest
 import gcma_shm
 from gcma_shm.clients.embedded import EmbeddedClient
 
+from .client import held
 from .processes import eventually
 
 torch = pytest.importorskip("torch", reason="torch is not installed: pip install torch")
@@ -21,10 +22,6 @@ example = runpy.run_path(str(Path(__file__).resolve().parent.parent / "examples"
 data, collate = example["Pictures"](), example["Collate"]
 
 BATCH_BYTES = 16 * 3 * 64 * 64 * 4
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def loader(client: gcma_shm.Client, workers: int, **options: Any) -> Any:

@@ -22,6 +22,7 @@ import gcma_shm
 from gcma_shm import BrokerUnavailable, Client
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name, socket_path
+from tests.client import clients, held, reserved
 from tests.invariants import check_at_rest
 from tests.processes import WAIT_S, Said, eventually, in_fork, start_python, stopped
 
@@ -51,18 +52,6 @@ print("ready", flush=True)
 input()
 exec(sys.argv[2])
 """
-
-
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
-
-
-def reserved(client: Client) -> int:
-    return sum(area.reserved for area in client.areas())
-
-
-def clients(client: Client) -> int:
-    return int(client.stats()["broker"]["clients"])
 
 
 # --- exits without close

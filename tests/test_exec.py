@@ -9,38 +9,19 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gcma_shm import Client
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.processes import Said, forked, running_python
+from tests.client import clients, held
+from tests.processes import Said, eventually, forked, running_python
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 PAGE = 4096
 SOON_S = 20.0  # a bound, and far below the minute after which a child that never began was given up
 ANOTHER = [sys.executable, "-S", "-c", "import sys; sys.stdin.read()"]
-
-
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
-
-
-def clients(client: Client) -> int:
-    return int(client.stats()["broker"]["clients"])
-
-
-def soon(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + SOON_S
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.002)
-    return True
 
 
 def is_another(pid: int) -> bool:
@@ -72,9 +53,9 @@ def test_a_client_that_becomes_another_program(client: EmbeddedClient) -> None:
         assert held(client) == 15 * PAGE
         process.stdin.write("\n")
         process.stdin.flush()
-        assert soon(lambda: is_another(process.pid))
-        assert soon(lambda: held(client) == 0)
-        assert soon(lambda: clients(client) == 1)
+        assert eventually(lambda: is_another(process.pid), SOON_S)
+        assert eventually(lambda: held(client) == 0, SOON_S)
+        assert eventually(lambda: clients(client) == 1, SOON_S)
         assert not client.names()
         assert process.poll() is None, "it lives"
         assert client.swap(0, 10).load(1) == b"a-gcma--" * (PAGE // 8)
@@ -94,10 +75,10 @@ def test_a_forked_child_that_becomes_another_program(client: EmbeddedClient) -> 
 
     with forked(child) as running_child:
         assert running_child.receive() != client.number
-        assert soon(lambda: clients(client) == 2)
+        assert eventually(lambda: clients(client) == 2, SOON_S)
         running_child.tell()
-        assert soon(lambda: is_another(running_child.pid))
-        assert soon(lambda: clients(client) == 1)
+        assert eventually(lambda: is_another(running_child.pid), SOON_S)
+        assert eventually(lambda: clients(client) == 1, SOON_S)
         assert held(client) == 10 * PAGE
         with buffer.view as view:
             view[:] = b"mine" * (10 * PAGE // 4)
@@ -119,10 +100,10 @@ def test_a_fork_and_exec_without_a_word(client: EmbeddedClient) -> None:
         finally:
             os._exit(127)
     try:
-        assert soon(lambda: is_another(pid))
+        assert eventually(lambda: is_another(pid), SOON_S)
         buffer.free()
-        assert soon(lambda: held(client) == 0)
-        assert soon(lambda: clients(client) == 1)
+        assert eventually(lambda: held(client) == 0, SOON_S)
+        assert eventually(lambda: clients(client) == 1, SOON_S)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -155,12 +136,12 @@ def test_a_child_that_is_killed_before_its_first_instruction(parent_lives: bool,
         assert process.stdout is not None
         assert process.stdout.readline() == "forked\n"
         if parent_lives:
-            assert soon(lambda: clients(client) == 2)
+            assert eventually(lambda: clients(client) == 2, SOON_S)
             assert held(client) == 10 * PAGE
             process.stdin.write("\n")
             process.stdin.flush()
             assert process.stdout.readline() == "freed\n"
         else:
             process.kill()
-        assert soon(lambda: held(client) == 0)
-        assert soon(lambda: clients(client) == (2 if parent_lives else 1))
+        assert eventually(lambda: held(client) == 0, SOON_S)
+        assert eventually(lambda: clients(client) == (2 if parent_lives else 1), SOON_S)

@@ -24,6 +24,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
 from gcma_shm.clients.handles import clients
 
+from .client import held
 from .gates import held_up
 from .processes import WAIT_S, eventually
 
@@ -36,10 +37,6 @@ LARGE = 100_000  # floats
 def pool(client: EmbeddedClient) -> Iterator[ArenaExecutor]:
     with ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as executor:
         yield executor
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 # --- what workers do

@@ -23,6 +23,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
 from gcma_shm.clients.packers import Sharing
 
+from .client import held
 from .gates import held_up
 from .processes import WAIT_S, eventually
 
@@ -46,10 +47,6 @@ def no_parcels(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a parcel")
 
     monkeypatch.setattr(Sharing, "pack", refuse)
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def asked(client: gcma_shm.Client, operation: str) -> int:

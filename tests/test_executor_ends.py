@@ -32,6 +32,7 @@ from gcma_shm.clients.handles import clients
 from gcma_shm.clients.joblib import end_workers, register
 from gcma_shm.clients.joblib_arrays import Given, Room
 
+from .client import held
 from .gates import held_up
 from .processes import WAIT_S, Said, broker, eventually, forked, run_python, runs, start_python
 
@@ -45,10 +46,6 @@ STRESS_S = float(os.environ.get("GCMA_SOAK_S", "4"))
 def pool(client: EmbeddedClient) -> Iterator[ArenaExecutor]:
     with ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as executor:
         yield executor
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def nothing_held(client: gcma_shm.Client) -> bool:

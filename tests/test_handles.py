@@ -6,7 +6,6 @@ import gc
 import os
 import pickle
 import signal
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,10 @@ from gcma_shm.arena import remove_dead
 from gcma_shm.clients.channel import WINDOW
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.endpoint import arena_name
-from tests.holding import PAGE, clients, held
+from tests.client import PAGE, clients, held
 from tests.processes import WAIT_S, Said, broker, eventually, forked
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("small")
 
 
 # --- in one process

@@ -16,17 +16,13 @@ import gcma_shm
 from gcma_shm import ArenaExhausted, Buffer, QuotaExceeded, StaleHandle
 from gcma_shm.clients import handles
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.holding import PAGE, clients, fill_until_lent, held
+from tests.client import PAGE, clients, held
 from tests.processes import WAIT_S, Said, eventually, forked
+from tests.using_areas import fill_until_lent
+
+pytestmark = pytest.mark.arena("small")
 
 HAND_OVERS_MAX = 1024  # of one buffer, as the docstring of the table says
-
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
 
 
 # --- workers of every start method
@@ -343,7 +339,7 @@ def test_a_claimed_buffer_has_co_claimers(client: EmbeddedClient, workers: Calla
             assert bytes(view[:10]) == b"hellothere"
         buffer.free()
     assert held(client) == 0, "the last free lends"
-    fill_until_lent(client)
+    fill_until_lent(client, "default")
     reservation.claim().free()
     reservation.release()
     assert client.areas()[0].largest_free == size
@@ -384,7 +380,7 @@ def test_the_claimers_death_leaves_its_co_claimers_memory(client: EmbeddedClient
         running.kill()
     assert eventually(lambda: clients(client) == 1)
     with buffer.view as view:
-        fill_until_lent(client)
+        fill_until_lent(client, "default")
         assert bytes(view[:5]) == b"hello"
     (area,) = client.areas()
     assert (area.held, area.reserved) == (10 * PAGE, 10 * PAGE)
@@ -403,7 +399,7 @@ def test_release_leaves_a_co_claimers_memory(client: EmbeddedClient) -> None:
         reservation.release()
         assert buffer.freed
         with theirs.view as view:
-            fill_until_lent(client)
+            fill_until_lent(client, "default")
             assert bytes(view[:5]) == b"hello"
         assert client.areas()[0].reserved == 10 * PAGE
         theirs.free()
@@ -423,7 +419,7 @@ def test_a_claimed_buffer_is_handed_over(client: EmbeddedClient, attached: bool)
         with pytest.raises(ArenaExhausted):
             reservation.claim()
         with pickle.loads(data) as got, got.view as view:
-            fill_until_lent(client)
+            fill_until_lent(client, "default")
             assert bytes(view[:5]) == b"hello"
     assert eventually(lambda: held(client) == 0)
     with reservation.claim():

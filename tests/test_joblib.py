@@ -33,6 +33,7 @@ from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import clients
 from gcma_shm.clients.joblib import ArenaBackend, end_workers, register
 
+from .client import held
 from .gates import meet, place
 from .processes import Said, broker, eventually, in_fork, run_python, runs
 
@@ -62,10 +63,6 @@ def backend(client: EmbeddedClient) -> Iterator[ArenaBackend]:
     with parallel_config(backend="gcma", n_jobs=2, client=client) as config:
         yield config["backend"]
     assert nothing_is_held(client)
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def nothing_is_held(client: gcma_shm.Client) -> bool:

@@ -18,6 +18,7 @@ from gcma_shm.endpoint import arena_name
 from gcma_shm.errors import ArenaError, BufferExists, NoSuchBuffer, ProtocolError, QuotaExceeded, StaleHandle
 from gcma_shm.process import start_time
 from gcma_shm.records import Records, State
+from tests.client import held
 from tests.conftest import Bare
 from tests.invariants import check_at_rest
 from tests.processes import WAIT_S, Said, broker, eventually, forked
@@ -28,10 +29,6 @@ ME = os.getpid()
 MY_START = start_time(ME) or 0
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def kept_by(client: Client) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,15 +10,10 @@ import pytest
 import gcma_shm
 from gcma_shm import BufferExists, NoSuchBuffer, QuotaExceeded
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.holding import PAGE, held
+from tests.client import PAGE, held
 from tests.processes import eventually
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("small")
 
 
 def test_by_name(client: EmbeddedClient) -> None:

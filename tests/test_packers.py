@@ -19,14 +19,11 @@ from gcma_shm.clients.packers import ITEMS_MAX, Giving, Packer, Sharing, large_i
 from gcma_shm.clients.parcels import Parcel
 from gcma_shm.clients.places import hand_over
 
+from .client import held
 from .processes import eventually
 
 THRESHOLD = 4096
 LARGE = b"x" * 10_000
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 @pytest.fixture(params=["shared", "given away"])

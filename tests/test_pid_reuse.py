@@ -22,19 +22,15 @@ from typing import IO
 
 import pytest
 
-from gcma_shm import Client
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.process import open_pidfd, start_time
+from tests.client import held
 from tests.processes import eventually, running_python, stopped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 
 PAGE = 4096
 SYS_CLONE3 = 435
-
-
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def pids(client: EmbeddedClient) -> set[int]:

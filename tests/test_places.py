@@ -23,14 +23,11 @@ from gcma_shm.clients.joblib_arrays import Returned, Room
 from gcma_shm.clients.packers import Giving
 from gcma_shm.clients.places import locate, locate_array
 
+from .client import held
 from .processes import eventually
 
 Array = npt.NDArray[np.float64]
 LARGE = 100_000  # floats
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def add_one(array: Array) -> float:

@@ -20,6 +20,7 @@ from gcma_shm.arena import SHM_DIR, open_arena
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.errors import ArenaError
 from gcma_shm.presence import Presence
+from tests.client import held
 from tests.conftest import Bare
 from tests.processes import WAIT_S, Said, broker_command, eventually, forked, in_fork
 
@@ -121,10 +122,6 @@ def test_each_client_has_its_own(client: EmbeddedClient) -> None:
     os.kill(client.broker_pid, signal.SIGKILL)
     assert eventually(lambda: not looking.is_held(layout.BROKER))
     looking.close()
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def test_a_child_does_not_keep_its_parents() -> None:

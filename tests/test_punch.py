@@ -20,8 +20,9 @@ from gcma_shm.broker.registry import TypeRegistry
 from gcma_shm.check import check
 from gcma_shm.endpoint import arena_name
 from gcma_shm.records import Records
+from tests.client import filled_with
 from tests.conftest import Bare
-from tests.faults.spilling import PAGE, check_values, data_pages, page_of, place
+from tests.faults.spilling import PAGE, check_values, data_pages, place
 from tests.invariants import check_at_rest
 from tests.processes import broker, eventually
 
@@ -37,7 +38,7 @@ def pattern_of(number: int) -> bytes:
 
 def store_all(swap: gcma_shm.Swap | Slots, count: int, first_value: int = 1) -> dict[int, int]:
     values = {n: first_value + n for n in range(count)}
-    swap.store_many(values, b"".join(map(page_of, values.values())))
+    swap.store_many(values, b"".join(map(filled_with, values.values())))
     return values
 
 
@@ -68,7 +69,7 @@ def test_space_comes_back_while_the_broker_runs(spill_io: str, tmp_path: Path) -
         assert swap.load(1250) == bytes(PAGE)
         assert all(swap.load(n) == pattern_of(n) for n in range(1300, 1350))
         for n in range(0, 600, 3):  # and is taken again
-            swap.store(n, page_of(10_000 + n))
+            swap.store(n, filled_with(10_000 + n))
             values[n] = 10_000 + n
         check_values(swap, values)
         assert data_pages(file) == set(values)
@@ -88,12 +89,12 @@ def test_check_finds_what_nobody_will_give_back(tmp_path: Path) -> None:
         assert not check(p.arena, values=True).findings
         with p.file(3).open("r+b") as file:
             for n in (20, 44, 70):
-                os.pwrite(file.fileno(), page_of(9), n * PAGE)
+                os.pwrite(file.fileno(), filled_with(9), n * PAGE)
         findings = [finding.text for finding in check(p.arena, values=True).findings]
         assert [text.partition(",")[0] for text in findings] == [f"slot {n} of type 3" for n in (20, 44, 70)]
         assert all("holds something that it has no need of" in text for text in findings)
         for n in (20, 44, 70):
-            swap.store(n, page_of(1))
+            swap.store(n, filled_with(1))
         assert not check(p.arena, values=True).findings
 
 
@@ -182,12 +183,12 @@ def test_a_turn_is_bounded(bare: Bare, swap: Slots) -> None:
 
 
 def test_what_was_never_in_the_file_or_is_in_use_is_left_alone(bare: Bare, swap: Slots) -> None:
-    swap.store(0, page_of(1))
+    swap.store(0, filled_with(1))
     swap.store(1, bytes(PAGE))
     swap.invalidate_page(2)
-    swap.store(3, page_of(4))
+    swap.store(3, filled_with(4))
     swap.invalidate_page(3)
-    swap.store(3, page_of(5))
+    swap.store(3, filled_with(5))
     punch_all(bare.plane)
     assert punched(bare) == 0
     found = {0: 1, 3: 5}
@@ -245,7 +246,7 @@ def rivals(bare: Bare) -> list[Plane]:
 
 def bytes_of(value: int) -> bytes:
     """Of the storm's values."""
-    return page_of(value) if value > 0 else pattern_of(-value)
+    return filled_with(value) if value > 0 else pattern_of(-value)
 
 
 def test_a_storm_over_places_that_are_given_back(bare: Bare, swap: Slots, rivals: list[Plane]) -> None:
@@ -281,7 +282,7 @@ def test_a_storm_over_places_that_are_given_back(bare: Bare, swap: Slots, rivals
                     handle.store(offset, bytes_of(-1 - step))
                 case _:
                     own[offset] = step + 1
-                    handle.store(offset, page_of(step + 1))
+                    handle.store(offset, filled_with(step + 1))
 
     threads = [threading.Thread(target=client, args=(n,)) for n in range(2)]
     for thread in threads:

@@ -20,6 +20,7 @@ from gcma_shm import ArenaExhausted, BrokerUnavailable, Buffer, Client, QuotaExc
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import load_buffer
 from gcma_shm.endpoint import arena_name
+from tests.client import held, reserved
 from tests.invariants import check_at_rest
 from tests.patience import impatient
 from tests.processes import WAIT_S, Said, eventually, forked, in_fork, stopped
@@ -29,14 +30,6 @@ MIB = 1 << 20
 SIZE = 8 * MIB
 RACES = 100  # rounds of each kind
 INTERRUPTS = 3000
-
-
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
-
-
-def reserved(client: Client) -> int:
-    return sum(area.reserved for area in client.areas())
 
 
 def is_there(client: Client, offset: int, nbytes: int = SIZE) -> bool:

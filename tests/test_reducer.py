@@ -17,6 +17,7 @@ import gcma_shm
 from gcma_shm.clients import reducer
 from gcma_shm.clients.embedded import EmbeddedClient
 
+from .client import held
 from .processes import eventually
 
 Array = npt.NDArray[Any]
@@ -30,10 +31,6 @@ def _registered() -> Iterator[None]:
     yield
     registered.clear()
     registered.update(before)
-
-
-def held(client: gcma_shm.Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def answer(received: Any, replies: Any) -> None:

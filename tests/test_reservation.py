@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import pickle
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,15 +11,11 @@ import pytest
 import gcma_shm
 from gcma_shm import ArenaError, ArenaExhausted, BufferExists, NoSuchArea, NoSuchBuffer, QuotaExceeded, StaleHandle
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.lending import PAGE, all_there, figure, fill, fill_until_lent, whole
+from tests.lending import PAGE, figure, use_fully, use_until_lent, whole
 from tests.processes import eventually
+from tests.using_areas import all_there
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("small")
 
 
 # --- what it is
@@ -44,7 +39,7 @@ def test_promised_lent_claimed_and_lent_again(client: EmbeddedClient) -> None:
     reservation = client.reserve(size)
     (area,) = client.areas()
     assert (area.reserved, area.held, area.largest_free) == (size, 0, 0)
-    swap = fill_until_lent(client)
+    swap = use_until_lent(client)
     assert all_there(swap)
 
     buffer = reservation.claim()
@@ -53,7 +48,7 @@ def test_promised_lent_claimed_and_lent_again(client: EmbeddedClient) -> None:
     assert all_there(swap), "right after the claim"
     with buffer.view as view:
         view[:] = b"\xbb" * size
-        fill(client)
+        use_fully(client)
         assert all_there(swap), "while it is claimed"
         assert view == b"\xbb" * size
 
@@ -61,7 +56,7 @@ def test_promised_lent_claimed_and_lent_again(client: EmbeddedClient) -> None:
     (area,) = client.areas()
     assert (area.reserved, area.held) == (size, 0)
     assert all_there(swap), "after it was freed"
-    fill_until_lent(client)
+    use_until_lent(client)
     assert all_there(swap), "with the cache back"
     reservation.release()
     assert (figure(client, "reserved"), whole(client)) == (0, size)
@@ -200,7 +195,7 @@ def test_an_array_keeps_the_memory_of_what_is_forgotten(client: EmbeddedClient) 
     array = client.reserve(size).claim().numpy(size)
     gc.collect()
     array[:] = 7
-    swap = fill(client)
+    swap = use_fully(client)
     (area,) = client.areas()
     assert (area.held, area.reserved, area.lent) == (size, size, 0)
     assert (array == 7).all()
@@ -208,7 +203,7 @@ def test_an_array_keeps_the_memory_of_what_is_forgotten(client: EmbeddedClient) 
     del array
     gc.collect()
     assert eventually(lambda: figure(client, "reserved") == 0), "nothing refers to the reservation any more"
-    fill_until_lent(client)
+    use_until_lent(client)
     assert all_there(swap)
 
 
@@ -218,7 +213,7 @@ def test_an_array_keeps_the_claim_and_its_end_lends_the_range(client: EmbeddedCl
     array = reservation.claim().numpy(size)
     gc.collect()
     array[:] = 9
-    fill(client)
+    use_fully(client)
     assert (array == 9).all()
     assert figure(client, "held") == size
     with pytest.raises(ArenaExhausted):
@@ -228,7 +223,7 @@ def test_an_array_keeps_the_claim_and_its_end_lends_the_range(client: EmbeddedCl
     del array
     gc.collect()
     assert figure(client, "held") == 0
-    fill_until_lent(client)
+    use_until_lent(client)
     reservation.claim().free()
 
 
@@ -275,7 +270,7 @@ def test_close_gives_everything_back(client: EmbeddedClient) -> None:
         assert (figure(client, "reserved"), figure(client, "held")) == (15 * PAGE, 6 * PAGE)
     assert (figure(client, "reserved"), figure(client, "held"), whole(client)) == (0, 0, size)
     assert all(buffer.freed for buffer in buffers)
-    swap = fill(client)
+    swap = use_fully(client)
     assert all_there(swap)
 
 
@@ -341,7 +336,7 @@ def test_an_area_that_is_not_lent(how: str) -> None:
     ) as client:
         size = 1 << 20
         reservation = client.reserve(size, "pure")
-        swap = fill_until_lent(client)
+        swap = use_until_lent(client)
         first = reservation.claim() if how == "drained while claimed" else None
         if how != "cache=off":
             client.drain_area("pure")
@@ -353,16 +348,16 @@ def test_an_area_that_is_not_lent(how: str) -> None:
         if first is not None:
             with first.view as view:
                 view[:] = b"\xdd" * size
-                fill(client)
+                use_fully(client)
                 assert view == b"\xdd" * size
             first.free()
         for round_ in range(3):
             with reservation.claim() as buffer, buffer.view as view:
                 assert pure().held == size
                 view[:] = bytes([round_]) * size
-                fill(client)
+                use_fully(client)
                 assert view == bytes([round_]) * size
-            fill(client)
+            use_fully(client)
             assert (pure().held, pure().reserved) == (0, size)
             assert eventually(lambda: pure().lent == 0)
             assert all_there(swap)
@@ -370,7 +365,7 @@ def test_an_area_that_is_not_lent(how: str) -> None:
             client.resume_area("pure")
 
             def is_lent() -> bool:
-                fill(client)
+                use_fully(client)
                 return pure().lent > 0
 
             assert eventually(is_lent)

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 
 import gcma_shm
 from gcma_shm import BrokerUnavailable
 from gcma_shm.clients.embedded import EmbeddedClient
+from tests.client import page_of
 from tests.lending import (
     PAGE,
-    SLOTS,
-    all_there,
+    broker_stopped,
     churning,
     figure,
-    fill,
-    fill_until_lent,
     filling,
-    page_of,
     rounds_of,
-    stopped,
+    use_fully,
+    use_until_lent,
     whole,
 )
 from tests.patience import impatient
 from tests.processes import WAIT_S, eventually, stands_still
+from tests.using_areas import SLOTS, all_there
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("small")
 
 
 # --- no message
@@ -41,7 +34,7 @@ def client() -> Iterator[EmbeddedClient]:
 
 def test_neither_claim_nor_free_is_a_request(client: EmbeddedClient) -> None:
     reservation = client.reserve(whole(client))
-    fill(client)
+    use_fully(client)
 
     def asked() -> dict[str, int]:
         """But for the questions whether it is there still, of who waits for its answer for long."""
@@ -57,8 +50,8 @@ def test_neither_claim_nor_free_is_a_request(client: EmbeddedClient) -> None:
 def test_a_stopped_broker_is_not_waited_for(client: EmbeddedClient) -> None:
     size = whole(client)
     reservation = client.reserve(size)
-    swap = fill_until_lent(client)
-    with stopped(client) as in_copy:
+    swap = use_until_lent(client)
+    with broker_stopped(client) as in_copy:
         assert not in_copy
         for round_ in range(20):
             with reservation.claim() as buffer, buffer.view as view:
@@ -67,7 +60,7 @@ def test_a_stopped_broker_is_not_waited_for(client: EmbeddedClient) -> None:
                 assert view == bytes([round_]) * size
         assert all_there(swap)
         assert stands_still(client.broker_pid)
-    fill_until_lent(client)
+    use_until_lent(client)
     assert all_there(swap)
 
 
@@ -75,7 +68,7 @@ def test_a_killed_broker_is_not_needed() -> None:
     with gcma_shm.embedded("4M", timeout=WAIT_S) as client:
         size = whole(client)
         reservation = client.reserve(size)
-        swap = fill_until_lent(client)
+        swap = use_until_lent(client)
         swap.sync()
         os.kill(client.broker_pid, signal.SIGKILL)
         for round_ in range(10):
@@ -93,7 +86,7 @@ def test_a_broker_killed_in_its_copy_is_recognised() -> None:
         swap = client.swap(0, SLOTS, "behind")
         with churning(client):
             reservation = client.reserve(size)
-            with stopped(client, in_copy=True) as in_copy:
+            with broker_stopped(client, in_copy=True) as in_copy:
                 if in_copy:  # nearly always
                     with impatient(client, timeout=1.0), pytest.raises(BrokerUnavailable, match="stopped"):
                         reservation.claim()
@@ -110,7 +103,7 @@ def test_a_broker_killed_in_its_copy_is_recognised() -> None:
 def test_a_broker_stopped_in_its_copy_goes_on(client: EmbeddedClient) -> None:
     with gcma_shm.connect(client.endpoint, timeout=WAIT_S) as other, churning(client) as counts:
         reservation = other.reserve(whole(client))
-        with stopped(client, in_copy=True) as in_copy:
+        with broker_stopped(client, in_copy=True) as in_copy:
             if in_copy:
                 with impatient(other, timeout=0.3), pytest.raises(BrokerUnavailable, match="stopped"):
                     reservation.claim()
@@ -143,7 +136,7 @@ def test_old_content_is_never_a_page_of_the_cache(client: EmbeddedClient) -> Non
     """Slots whose pages were in the range, never loaded in between: they must be read from the file after the range was lent again."""
     reservation = client.reserve(whole(client))
     for round_ in range(5):
-        swap = fill_until_lent(client)
+        swap = use_until_lent(client)
         with reservation.claim() as buffer, buffer.view as view:
             view[:] = page_of(5_000_000 + round_) * (reservation.nbytes // PAGE)
         assert all_there(swap)

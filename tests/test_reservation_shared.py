@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
@@ -17,15 +16,12 @@ import pytest
 import gcma_shm
 from gcma_shm import ArenaExhausted, Reservation
 from gcma_shm.clients.embedded import EmbeddedClient
-from tests.lending import PAGE, all_there, figure, fill, fill_until_lent, page_of, stopped, whole
+from tests.client import page_of
+from tests.lending import PAGE, broker_stopped, figure, use_fully, use_until_lent, whole
 from tests.processes import WAIT_S, Said, eventually, forked, in_fork
+from tests.using_areas import all_there
 
-
-@pytest.fixture
-def client() -> Iterator[EmbeddedClient]:
-    """Smaller than everybody's, so that it is full at once: about 900 pages in one area."""
-    with gcma_shm.embedded("4M", timeout=20) as owner:
-        yield owner
+pytestmark = pytest.mark.arena("small")
 
 
 # --- in turn
@@ -168,7 +164,7 @@ def test_a_killed_claimers_range_comes_back_to_the_others(client: EmbeddedClient
     for _ in range(3):
         with forked(child) as running:
             reservation = client.reserve(size, name="shared")
-            fill(client)
+            use_fully(client)
             running.tell()
             running.receive()
             with pytest.raises(ArenaExhausted):
@@ -177,7 +173,7 @@ def test_a_killed_claimers_range_comes_back_to_the_others(client: EmbeddedClient
                 waiting = pool.submit(reservation.claim, WAIT_S)
                 running.kill()
                 with waiting.result(WAIT_S) as buffer, buffer.view as view:
-                    swap = fill(client)
+                    swap = use_fully(client)
                     assert all_there(swap)
                     view[:] = b"\xee" * size
                     assert all_there(swap)
@@ -203,7 +199,7 @@ def test_a_holders_death_releases(client: EmbeddedClient) -> None:
         running.kill()
         assert eventually(lambda: figure(client, "reserved") == 0)
     assert (figure(client, "held"), whole(client), client.names()) == (0, size, [])
-    swap = fill_until_lent(client)
+    swap = use_until_lent(client)
     assert all_there(swap)
 
 
@@ -257,7 +253,7 @@ def test_a_fork_with_a_live_claim(client: EmbeddedClient, first: str) -> None:
         running.receive()
         if first == "parent":
             buffer.free()
-            swap = fill(client)
+            swap = use_fully(client)
             assert figure(client, "held") == size, "the child has it"
             with pytest.raises(ArenaExhausted):
                 reservation.claim()
@@ -268,14 +264,14 @@ def test_a_fork_with_a_live_claim(client: EmbeddedClient, first: str) -> None:
         else:
             running.tell("free")
             running.receive()
-            swap = fill(client)
+            swap = use_fully(client)
             assert figure(client, "held") == size, "the parent has it"
             with buffer.view as view:
                 assert view == b"\xbb" * size
             buffer.free()
         assert figure(client, "held") == 0
         assert figure(client, "reserved") == size
-        fill_until_lent(client)
+        use_until_lent(client)
         with reservation.claim() as again, again.view as view:
             view[:] = b"\xcc" * size
             assert all_there(swap)
@@ -318,7 +314,7 @@ def test_a_childs_death_leaves_its_parents_claim(client: EmbeddedClient) -> None
     assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
     with buffer.view as view:
         view[:] = b"\xaa" * len(view)
-        fill(client)
+        use_fully(client)
         assert view == b"\xaa" * len(view)
     assert figure(client, "held") == 10 * PAGE
     buffer.free()
@@ -361,7 +357,7 @@ def test_a_parents_death_leaves_its_childs_claim(client: EmbeddedClient) -> None
         assert running.wait() == -signal.SIGKILL
         # This one, and the grandchild by both of the clients that it inherited.
         assert eventually(lambda: client.stats()["broker"]["clients"] == 3)
-        swap = fill(client)
+        swap = use_fully(client)
         running.tell()
         assert running.receive() is True
         assert figure(client, "held") == size
@@ -387,7 +383,7 @@ def test_a_fork_between_claims_shares_nothing(client: EmbeddedClient) -> None:
                 found.append(buffer.nbytes)
         return found
 
-    with forked(child) as running, stopped(client):
+    with forked(child) as running, broker_stopped(client):
         running.tell()
         assert running.receive() == [10 * PAGE] * 3
         reservation.claim().free()

@@ -25,7 +25,8 @@ from tests.cpython import shared_memory as cpython
 from tests.cpython.where import HOW, has
 from tests.processes import broker, eventually
 
-from .segments import METHODS, MIB, PAGE, buf, held, names
+from .client import held
+from .segments import METHODS, MIB, PAGE, buf, names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 

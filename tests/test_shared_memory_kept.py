@@ -21,7 +21,8 @@ from gcma_shm.messages import Reply, Request
 from tests.invariants import check_at_rest
 from tests.processes import WAIT_S, Said, broker, eventually, forked, stop
 
-from .segments import METHODS, PAGE, buf, held, names, program, said
+from .client import held
+from .segments import METHODS, PAGE, buf, names, program, said
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 

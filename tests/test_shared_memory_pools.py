@@ -16,7 +16,8 @@ from gcma_shm.clients import tree
 from gcma_shm.clients.shared_memory import ShareableList, SharedMemory, SharedMemoryManager, using
 from tests.processes import Said, eventually, in_fork
 
-from .segments import METHODS, PAGE, buf, held, names
+from .client import held
+from .segments import METHODS, PAGE, buf, names
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 

@@ -19,8 +19,9 @@ from gcma_shm.check import check
 from gcma_shm.endpoint import arena_name
 from gcma_shm.errors import ArenaError, SpillCorrupt, SpillError
 from gcma_shm.sizes import parse_size
+from tests.client import filled_with
 from tests.faults.disks import needs_direct, small_disk
-from tests.faults.spilling import PAGE, SLOTS, Place, cached_pages, check_values, page_of, place, spilled
+from tests.faults.spilling import PAGE, SLOTS, Place, cached_pages, check_values, place, spilled
 from tests.processes import broker, broker_command, eventually
 
 AHEAD_MAX = 16  # pages that are read ahead at once
@@ -28,7 +29,7 @@ AHEAD_MAX = 16  # pages that are read ahead at once
 
 def store_all(swap: gcma_shm.Swap, count: int = SLOTS, first_value: int = 1) -> dict[int, int]:
     values = {n: first_value + n for n in range(count)}
-    swap.store_many(values, b"".join(map(page_of, values.values())))
+    swap.store_many(values, b"".join(map(filled_with, values.values())))
     return values
 
 
@@ -135,7 +136,7 @@ def test_reading_ahead(tmp_path: Path) -> None:
         assert brought <= AHEAD_MAX * read
         before = counter(p, "read_ahead")
         for n in range(0, SLOTS, 19):  # no sequence
-            assert swap.load(n) == page_of(values[n])
+            assert swap.load(n) == filled_with(values[n])
         assert counter(p, "read_ahead") == before
         for n in range(0, SLOTS, 3):  # neither what was stored to, nor what is gone, comes back from the file
             if n % 2:
@@ -143,9 +144,9 @@ def test_reading_ahead(tmp_path: Path) -> None:
                 del values[n]
             else:
                 values[n] = 10_000 + n
-                swap.store(n, page_of(values[n]))
+                swap.store(n, filled_with(values[n]))
         for n in range(SLOTS):
-            assert swap.load(n) == (page_of(values[n]) if n in values else None)
+            assert swap.load(n) == (filled_with(values[n]) if n in values else None)
         p.check()
 
 
@@ -163,7 +164,7 @@ def test_a_scan_does_not_push_out_what_is_used(tmp_path: Path) -> None:
         cold = p.client.swap(4, SLOTS)
         promotions = counter(p, "promotions")
         for n in range(SLOTS):
-            assert cold.load(n) == page_of(n + 1)
+            assert cold.load(n) == filled_with(n + 1)
             if n % 20 == 0:
                 check_values(swap, {hot[n // 20 % 100]: hot[n // 20 % 100] + 1})
         assert counter(p, "read_ahead") > SLOTS // 4
@@ -212,7 +213,7 @@ def test_a_spill_directory_that_became_memory(memory: Path, tmp_path: Path) -> N
             p.spill_dir.unlink()
             moved.rename(p.spill_dir)
         check_values(swap, values)
-        p.client.swap(4, SLOTS).store(0, page_of(1))
+        p.client.swap(4, SLOTS).store(0, filled_with(1))
 
 
 @pytest.fixture

@@ -16,10 +16,11 @@ import gcma_shm
 from gcma_shm import layout
 from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.errors import ArenaExhausted, BrokerUnavailable, QuotaExceeded
+from tests.client import filled_with
 from tests.invariants import check_at_rest
 from tests.patience import impatient
 from tests.processes import WAIT_S, Said, broker, eventually, forked
-from tests.takeover import AREAS, MIB, PAGE, held, killed_and_restarted, page_of
+from tests.takeover import AREAS, MIB, PAGE, held_by_area, killed_and_restarted
 
 SHORT_S = 2.0  # longer than it takes, mostly, to start the next broker
 
@@ -31,22 +32,22 @@ def test_mapped_clients_go_on_without_a_broker_and_with_the_next(endpoint: str) 
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint, timeout=WAIT_S) as client:
         through, behind = client.swap(0, 3000), client.swap(1, 3000, "behind")
         for n in range(1500):
-            through.store(n, page_of(n))
-            behind.store(n, page_of(10_000 + n))
+            through.store(n, filled_with(n))
+            behind.store(n, filled_with(10_000 + n))
         first.stop(signal.SIGKILL)
         for n in range(1000, 3000):  # far more than the nursery has pages
-            through.store(n, page_of(n))
-            behind.store(n, page_of(10_000 + n))
+            through.store(n, filled_with(n))
+            behind.store(n, filled_with(10_000 + n))
         through.invalidate_page(7)
         behind.sync()
         with impatient(client), pytest.raises(BrokerUnavailable):
             client.areas()
         with broker(endpoint, *AREAS):
             for n in range(3000):
-                assert through.load(n) == (page_of(n) if n != 7 else None)
-                assert behind.load(n) == page_of(10_000 + n)
+                assert through.load(n) == (filled_with(n) if n != 7 else None)
+                assert behind.load(n) == filled_with(10_000 + n)
             assert (through.type, through.slots) == (0, 3000)
-            through.store(7, page_of(7))
+            through.store(7, filled_with(7))
             assert len(client.swap(0, 3000)) == 3000, "declared as it was"
             assert client.stats()["arena"]["epoch"] == 2
             through.invalidate_area()
@@ -62,7 +63,7 @@ def test_what_the_cache_held_is_still_in_memory(policy: str, endpoint: str) -> N
 
         def fill() -> bool:
             for n in range(1000):
-                swap.store(n, page_of(n))
+                swap.store(n, filled_with(n))
                 swap.load(n)
             return sum(area.lent for area in client.areas()) > 200 * PAGE
 
@@ -75,7 +76,7 @@ def test_what_the_cache_held_is_still_in_memory(policy: str, endpoint: str) -> N
             for name, count in lent.items():
                 assert found[name] >= count * 9 // 10, "the cache stays, but for what was swept meanwhile"
             for n in range(1000):
-                assert swap.load(n) == page_of(n)
+                assert swap.load(n) == filled_with(n)
             after = client.stats()["counters"]
             assert after["hits_area"] > hits["hits_area"]
             assert client.stats()["arena"]["policy"] == policy
@@ -102,7 +103,7 @@ def test_buffers_reservations_names_and_quotas(endpoint: str) -> None:
         mine.view[:] = b"c" * mine.nbytes
         numbers = pickle.dumps(buffer)
         with killed_and_restarted(first):
-            assert held(client) == {"a": 2 * MIB, "b": MIB // 2}
+            assert held_by_area(client) == {"a": 2 * MIB, "b": MIB // 2}
             assert buffer.view == b"f" * MIB
             assert mine.view == b"c" * mine.nbytes
             assert [(info.name, info.area, info.reservation) for info in client.names()] == [
@@ -126,7 +127,7 @@ def test_buffers_reservations_names_and_quotas(endpoint: str) -> None:
             buffer.free()
             for reservation in (lent, claimed):
                 reservation.release()
-            assert held(client) == {"a": 0, "b": 0}
+            assert held_by_area(client) == {"a": 0, "b": 0}
             check_at_rest(arena_name(endpoint))
 
 
@@ -167,7 +168,7 @@ def test_clients_that_died_meanwhile(endpoint: str) -> None:
         child.kill()
         with broker(endpoint, *AREAS):
             assert eventually(lambda: client.stats()["broker"]["clients"] == 1)
-            assert eventually(lambda: held(client) == {"a": 0, "b": 0})
+            assert eventually(lambda: held_by_area(client) == {"a": 0, "b": 0})
             check_at_rest(arena_name(endpoint))
 
 
@@ -192,10 +193,10 @@ def test_a_child_forked_without_a_broker_holds_what_its_parent_held(endpoint: st
             with broker(endpoint, *AREAS), gcma_shm.connect(endpoint) as looking:
                 buffer.free()
                 claimed.free()
-                assert held(looking) == {"a": MIB, "b": MIB}, "the child's"
+                assert held_by_area(looking) == {"a": MIB, "b": MIB}, "the child's"
                 born.tell()
                 born.receive()
-                assert eventually(lambda: held(looking) == {"a": 0, "b": 0})
+                assert eventually(lambda: held_by_area(looking) == {"a": 0, "b": 0})
                 reservation.release()
                 client.close()
                 born.kill()
@@ -213,9 +214,9 @@ def test_a_handle_under_way_holds_until_its_time(endpoint: str) -> None:
         buffer.free()
         short.free()
         with killed_and_restarted(first):
-            assert eventually(lambda: held(client)["b"] == 0)
+            assert eventually(lambda: held_by_area(client)["b"] == 0)
             assert time.monotonic() - begun >= SHORT_S, "given up before its time"
-            assert held(client)["a"] == MIB
+            assert held_by_area(client)["a"] == MIB
             with pickle.loads(long) as came:
                 assert bytes(came.view[:4]) == b"sent"
 
@@ -263,10 +264,10 @@ def test_a_claim_that_a_dead_broker_had_is_taken_from_it(endpoint: str) -> None:
             assert plane.read(claim_at) == generation + 2 << layout.CLAIM_GENERATION_SHIFT | client.number
             assert plane.read(bits_at) == 0, "who shared the claim before is none of ours"
             with broker(endpoint, *AREAS):
-                assert held(client) == {"a": 0, "b": MIB}
+                assert held_by_area(client) == {"a": 0, "b": MIB}
                 assert buffer.view == b"m" * MIB
                 buffer.free()
-                assert held(client) == {"a": 0, "b": 0}
+                assert held_by_area(client) == {"a": 0, "b": 0}
                 reservation.claim().free()
                 reservation.release()
                 check_at_rest(arena_name(endpoint))
@@ -279,7 +280,7 @@ def test_what_a_claimed_reservation_held_is_counted(endpoint: str) -> None:
         reservation = client.reserve(2 * MIB, area="b")
         swap = client.swap(0, 1000)
         for n in range(1000):
-            swap.store(n, page_of(n))
+            swap.store(n, filled_with(n))
             swap.load(n)
         assert eventually(lambda: sum(area.lent for area in client.areas()) > 10 * PAGE)
         claimed = reservation.claim()
@@ -299,9 +300,9 @@ def test_restarted_again_and_again_under_load(endpoint: str) -> None:
         while not stop.is_set():
             n += 1
             offset = n * 7919 % 2000
-            swap.store(offset, page_of(offset))
+            swap.store(offset, filled_with(offset))
             page = swap.load(n * 104729 % 2000)
-            if page not in (None, page_of(n * 104729 % 2000)):
+            if page not in (None, filled_with(n * 104729 % 2000)):
                 failed.append(f"slot {n * 104729 % 2000}")
         return n
 
@@ -316,7 +317,7 @@ def test_restarted_again_and_again_under_load(endpoint: str) -> None:
                 run.restart()
                 for index, buffer in enumerate(kept):
                     assert buffer.view == bytes([index]) * (MIB // 4)
-            assert held(client)["a"] == 12 * MIB // 4
+            assert held_by_area(client)["a"] == 12 * MIB // 4
         finally:
             stop.set()
         assert churning.result(WAIT_S) > 100

@@ -14,8 +14,9 @@ from gcma_shm import layout
 from gcma_shm.arena import SHM_DIR
 from gcma_shm.endpoint import arena_name, default_spill_dir
 from gcma_shm.errors import BrokerUnavailable, Closed, NoSuchBuffer
+from tests.client import filled_with
 from tests.processes import WAIT_S, broker
-from tests.takeover import AREAS, PAGE, killed_and_restarted, page_of
+from tests.takeover import AREAS, PAGE, killed_and_restarted
 
 
 def damage_version(data: bytearray, _: layout.Geometry) -> None:
@@ -86,7 +87,7 @@ def test_a_damaged_arena_is_refused_by_name_and_left(
     with broker(endpoint, *AREAS) as first:
         client = gcma_shm.connect(endpoint)
         swap = client.swap(0, 10)
-        swap.store(1, page_of(1))
+        swap.store(1, filled_with(1))
         buffer = client.alloc_contig(PAGE)
         assert client._plane is not None
         first.stop(signal.SIGKILL)
@@ -101,7 +102,7 @@ def test_a_damaged_arena_is_refused_by_name_and_left(
                 pass
             assert path.read_bytes()[layout.EPOCH_AT + 8 :] == data[layout.EPOCH_AT + 8 :] or damage is not truncate
             assert (default_spill_dir(endpoint) / "000.1").exists(), "nothing of it is removed"
-            assert swap.load(1) == page_of(1)
+            assert swap.load(1) == filled_with(1)
             assert not buffer.freed
         finally:
             was_mapped.unlink()
@@ -122,12 +123,12 @@ def test_an_arena_that_nobody_had_served_is_made_anew(endpoint: str) -> None:
 def test_an_arena_that_says_it_was_never_served_is_taken_over(endpoint: str) -> None:
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 10)
-        swap.store(1, page_of(1))
+        swap.store(1, filled_with(1))
         first.stop(signal.SIGKILL)
         assert client._plane is not None
         client._plane.write(layout.EPOCH_AT, 0)
         with broker(endpoint, *AREAS):
-            assert swap.load(1) == page_of(1)
+            assert swap.load(1) == filled_with(1)
             assert client.areas()
 
 
@@ -150,8 +151,8 @@ def test_a_type_whose_file_has_gone_ends(endpoint: str) -> None:
     """What of it is in memory would be all that is left: never half of a type. Others go on."""
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
         lost, kept = client.swap(0, 10), client.swap(1, 10)
-        lost.store(1, page_of(1))
-        kept.store(1, page_of(2))
+        lost.store(1, filled_with(1))
+        kept.store(1, filled_with(2))
         first.stop(signal.SIGKILL)
         stray = default_spill_dir(endpoint) / "007.3"
         stray.write_bytes(b"left by a type that has ended")
@@ -160,18 +161,18 @@ def test_a_type_whose_file_has_gone_ends(endpoint: str) -> None:
             assert not stray.exists()
             with pytest.raises(Closed):
                 lost.load(1)
-            assert kept.load(1) == page_of(2)
+            assert kept.load(1) == filled_with(2)
             assert client.swap(0, 10).load(1) is None
 
 
 def test_other_options_change_nothing_of_what_is_taken_over(endpoint: str, tmp_path: Path) -> None:
     with broker(endpoint, *AREAS) as first, gcma_shm.connect(endpoint) as client:
         swap = client.swap(0, 10)
-        swap.store(1, page_of(1))
+        swap.store(1, filled_with(1))
         options = ("--area", "other=1M", "--spill-dir", str(tmp_path / "elsewhere"), "--page-size", "8K")
         with killed_and_restarted(first, *options) as second:
             assert [area.name for area in client.areas()] == ["a", "b"]
-            assert swap.load(1) == page_of(1)
+            assert swap.load(1) == filled_with(1)
             assert "epoch 2" in second.description
             assert not (tmp_path / "elsewhere").exists()
             with pytest.raises(NoSuchBuffer):

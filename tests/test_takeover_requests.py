@@ -15,9 +15,10 @@ from gcma_shm import layout
 from gcma_shm.errors import BrokerUnavailable
 from gcma_shm.messages import Request
 from gcma_shm.records import Records
+from tests.client import filled_with
 from tests.patience import has_unread, impatient
-from tests.processes import WAIT_S, broker, eventually
-from tests.takeover import AREAS, MIB, PAGE, Late, held, killed_and_restarted, page_of, stop_for_good
+from tests.processes import WAIT_S, broker, eventually, stop
+from tests.takeover import AREAS, MIB, PAGE, Late, held_by_area, killed_and_restarted
 
 
 def test_a_request_waits_through_a_restart_if_asked_to(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +30,7 @@ def test_a_request_waits_through_a_restart_if_asked_to(endpoint: str, monkeypatc
         quick = gcma_shm.connect(endpoint, timeout=WAIT_S)
         by_messages = gcma_shm.connect(endpoint, mapped=False, timeout=WAIT_S, wait_for_broker=4 * WAIT_S)
         swap = by_messages.swap(0, 10)
-        swap.store(1, page_of(1))
+        swap.store(1, filled_with(1))
         first.stop(signal.SIGKILL)
         with impatient(quick), pytest.raises(BrokerUnavailable):
             quick.alloc_contig(PAGE)
@@ -42,7 +43,7 @@ def test_a_request_waits_through_a_restart_if_asked_to(endpoint: str, monkeypatc
             with broker(endpoint, *AREAS):
                 with waiting.result(WAIT_S) as buffer:
                     assert buffer.nbytes == MIB
-                assert loading.result(WAIT_S) == page_of(1)
+                assert loading.result(WAIT_S) == filled_with(1)
                 quick.alloc_contig(PAGE).free()
                 for client in (patient, quick, by_messages):
                     client.close()
@@ -53,7 +54,7 @@ def test_a_request_that_the_broker_took_with_it(endpoint: str, mapped: bool) -> 
     """Sent to a stopped broker, which is killed then: the next one answers it, without waiting for its bound."""
     with broker(endpoint, *AREAS) as first:
         client = gcma_shm.connect(endpoint, mapped=mapped, timeout=WAIT_S)
-        stop_for_good(first)
+        stop(first.pid)
         with ThreadPoolExecutor(1) as pool:
             begun = time.monotonic()
             asked = pool.submit(client.alloc_contig, MIB, area="a") if mapped else pool.submit(client.swap, 0, 10)
@@ -62,7 +63,7 @@ def test_a_request_that_the_broker_took_with_it(endpoint: str, mapped: bool) -> 
                 got = asked.result(WAIT_S)
                 assert time.monotonic() - begun < WAIT_S / 2, "it did not wait until its time was over"
                 if isinstance(got, gcma_shm.Buffer):
-                    assert held(client) == {"a": MIB, "b": 0}
+                    assert held_by_area(client) == {"a": MIB, "b": 0}
                     got.free()
                 client.close()
 
@@ -71,15 +72,15 @@ def test_a_page_that_the_broker_took_with_it_is_not_stored_twice(endpoint: str) 
     with broker(endpoint, *AREAS) as first:
         client = gcma_shm.connect(endpoint, mapped=False, timeout=WAIT_S)
         swap = client.swap(0, 10)
-        stop_for_good(first)
+        stop(first.pid)
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(swap.store, 1, page_of(1))
+            asked = pool.submit(swap.store, 1, filled_with(1))
             assert eventually(lambda: has_unread(endpoint))
             with killed_and_restarted(first):
                 with pytest.raises(BrokerUnavailable, match="may have been done"):
                     asked.result(WAIT_S)
-                swap.store(1, page_of(2))
-                assert swap.load(1) == page_of(2)
+                swap.store(1, filled_with(2))
+                assert swap.load(1) == filled_with(2)
                 batch = bytearray(4 * PAGE)
                 assert swap.load_many(range(4), batch) == [False, True, False, False]
                 client.close()
@@ -104,9 +105,9 @@ def test_a_batch_that_the_broker_took_with_it_tells_what_is_done(
 
         monkeypatch.setattr(client._channel, "_send", send_half)
         with ThreadPoolExecutor(1) as pool:
-            asked = pool.submit(swap.store_many, range(slots), b"".join(map(page_of, range(slots))))
+            asked = pool.submit(swap.store_many, range(slots), b"".join(map(filled_with, range(slots))))
             assert eventually(lambda: 100 in seen)
-            stop_for_good(first)
+            stop(first.pid)
             go_on.set()
             assert eventually(lambda: has_unread(endpoint))
             first.stop(signal.SIGKILL)
@@ -126,7 +127,7 @@ def test_a_batch_that_the_broker_took_with_it_tells_what_is_done(
                 assert 0 < stored <= sum(hits), "something was stored twice"
                 assert records.counters(layout.BROKER)["stores"] == stored, "the next broker was asked once more"
                 for n, hit in enumerate(hits):
-                    assert not hit or out[n * PAGE : (n + 1) * PAGE] == page_of(n)
+                    assert not hit or out[n * PAGE : (n + 1) * PAGE] == filled_with(n)
                 client.close()
                 other.close()
 
@@ -142,7 +143,7 @@ def test_a_place_in_line_is_taken_again(endpoint: str) -> None:
                 everything.free()
                 with waiting.result(WAIT_S) as buffer:
                     assert buffer.nbytes == MIB
-                assert held(client) == {"a": 0, "b": 0}
+                assert held_by_area(client) == {"a": 0, "b": 0}
 
 
 def test_the_first_question_to_a_new_broker_may_be_for_ones_own_quota(endpoint: str) -> None:
@@ -162,7 +163,7 @@ def test_a_request_under_way_when_the_broker_goes_for_longer_than_the_timeout(
     with broker(endpoint) as first:
         client = gcma_shm.connect(endpoint, timeout=WAIT_S, wait_for_broker=4 * WAIT_S)
         channel = client._channel
-        stop_for_good(first)
+        stop(first.pid)
         with ThreadPoolExecutor(1) as thread:
             asking = thread.submit(client.alloc_contig, PAGE)
             assert eventually(lambda: has_unread(endpoint))
@@ -171,7 +172,7 @@ def test_a_request_under_way_when_the_broker_goes_for_longer_than_the_timeout(
             clock.late_s = WAIT_S + 1
             with broker(endpoint):
                 asking.result(WAIT_S).free()
-                assert held(client)["default"] == 0
+                assert held_by_area(client)["default"] == 0
                 client.close()
 
 
@@ -181,7 +182,7 @@ def test_what_no_broker_comes_for_has_an_end(endpoint: str, monkeypatch: pytest.
     with broker(endpoint) as first:
         client = gcma_shm.connect(endpoint, timeout=WAIT_S, wait_for_broker=WAIT_S)
         channel = client._channel
-        stop_for_good(first)
+        stop(first.pid)
         with ThreadPoolExecutor(1) as thread:
             asking = thread.submit(client.areas)
             assert eventually(lambda: has_unread(endpoint))

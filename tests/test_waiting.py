@@ -19,16 +19,13 @@ from gcma_shm import ArenaExhausted, BrokerUnavailable, Buffer, BufferExists, Cl
 from gcma_shm.broker.line import ASKED_S
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.steps import WAIT_SLICE_S
-from tests.processes import WAIT_S, Child, Said, eventually, forked, stands_still
+from tests.client import held
+from tests.processes import WAIT_S, Child, Said, eventually, forked, stop
 
 PAGE = 4096
 AREA_PAGES = 16
 SIZE = AREA_PAGES * PAGE
 LINE_MAX_CLIENT = 64  # requests of one client in line
-
-
-def held(client: Client) -> int:
-    return sum(area.held for area in client.areas())
 
 
 def in_line(client: Client, count: int) -> bool:
@@ -400,8 +397,7 @@ def test_a_stopped_waiter_blocks_nobody(client: EmbeddedClient, pool: ThreadPool
         behind = pool.submit(client.alloc_contig, 8 * PAGE, timeout=WAIT_S)
         assert in_line(client, 2)
         stopping = time.monotonic()
-        os.kill(running.pid, signal.SIGSTOP)
-        assert eventually(lambda: stands_still(running.pid))
+        stop(running.pid)
         first.free()
         behind.result(WAIT_S).free()
         for _ in range(3):
@@ -421,8 +417,7 @@ def test_a_stopped_waiter_that_is_killed(client: EmbeddedClient, pool: ThreadPoo
         running.tell()
         assert in_line(client, 1)
         stopping = time.monotonic()
-        os.kill(running.pid, signal.SIGSTOP)
-        assert eventually(lambda: stands_still(running.pid))
+        stop(running.pid)
         first.free()
         assert held(client) == SIZE or has_lost_its_place(stopping)
         assert [told.name for told in client.names()] == ["theirs"] or has_lost_its_place(stopping)

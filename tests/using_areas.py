@@ -7,15 +7,12 @@ import sys
 
 from gcma_shm import AreaInfo, Client
 from gcma_shm.clients.swap import Swap
+from tests.client import page_of
 from tests.processes import WAIT_S, eventually
 
 PAGE = 4096
 K, M = 1 << 10, 1 << 20
-SLOTS = 2000
-
-
-def page_of(value: int) -> bytes:
-    return (value + 1).to_bytes(8, "little") * (PAGE // 8)
+SLOTS = 2000  # twice what the arena of these tests has room for
 
 
 def area(client: Client, name: str) -> AreaInfo:

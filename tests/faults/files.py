@@ -20,7 +20,8 @@ import pytest
 from gcma_shm import layout
 from gcma_shm.clients.swap import Swap
 from gcma_shm.errors import NurseryFull, SpillCorrupt, SpillError
-from tests.faults.spilling import PAGE, SLOTS, Place, cached_pages, check_values, data_pages, page_of, place
+from tests.client import filled_with
+from tests.faults.spilling import PAGE, SLOTS, Place, cached_pages, check_values, data_pages, place
 from tests.processes import Said, eventually, in_fork, stopped
 
 ENVIRONMENT = "GCMA_TEST_FILES"
@@ -96,7 +97,7 @@ def unreadable(load: Callable[[], object], number: int) -> SpillError:
 def fill(swap: Swap, first_value: int = 1) -> dict[int, int]:
     """Twice what the arena holds."""
     values = {n: first_value + n for n in range(SLOTS)}
-    swap.store_many(values, b"".join(map(page_of, values.values())))
+    swap.store_many(values, b"".join(map(filled_with, values.values())))
     return values
 
 
@@ -105,7 +106,7 @@ def in_file(p: Place, type_: int, values: dict[int, int]) -> None:
 
     def wrong() -> list[int]:
         data = p.file(type_).read_bytes()
-        return [n for n, value in values.items() if data[n * PAGE : (n + 1) * PAGE] != page_of(value)]
+        return [n for n, value in values.items() if data[n * PAGE : (n + 1) * PAGE] != filled_with(value)]
 
     assert eventually(lambda: not wrong()), wrong()
 
@@ -117,7 +118,7 @@ def on_disk_alone(faults: Faults, swap: Swap, values: dict[int, int]) -> list[in
         for offset, value in values.items():
             failed = faults.read.get("failed")
             try:
-                assert swap.load(offset) == page_of(value)
+                assert swap.load(offset) == filled_with(value)
             except SpillError:
                 assert faults.read.get("failed") > failed
                 found.append(offset)
@@ -130,12 +131,12 @@ def errors_of_writing(p: Place, faults: Faults) -> None:
     swap = p.client.swap(3, SLOTS)
     values = {n: n + 1 for n in range(8)}
     for n, value in values.items():
-        swap.store(n, page_of(value))
+        swap.store(n, filled_with(value))
     for number in (errno.ENOSPC, errno.EIO) if p.client.mapped else (errno.ENOSPC,):
         with faults.write.on(number):
-            refused(lambda: swap.store(2, page_of(200 + number)), number)  # noqa: B023
-            refused(lambda: swap.store(50, page_of(300 + number)), number)  # noqa: B023
-            batch = b"".join(page_of(400 + number + n) for n in range(4))
+            refused(lambda: swap.store(2, filled_with(200 + number)), number)  # noqa: B023
+            refused(lambda: swap.store(50, filled_with(300 + number)), number)  # noqa: B023
+            batch = b"".join(filled_with(400 + number + n) for n in range(4))
             error = refused(lambda: swap.store_many(range(100, 104), batch), number)  # noqa: B023
             assert error.done == 0
             values |= {2: 200 + number, 50: 300 + number} | {100 + n: 400 + number + n for n in range(4)}
@@ -147,7 +148,7 @@ def errors_of_writing(p: Place, faults: Faults) -> None:
 
                 def child(_: Said) -> None:
                     check_values(swap, values)  # noqa: B023
-                    refused(lambda: swap.store(51, page_of(7)), number)  # noqa: B023
+                    refused(lambda: swap.store(51, filled_with(7)), number)  # noqa: B023
 
                 in_fork(child)
                 values[51] = 7
@@ -160,7 +161,7 @@ def errors_of_writing(p: Place, faults: Faults) -> None:
 def a_bad_block(p: Place, faults: Faults) -> None:
     """EIO at one slot for ever: its neighbours in the same write are written, by stores, by sync, and by the broker."""
     through, behind = p.client.swap(3, SLOTS), p.client.swap(4, SLOTS, "behind")
-    batch = b"".join(page_of(n + 1) for n in range(8))
+    batch = b"".join(filled_with(n + 1) for n in range(8))
     with faults.write.on(errno.EIO, slots=range(2, 3)):
         error = refused(lambda: through.store_many(range(8), batch), errno.EIO)
         assert error.done == 2
@@ -178,7 +179,7 @@ def a_bad_block(p: Place, faults: Faults) -> None:
     # Each round tries a few of those that are left: all of them have their turn.
     values = {n: 100 + n for n in range(100, 100 + 3 * RETRIES_MAX)}
     with faults.write.on(errno.EIO, slots=range(100, 200)):
-        behind.store_many(values, b"".join(map(page_of, values.values())))
+        behind.store_many(values, b"".join(map(filled_with, values.values())))
         p.degraded(len(values), errno.EIO, type_=4)
         faults.write.set(to=(100 + 2 * RETRIES_MAX) * PAGE)
         p.degraded(2 * RETRIES_MAX, errno.EIO, type_=4)
@@ -193,19 +194,19 @@ def short_writes(p: Place, faults: Faults) -> None:
     for most in (1000, PAGE, PAGE + 1, 3 * PAGE - 1):
         values = {n: value + 100 for n, value in values.items()}
         with faults.write.on(most=most):
-            swap.store_many(values, b"".join(map(page_of, values.values())))
+            swap.store_many(values, b"".join(map(filled_with, values.values())))
         in_file(p, 3, values)
     with faults.write.on(most=-1):
-        refused(lambda: swap.store(0, page_of(7)), errno.ENOSPC)
+        refused(lambda: swap.store(0, filled_with(7)), errno.ENOSPC)
         p.degraded(1, errno.ENOSPC, type_=3)
     p.healthy()
     in_file(p, 3, values | {0: 7})
     # A page that was torn in the file by a write that went wrong half-way.
     with faults.write.on(errno.EIO, slots=range(5, 6)):
         faults.write.set(from_=5 * PAGE + 1024)
-        refused(lambda: swap.store(5, page_of(9)), errno.EIO)
+        refused(lambda: swap.store(5, filled_with(9)), errno.EIO)
         torn = p.file(3).read_bytes()[5 * PAGE : 6 * PAGE]
-        assert torn == page_of(9)[:1024] + page_of(values[5])[1024:]
+        assert torn == filled_with(9)[:1024] + filled_with(values[5])[1024:]
         p.seen_by_all(3, {5: 9})
     p.healthy()
     in_file(p, 3, {5: 9})
@@ -220,7 +221,7 @@ def errors_of_reading(p: Place, faults: Faults) -> None:
         unreadable(lambda: swap.load(first), errno.EIO)
         error = unreadable(lambda: swap.load_many([last, first], bytearray(2 * PAGE)), errno.EIO)
         assert error.done == 0
-    assert swap.load(first) == page_of(values[first])
+    assert swap.load(first) == filled_with(values[first])
     with faults.read.on(most=1000):
         check_values(swap, values)
     first, *_, last = on_disk_alone(faults, swap, values)
@@ -229,19 +230,19 @@ def errors_of_reading(p: Place, faults: Faults) -> None:
     with faults.read.on(errno.EIO, slots=range(first, first + 1)):
         faults.read.set(from_=first * PAGE + 1024)  # a part of the page can be read
         unreadable(lambda: swap.load(first), errno.EIO)
-        swap.store(first, page_of(7))  # needs no reading
-        assert swap.load(first) == page_of(7)
+        swap.store(first, filled_with(7))  # needs no reading
+        assert swap.load(first) == filled_with(7)
     check_values(swap, values | {first: 7})
 
 
 def one_file_of_two(p: Place, faults: Faults) -> None:
     """The file of one type fails: the other's pages are written and read as if nothing were."""
     bad, good = p.client.swap(3, SLOTS, "behind"), p.client.swap(4, SLOTS)
-    bad.store(0, page_of(1))
+    bad.store(0, filled_with(1))
     bad.sync()
     with faults.write.on(errno.EIO, file=p.file(3)):
         pinned = {n: n + 1 for n in range(p.nursery_pages // 2)}
-        bad.store_many(pinned, b"".join(map(page_of, pinned.values())))
+        bad.store_many(pinned, b"".join(map(filled_with, pinned.values())))
         values = fill(good, 5000)
         p.degraded(len(pinned), errno.EIO, type_=3)
         check_values(good, values)
@@ -258,7 +259,7 @@ def retries_have_a_pace(p: Place, faults: Faults) -> None:
     with faults.write.on(errno.EIO):
         with contextlib.suppress(NurseryFull):
             for n in range(p.nursery_pages + 1):
-                swap.store(n, page_of(n + 1))
+                swap.store(n, filled_with(n + 1))
                 values[n] = n + 1
         assert p.is_bounded(len(values))
         p.degraded(len(values), errno.EIO, type_=3)
@@ -276,7 +277,7 @@ def retries_have_a_pace(p: Place, faults: Faults) -> None:
             seen = faults.write.get("failed")
             for _ in range(20):
                 with contextlib.suppress(NurseryFull):
-                    swap.store(SLOTS - 1, page_of(1))
+                    swap.store(SLOTS - 1, filled_with(1))
                     raise AssertionError("a page became free")
             assert faults.write.get("failed") - seen <= 10 * RETRIES_MAX
     seen = faults.write.get("calls")
@@ -303,7 +304,7 @@ def holes(p: Place, faults: Faults) -> None:
         seen = faults.punch.get("failed")
         for type_ in (4, 5, 6):  # in this order a pass comes by them
             other = p.client.swap(type_, 20)
-            other.store_many(range(20), b"".join(map(page_of, range(1, 21))))
+            other.store_many(range(20), b"".join(map(filled_with, range(1, 21))))
             for n in range(0, 20, 2):
                 other.invalidate_page(n)
             asked = seen + type_ - 3
@@ -311,7 +312,7 @@ def holes(p: Place, faults: Faults) -> None:
         assert data_pages(p.file(4)) == set(range(20))
     p.client.swap(4, 20).invalidate_area()
     swap = p.client.swap(4, 20)  # another life, another file
-    swap.store_many(range(20), b"".join(map(page_of, range(1, 21))))
+    swap.store_many(range(20), b"".join(map(filled_with, range(1, 21))))
     swap.invalidate_page(3)
     assert eventually(lambda: data_pages(p.file(4)) == {*range(3), *range(4, 20)})
     assert data_pages(p.file(5)) == set(range(20)), "never asked again"
@@ -322,7 +323,7 @@ def larger_blocks(p: Place, faults: Faults) -> None:
     """A block of the file system goes back as a whole, or it would be written with zeros, and not given back."""
     faults.block.set(most=4 * PAGE)
     swap = p.client.swap(3, 62)  # the last block is of two pages
-    swap.store_many(range(62), b"".join(map(page_of, range(1, 63))))
+    swap.store_many(range(62), b"".join(map(filled_with, range(1, 63))))
     for n in (*range(6), *range(8, 12), 20, 60, 61):
         swap.invalidate_page(n)
     swap.store(30, bytes(PAGE))
@@ -361,7 +362,7 @@ def neighbours_in_one_write(p: Place, faults: Faults) -> None:
         whole, rest = divmod(pages, min(claims, 64))
         return whole * -(-min(claims, 64) // most) + -(-rest // most)
 
-    batch = b"".join(map(page_of, range(1, 65)))
+    batch = b"".join(map(filled_with, range(1, 65)))
     through, behind = p.client.swap(3, 64), p.client.swap(4, 64, "behind")
     calls = faults.write.get("calls")
     with stopped(p.owner.broker_pid):  # or it writes some of it, should we be kept from that for a second

@@ -18,6 +18,7 @@ from gcma_shm import Buffer, _core
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import Swap
 from gcma_shm.endpoint import arena_name
+from tests.client import filled_with
 from tests.invariants import check_at_rest
 from tests.processes import WAIT_S, Said, eventually, forked
 
@@ -28,10 +29,6 @@ LIVE_PAGES = 3
 
 libc = ctypes.CDLL(None)
 Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
-
-
-def page_of(value: int) -> bytes:
-    return value.to_bytes(8, "little") * (PAGE // 8)
 
 
 class Hook:
@@ -74,18 +71,18 @@ class Scene:
 
 
 def store(swap: Swap, value: int) -> None:
-    swap.store_many(BATCH, page_of(value) * len(BATCH))
+    swap.store_many(BATCH, filled_with(value) * len(BATCH))
 
 
 def store_over(swap: Swap, value: int) -> None:
     """The same slots twice in one batch, and one outside."""
-    swap.store_many([*BATCH, *BATCH], page_of(value) * 2 * len(BATCH))
+    swap.store_many([*BATCH, *BATCH], filled_with(value) * 2 * len(BATCH))
 
 
 def load(swap: Swap, value: int) -> None:
     out = bytearray(len(BATCH) * PAGE)
     assert all(swap.load_many(BATCH, out))
-    assert out == page_of(value - 1) * len(BATCH)
+    assert out == filled_with(value - 1) * len(BATCH)
 
 
 def store_and_sync(swap: Swap, value: int) -> None:
@@ -104,11 +101,11 @@ SCENES = (
 def child(owner: EmbeddedClient, swap: Swap, buffer: Buffer, value: int) -> bool:
     """A client of its own, with nothing of the batch in its hands, and the buffer in its own."""
     for offset in BATCH:
-        assert swap.load(offset) in (page_of(value - 1), page_of(value)), f"slot {offset}"
-    swap.store_many(CHILDS, page_of(value) * len(CHILDS))
-    assert {swap.load(offset) for offset in CHILDS} == {page_of(value)}
+        assert swap.load(offset) in (filled_with(value - 1), filled_with(value)), f"slot {offset}"
+    swap.store_many(CHILDS, filled_with(value) * len(CHILDS))
+    assert {swap.load(offset) for offset in CHILDS} == {filled_with(value)}
     with buffer.view as view:
-        assert bytes(view) == page_of(7) * LIVE_PAGES
+        assert bytes(view) == filled_with(7) * LIVE_PAGES
     buffer.free()
     with owner.alloc_contig(PAGE, zero=True) as own, own.view as view:
         assert not any(view)
@@ -120,10 +117,10 @@ def child(owner: EmbeddedClient, swap: Swap, buffer: Buffer, value: int) -> bool
 def run(owner: EmbeddedClient, scene: Scene, hook: Hook) -> int:
     """Step after step, until the batch ends before the hook is reached; how many steps it had."""
     swap = owner.swap(0, 64, "behind" if scene.write == "behind" else "through")
-    swap.store_many(BATCH, page_of(1) * len(BATCH))
+    swap.store_many(BATCH, filled_with(1) * len(BATCH))
     buffer = owner.alloc_contig(LIVE_PAGES * PAGE)
     with buffer.view as view:
-        view[:] = page_of(7) * LIVE_PAGES
+        view[:] = filled_with(7) * LIVE_PAGES
     value, step, failed = 1, 0, list[BaseException]()
     while True:
         step, value = step + 1, value + bool(scene.stored)
@@ -158,7 +155,7 @@ def run(owner: EmbeddedClient, scene: Scene, hook: Hook) -> int:
         assert not thread.is_alive()
         assert not failed, f"{scene.name}, step {step} in {hook.where.value!r}: {failed}"
         for offset in scene.stored:
-            assert swap.load(offset) == page_of(value), f"{scene.name}, step {step}: acknowledged, and not there"
+            assert swap.load(offset) == filled_with(value), f"{scene.name}, step {step}: acknowledged, and not there"
         if not reached:
             break
     buffer.free()

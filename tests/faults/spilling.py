@@ -14,6 +14,7 @@ import gcma_shm
 from gcma_shm import layout
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.swap import MappedSwap, Swap
+from tests.client import filled_with
 from tests.faults.disks import needs_direct
 from tests.invariants import SPILLED, check_at_rest
 from tests.processes import eventually
@@ -22,11 +23,6 @@ PAGE = 4096
 SLOTS = 2000
 TIMEOUT_S = 1.0  # of a store that finds no page
 REQUEST_S = 60.0  # of a request
-
-
-def page_of(value: int) -> bytes:
-    """A page of that value, from 1 on; each has other bytes."""
-    return value.to_bytes(8, "little") * (PAGE // 8)
 
 
 def data_pages(file: Path) -> set[int]:
@@ -146,7 +142,7 @@ class Place:
 def check_values(swap: Swap, values: dict[int, int]) -> None:
     """Each of these slots holds its value."""
     for offset, value in values.items():
-        assert swap.load(offset) == page_of(value), f"slot {offset} of type {swap.type}"
+        assert swap.load(offset) == filled_with(value), f"slot {offset} of type {swap.type}"
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ import pytest
 import gcma_shm
 from gcma_shm.clients.swap import Swap
 from gcma_shm.errors import NurseryFull, SpillError
+from tests.client import filled_with
 from tests.faults.disks import Disk, immutable, small_disk
-from tests.faults.spilling import PAGE, SLOTS, TIMEOUT_S, check_values, page_of, place
+from tests.faults.spilling import PAGE, SLOTS, TIMEOUT_S, check_values, place
 from tests.processes import broker, cpu_seconds, eventually, files_refuse_writes
 
 pytestmark = pytest.mark.timeout(600)
@@ -52,16 +53,16 @@ def test_a_full_disk_under_stores_that_are_written_through(disk: Disk, mapped: b
     with place(disk.path, mapped) as p:
         swap = p.client.swap(3, SLOTS)
         for n in range(10):
-            swap.store(n, page_of(n + 1))
+            swap.store(n, filled_with(n + 1))
         swap.store(10, bytes(PAGE))  # zeros take no place
         disk.fill()
         for offset in (100, 10):
             with pytest.raises(SpillError) as raised:
-                swap.store(offset, page_of(7))
+                swap.store(offset, filled_with(7))
             refused(raised.value, errno.ENOSPC)
         offsets = [0, 1, 200, 2, 201]
         with pytest.raises(SpillError) as raised:
-            swap.store_many(offsets, b"".join(page_of(50 + n) for n in range(5)))
+            swap.store_many(offsets, b"".join(filled_with(50 + n) for n in range(5)))
         refused(raised.value, errno.ENOSPC)
         assert raised.value.done == 2, "what has its place is written, and counted"
         values = {n: n + 1 for n in range(3, 10)} | {100: 7, 10: 7} | {n: 50 + i for i, n in enumerate(offsets)}
@@ -73,13 +74,13 @@ def test_a_full_disk_under_stores_that_are_written_through(disk: Disk, mapped: b
         p.degraded(4, errno.ENOSPC, type_=3)
         p.seen_by_all(3, values)
         written = p.file(3).read_bytes()
-        assert all(written[n * PAGE : (n + 1) * PAGE] == page_of(values[n]) for n in range(10))
+        assert all(written[n * PAGE : (n + 1) * PAGE] == filled_with(values[n]) for n in range(10))
         disk.relieve()
         p.healthy()
         written = p.file(3).read_bytes()
-        assert all(written[n * PAGE : (n + 1) * PAGE] == page_of(value) for n, value in values.items())
+        assert all(written[n * PAGE : (n + 1) * PAGE] == filled_with(value) for n, value in values.items())
         swap.sync()
-        swap.store(300, page_of(9))
+        swap.store(300, filled_with(9))
         p.seen_by_all(3, values | {300: 9})
         p.check()
 
@@ -92,7 +93,7 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
         values: dict[int, int] = {}
         with pytest.raises(NurseryFull, match=os.strerror(errno.ENOSPC)):
             for n in range(2 * p.nursery_pages):
-                swap.store(n, page_of(n + 1))
+                swap.store(n, filled_with(n + 1))
                 values[n] = n + 1
         assert p.is_bounded(len(values))
         p.degraded(len(values), errno.ENOSPC, type_=3)
@@ -100,14 +101,14 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
         begun, failures = time.monotonic(), p.owner.stats()["counters"]["spill_failures"]
         for offset in (5, len(values)):
             with pytest.raises(NurseryFull, match=os.strerror(errno.ENOSPC)):
-                swap.store(offset, page_of(999))
+                swap.store(offset, filled_with(999))
         if mapped:  # each has waited for its bound, and has not hammered the disk meanwhile: 16 tries to a sleep of a millisecond
             waited = time.monotonic() - begun
             assert waited >= 2 * TIMEOUT_S
             failures = p.owner.stats()["counters"]["spill_failures"] - failures
             assert failures < 16_000 * waited, f"{failures} in {waited:.1f} s"
         with pytest.raises(NurseryFull) as raised:
-            swap.store_many([500, 501], bytes(PAGE) + page_of(1))
+            swap.store_many([500, 501], bytes(PAGE) + filled_with(1))
         assert raised.value.done == 1, "zeros need no page"
         assert swap.load(500) == bytes(PAGE)
         assert swap.load(501) is None
@@ -116,7 +117,7 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
         buffer = p.owner.alloc_contig(PAGE)  # areas have nothing to do with it
         buffer.free()
         swap.invalidate_page(0)  # makes room for one
-        swap.store(600, page_of(600))
+        swap.store(600, filled_with(600))
         del values[0]
         values[600] = 600
         check_values(swap, values)
@@ -124,14 +125,14 @@ def test_a_nursery_full_of_pages_that_no_file_takes(disk: Disk, mapped: bool) ->
             begun = time.monotonic()
             for _ in range(20):
                 with pytest.raises(NurseryFull):
-                    swap.store(700, page_of(1))
+                    swap.store(700, filled_with(1))
             assert time.monotonic() - begun < 40, "20 stores waited 3 s each"
         disk.relieve()
         p.healthy()
         swap = p.client.swap(3, SLOTS, "behind")
         swap.sync()
         for n in range(1000, 1200):
-            swap.store(n, page_of(n))
+            swap.store(n, filled_with(n))
             values[n] = n
         swap.sync()
         p.seen_by_all(3, values, "behind")
@@ -143,16 +144,16 @@ def test_files_that_refuse_even_what_has_its_place(tmp_path: Path, mapped: bool)
     with place(tmp_path, mapped) as p:
         swap = p.client.swap(3, SLOTS)
         for n in range(8):
-            swap.store(n, page_of(n + 1))
+            swap.store(n, filled_with(n + 1))
         with files_refuse_writes(os.getpid(), p.owner.broker_pid):
             for n in range(4):
                 with pytest.raises(SpillError) as raised:
-                    swap.store(n, page_of(100 + n))
+                    swap.store(n, filled_with(100 + n))
                 refused(raised.value, errno.EFBIG)
             values = {n: 100 + n if n < 4 else n + 1 for n in range(8)}
             p.degraded(4, errno.EFBIG, type_=3)
             with pytest.raises(SpillError):
-                swap.store(0, page_of(200))  # what was pinned is superseded: one page still
+                swap.store(0, filled_with(200))  # what was pinned is superseded: one page still
             values[0] = 200
             swap.invalidate_page(1)
             del values[1]
@@ -168,15 +169,15 @@ def test_an_immutable_file(tmp_path: Path, mapped: bool) -> None:
     """Made read-only behind our back, while it is open."""
     with place(tmp_path, mapped) as p:
         swap = p.client.swap(3, SLOTS)
-        swap.store(1, page_of(1))
+        swap.store(1, filled_with(1))
         with immutable(p.file(3)):
             with pytest.raises(SpillError) as raised:
-                swap.store(1, page_of(2))
+                swap.store(1, filled_with(2))
             refused(raised.value, errno.EPERM)
             p.degraded(1, errno.EPERM, type_=3)
-            assert swap.load(1) == page_of(2)
+            assert swap.load(1) == filled_with(2)
         p.healthy()
-        assert p.file(3).read_bytes()[PAGE : 2 * PAGE] == page_of(2)
+        assert p.file(3).read_bytes()[PAGE : 2 * PAGE] == filled_with(2)
 
 
 def test_a_place_that_refuses_its_page_keeps_no_neighbour_from_being_written(tmp_path: Path, mapped: bool) -> None:
@@ -185,21 +186,23 @@ def test_a_place_that_refuses_its_page_keeps_no_neighbour_from_being_written(tmp
         fault.enter_context(files_refuse_writes(os.getpid(), p.owner.broker_pid, above=16 * PAGE))
         swap = p.client.swap(3, SLOTS)
         with pytest.raises(SpillError) as raised:
-            swap.store_many(range(14, 18), b"".join(page_of(n) for n in range(14, 18)))
+            swap.store_many(range(14, 18), b"".join(filled_with(n) for n in range(14, 18)))
         refused(raised.value, errno.EFBIG)
         assert raised.value.done == 2
         p.degraded(2, errno.EFBIG, type_=3)
         behind = p.client.swap(4, SLOTS, "behind")
-        behind.store_many([20, 3, 19, 2, 18, 1], b"".join(page_of(n) for n in (20, 3, 19, 2, 18, 1)))
+        behind.store_many([20, 3, 19, 2, 18, 1], b"".join(filled_with(n) for n in (20, 3, 19, 2, 18, 1)))
         with pytest.raises(SpillError) as raised:
             behind.sync()
         assert raised.value.errno == errno.EFBIG
         written = p.file(4).read_bytes()
-        assert written == bytes(PAGE) + page_of(1) + page_of(2) + page_of(3), "all others are tried before it is told"
+        assert written == bytes(PAGE) + filled_with(1) + filled_with(2) + filled_with(3), (
+            "all others are tried before it is told"
+        )
         fault.close()
         p.healthy()
         behind.sync()
-        assert p.file(4).read_bytes()[18 * PAGE :] == page_of(18) + page_of(19) + page_of(20)
+        assert p.file(4).read_bytes()[18 * PAGE :] == filled_with(18) + filled_with(19) + filled_with(20)
         p.check()
 
 
@@ -210,12 +213,12 @@ def test_a_type_whose_file_refuses_leaves_others_what_it_does_not_fill(tmp_path:
         pinned = p.nursery_pages * 3 // 4
         with files_refuse_writes(os.getpid(), p.owner.broker_pid, above=16 * PAGE):
             for n in range(pinned):
-                bad.store(16 + n, page_of(n + 1))
+                bad.store(16 + n, filled_with(n + 1))
             p.degraded(pinned, errno.EFBIG, type_=1)
             values = {}
             for n in range(6 * p.nursery_pages):
                 values[n % 16] = n + 1
-                good.store(n % 16, page_of(n + 1))
+                good.store(n % 16, filled_with(n + 1))
             check_values(good, values)
             assert p.health()["types"] == {"1": pinned}
             good.sync()
@@ -230,7 +233,7 @@ def pin_all(bad: Swap, pinned: int) -> int:
     """Stores from slot 16 + `pinned` on until it is refused; how many are pinned then."""
     with pytest.raises(NurseryFull, match=os.strerror(errno.EFBIG)):
         while pinned < SLOTS - 16:
-            bad.store(16 + pinned, page_of(pinned + 1))
+            bad.store(16 + pinned, filled_with(pinned + 1))
             pinned += 1
     return pinned
 
@@ -247,7 +250,7 @@ def test_a_type_whose_file_refuses_stays_within_its_share(share: int, tmp_path: 
             values = {}
             for n in range(6 * p.nursery_pages):
                 values[n % 16] = n + 1
-                good.store(n % 16, page_of(n + 1))
+                good.store(n % 16, filled_with(n + 1))
             check_values(good, values)
             pinned = pin_all(bad, pinned)
             assert p.is_bounded(pinned, share), f"{pinned} of {p.nursery_pages}"
@@ -255,7 +258,7 @@ def test_a_type_whose_file_refuses_stays_within_its_share(share: int, tmp_path: 
             check_values(bad, {16 + n: n + 1 for n in range(pinned)})
         p.healthy()
         bad = p.client.swap(1, SLOTS, "behind", share=share)
-        bad.store(16 + pinned, page_of(pinned + 1))
+        bad.store(16 + pinned, filled_with(pinned + 1))
         bad.sync()
         p.seen_by_all(2, values)
         p.check()
@@ -273,7 +276,7 @@ def test_who_waits_for_a_file_keeps_no_other_thread_from_storing(tmp_path: Path)
             while not stop.is_set():
                 try:
                     bad.store(
-                        16 + pinned + 50, page_of(1)
+                        16 + pinned + 50, filled_with(1)
                     )  # a few fit still: the bound is exact but for stores in flight
                 except NurseryFull:
                     refused.append(1)
@@ -283,13 +286,13 @@ def test_who_waits_for_a_file_keeps_no_other_thread_from_storing(tmp_path: Path)
             thread.start()
         try:
             for n in range(2000):
-                good.store(n % 16, page_of(n + 1))
+                good.store(n % 16, filled_with(n + 1))
         finally:
             stop.set()
             for thread in threads:
                 thread.join()
         assert len(refused) >= len(threads) // 2
-        assert good.load(1999 % 16) == page_of(2000)
+        assert good.load(1999 % 16) == filled_with(2000)
         ends.close()
         p.healthy()
         p.check()
@@ -299,7 +302,7 @@ def test_a_sweep_in_vain_costs_no_more_than_what_calls_it(tmp_path: Path) -> Non
     """The nursery is full of pages that no file takes, and loads from the file want one each: the broker's sweep looks, and writes nothing."""
     with place(tmp_path, mapped=True) as p:
         swap, bad = p.client.swap(3, SLOTS), p.hurried(p.client.swap(4, SLOTS, "behind"))
-        swap.store_many(range(SLOTS), b"".join(map(page_of, range(1, SLOTS + 1))))
+        swap.store_many(range(SLOTS), b"".join(map(filled_with, range(1, SLOTS + 1))))
         with files_refuse_writes(os.getpid(), p.owner.broker_pid):
             p.degraded(pin_all(bad, 0), errno.EFBIG, type_=4)
             ours, theirs = time.thread_time(), cpu_seconds(p.owner.broker_pid)
@@ -320,12 +323,12 @@ def test_what_only_one_process_cannot_write_the_broker_writes(tmp_path: Path) ->
         with files_refuse_writes(os.getpid()):
             for n in range(p.nursery_pages // 2):
                 with pytest.raises(SpillError) as raised:
-                    swap.store(n, page_of(n + 1))
+                    swap.store(n, filled_with(n + 1))
                 refused(raised.value, errno.EFBIG)
 
             def written() -> bool:
                 data = p.file(3).read_bytes()
-                return all(data[n * PAGE : (n + 1) * PAGE] == page_of(n + 1) for n in range(p.nursery_pages // 2))
+                return all(data[n * PAGE : (n + 1) * PAGE] == filled_with(n + 1) for n in range(p.nursery_pages // 2))
 
             assert eventually(written)
             swap.sync()
@@ -344,7 +347,7 @@ def test_the_log_tells_the_beginning_and_the_end_once(tmp_path: Path) -> None:
             for fault in range(2):
                 with files_refuse_writes(process.pid):
                     for n in range(20):
-                        swap.store(n, page_of(20 * fault + n + 1))
+                        swap.store(n, filled_with(20 * fault + n + 1))
                     assert eventually(lambda: state() == "degraded")
                     failures = client.stats()["counters"]["spill_failures"]
                     assert eventually(lambda: client.stats()["counters"]["spill_failures"] > failures + 20)  # noqa: B023

@@ -17,8 +17,9 @@ import pytest
 import gcma_shm
 from gcma_shm.clients.swap import Swap
 from gcma_shm.errors import SpillCorrupt, SpillError
+from tests.client import filled_with
 from tests.faults.disks import Disk, immutable, small_disk
-from tests.faults.spilling import PAGE, SLOTS, check_values, page_of, place
+from tests.faults.spilling import PAGE, SLOTS, check_values, place
 from tests.processes import eventually
 
 pytestmark = pytest.mark.timeout(600)
@@ -33,7 +34,7 @@ def mapped(request: pytest.FixtureRequest) -> bool:
 def store_all(swap: Swap, first_value: int) -> dict[int, int]:
     """Twice what the arena holds, so that half of it is in the file alone."""
     values = {n: first_value + n for n in range(SLOTS)}
-    swap.store_many(values, b"".join(map(page_of, values.values())))
+    swap.store_many(values, b"".join(map(filled_with, values.values())))
     return values
 
 
@@ -49,7 +50,7 @@ def load_all(swap: Swap, values: dict[int, int], number: int = 0) -> set[int]:
             assert not error.stored  # noqa: PT017
             lost.add(offset)
         else:
-            assert page == page_of(value), f"slot {offset}: another page"
+            assert page == filled_with(value), f"slot {offset}: another page"
     return lost
 
 
@@ -100,7 +101,7 @@ def test_a_damaged_file(damage: Callable[[Path, bytes], None], tmp_path: Path, m
         assert p.owner.stats()["counters"]["refused_spill_corrupt"] > len(lost)
         assert p.health()["state"] == "ok", "writes are taken"
         for offset in lost:
-            swap.store(offset, page_of(offset + 20_000))  # heals the slot
+            swap.store(offset, filled_with(offset + 20_000))  # heals the slot
             values[offset] = offset + 20_000
         newly_lost = load_all(swap, values)  # what was in memory before, and in the file only since
         assert not newly_lost & lost, "a new value is safe"
@@ -170,8 +171,8 @@ def test_a_replaced_file(replace: Callable[[Path], None], number: int, tmp_path:
             replace(p.file(3))
             replace(p.file(4))
             values = store_all(swap, 1)
-            behind.store_many(range(10), b"".join(map(page_of, range(100, 110))))
-            assert eventually(lambda: os.pread(right_one.fileno(), PAGE, 9 * PAGE) == page_of(109)), "by the broker"
+            behind.store_many(range(10), b"".join(map(filled_with, range(100, 110))))
+            assert eventually(lambda: os.pread(right_one.fileno(), PAGE, 9 * PAGE) == filled_with(109)), "by the broker"
         assert not load_all(swap, values)
         with gcma_shm.connect(p.owner.endpoint, mapped=True) as stranger:
             for write, type_ in (("through", 3), ("behind", 4)):
@@ -188,8 +189,8 @@ def test_a_replaced_file(replace: Callable[[Path], None], number: int, tmp_path:
         check_values(behind, {n: 100 + n for n in range(10)})
         swap.invalidate_area()
         again = p.client.swap(3, SLOTS)  # a new life, a new file
-        again.store(1, page_of(1))
-        assert (p.spill_dir / "003.3").read_bytes()[PAGE:] == page_of(1)
+        again.store(1, filled_with(1))
+        assert (p.spill_dir / "003.3").read_bytes()[PAGE:] == filled_with(1)
         if replace is by_a_link_to_a_file_of_value:
             assert (tmp_path / "treasure").read_text() == "not to be touched"
         if replace is by_a_directory:
@@ -214,8 +215,8 @@ def test_a_removed_directory(tmp_path: Path, mapped: bool) -> None:
         assert p.spill_dir.stat().st_mode & 0o777 == 0o700
         with gcma_shm.connect(p.owner.endpoint, mapped=True) as stranger:
             other = stranger.swap(4, SLOTS)
-            other.store(1, page_of(1))
-            assert fresh.load(1) == page_of(1)
+            other.store(1, filled_with(1))
+            assert fresh.load(1) == filled_with(1)
         assert not load_all(swap, values)
         assert p.health()["state"] == "ok"
 
@@ -243,7 +244,7 @@ def test_a_read_only_directory(tmp_path: Path, mapped: bool) -> None:
                 p.client.swap(4, SLOTS)
             assert raised.value.errno == number
             assert not load_all(swap, store_all(swap, 1))
-        p.client.swap(4, SLOTS).store(1, page_of(1))
+        p.client.swap(4, SLOTS).store(1, filled_with(1))
         p.check()
 
 
