@@ -32,6 +32,7 @@ from gcma_shm.clients import joblib_arrays
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.handles import clients
 from gcma_shm.clients.joblib import ArenaBackend, end_workers, register
+from gcma_shm.clients.places import HOLD_S
 
 from .client import held
 from .gates import meet, place
@@ -402,12 +403,12 @@ def test_what_fails_while_it_is_unpickled_is_the_tasks_exception(backend: ArenaB
         Parallel()(delayed(Gone)() for _ in range(2))
 
 
-def refuse_pickling() -> Any:
-    return ones(LARGE), threading.Lock()
+def refuse_pickling(after_end: float) -> Any:
+    return give_away_for(after_end, (ones(LARGE), threading.Lock()))
 
 
-def refuse_unpickling() -> Any:
-    return ones(LARGE), Gone(), ones(LARGE)
+def refuse_unpickling(after_end: float) -> Any:
+    return give_away_for(after_end, (ones(LARGE), Gone(), ones(LARGE)))
 
 
 def catch(array: Array) -> Exception | None:
@@ -428,7 +429,11 @@ def test_a_result_that_is_an_exception_leaves_nothing(backend: ArenaBackend, cli
 def test_a_result_that_fails_on_its_way_leaves_nothing(backend: ArenaBackend, client: EmbeddedClient) -> None:
     for task, error in ((refuse_pickling, "pickle"), (refuse_unpickling, "planted")):
         with pytest.raises(Exception, match=error):
-            Parallel()(delayed(task)() for _ in range(2))
+            Parallel()(delayed(task)(HOLD_S) for _ in range(1))
+        assert nothing_is_held(client), f"{task}: it waits for its worker's end, and longer"
+        # Of two the other one's worker may be killed before it has sent what it gave away: that is held for as long as it said.
+        with pytest.raises(Exception, match=error):
+            Parallel()(delayed(task)(0.1) for _ in range(2))
         assert nothing_is_held(client), task
 
 
