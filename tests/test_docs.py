@@ -12,7 +12,7 @@ from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(
-    path.relative_to(ROOT) for pattern in ("*.md", "*/*.md", "tests/*/*.md") for path in ROOT.glob(pattern)
+    path.relative_to(ROOT) for pattern in ("*.md", "[!.]*/*.md", "tests/*/*.md") for path in ROOT.glob(pattern)
 )
 
 SAMPLES_S = 300.0  # a bound for all of a document's
