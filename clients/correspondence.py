@@ -18,7 +18,7 @@ reply which nobody waits for is among what is to be given back.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypedDict
 
 from gcma_shm import curve, messages
 from gcma_shm.clients.holds import Holds
@@ -36,6 +36,13 @@ HELLO_NEEDED = "HelloNeeded"
 LOST = "Lost"  # stands for the reply to a request that a broker took with it
 Wanted = tuple[str, dict[str, Any], tuple[Frame, ...]]  # an operation, its parameters and pages
 BEGIN_AGAIN = (HELLO_NEEDED, LOST)  # the broker does not know this socket (any more)
+
+
+class Patience(TypedDict, total=False):
+    """Of what `connect` takes, in seconds; what is not said is as it is there."""
+
+    timeout: float
+    wait_for_broker: float
 
 
 class Correspondence:
@@ -67,9 +74,9 @@ class Correspondence:
         self._begin()
 
     @property
-    def patience(self) -> tuple[float, float]:
-        """`timeout` and `wait_for_broker`, in seconds."""
-        return self.timeout, self._wait_for_broker
+    def patience(self) -> Patience:
+        """How long this client waits for its broker."""
+        return {"timeout": self.timeout, "wait_for_broker": self._wait_for_broker}
 
     def _begin(self) -> None:
         """At first, and in a forked child."""

@@ -23,6 +23,7 @@ from typing import Any, cast
 from gcma_shm.clients import handles
 from gcma_shm.clients.calls import Call, Told
 from gcma_shm.clients.client import Client
+from gcma_shm.clients.correspondence import Patience
 from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import Reference, client_of
 from gcma_shm.clients.packers import Giving, Packer, large_in
@@ -45,7 +46,7 @@ def begin(
     pool: int,
     endpoint: str,
     arena_id: bytes,
-    patience: tuple[float, float],
+    patience: Patience,
     threshold: int,
     after_end: float,
     initializer: Callable[..., object] | None,

@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from gcma_shm.clients.allocator import Allocator
     from gcma_shm.clients.buffer import Buffer
     from gcma_shm.clients.client import Client
+    from gcma_shm.clients.correspondence import Patience
     from gcma_shm.clients.reservation import Reservation
 
 clients: Living[Client] = Living()  # of this process
 async_clients: Living[AsyncClient] = Living()  # by which no handle is loaded or made here: that would need an await
 connecting = threading.Lock()
-# `timeout` and `wait_for_broker` of the clients that `client_of` connects: as `connect` has them, and in a pool's worker as the pool's client has.
-patience: tuple[float, float] = (5.0, 0.0)
+patience: Patience = {}  # of the clients that `client_of` connects; in a pool's worker that of the pool's client
 _connected: Client | None = None  # by `client_of`, last
 
 
@@ -107,8 +107,7 @@ def client_of(endpoint: str, arena_id: bytes) -> Client:
         known = _known(arena_id)
         if known is not None:
             return known
-        timeout, wait_for_broker = patience
-        client = connect(endpoint, mapped=True, timeout=timeout, wait_for_broker=wait_for_broker)
+        client = connect(endpoint, mapped=True, **patience)
         if client.arena_id != arena_id:
             client.close()
             raise StaleHandle(f"the arena of this handle has ended; the broker on {endpoint} serves another one since")

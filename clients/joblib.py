@@ -30,6 +30,7 @@ from joblib.externals.loky.reusable_executor import _ReusablePoolExecutor
 
 from gcma_shm.clients import handles
 from gcma_shm.clients.client import Client
+from gcma_shm.clients.correspondence import Patience
 from gcma_shm.clients.default import ENDPOINT, default_client
 from gcma_shm.clients.frames import forget_frames
 from gcma_shm.clients.handles import Reference, client_of
@@ -329,7 +330,7 @@ _room: Room | None = None  # in a worker
 
 def _begin(
     parent: Who,
-    patience: tuple[float, float],
+    patience: Patience,
     initializer: Callable[..., object] | None,
     initargs: tuple[Any, ...],
 ) -> None:

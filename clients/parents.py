@@ -9,9 +9,8 @@ import threading
 
 from gcma_shm.process import open_pidfd, start_time
 
-Who = tuple[
-    int, int
-]  # a pid, and when that process began: by the time that a worker looks, the number may be another's
+# A pid, and when that process began: by the time that a worker looks, the number may be another's.
+Who = tuple[int, int]
 
 
 def who_we_are() -> Who:
@@ -20,9 +19,9 @@ def who_we_are() -> Who:
 
 
 def end_with(parent: Who) -> None:
-    """Ends this process when that one has ended, or had before. A worker of the standard library's pool whose parent was killed waits for ever for its
-    next task, one of loky's until it was idle for long; and ours would hold the parent's buffers meanwhile, as far as it was forked, or
-    what it has given away.
+    """Ends this process when that one has ended, or had before. A worker of the standard library's pool whose parent was killed waits for
+    ever for its next task, one of loky's until it was idle for long; and ours would hold the parent's buffers meanwhile, as far as it was
+    forked, or what it has given away.
     """
 
     def watch(descriptor: int) -> None:

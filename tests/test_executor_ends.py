@@ -26,6 +26,7 @@ import pytest
 import gcma_shm
 from gcma_shm.clients import executor as executor_module
 from gcma_shm.clients import executor_worker
+from gcma_shm.clients.correspondence import Patience
 from gcma_shm.clients.embedded import EmbeddedClient
 from gcma_shm.clients.executor import ArenaExecutor
 from gcma_shm.clients.handles import clients
@@ -349,7 +350,7 @@ def test_a_broker_that_is_killed_and_another_one_takes_over(tmp_path: Path) -> N
         del futures
 
 
-def patience_of_all(_: Array) -> list[tuple[float, float]]:
+def patience_of_all(_: Array) -> list[Patience]:
     """Of this process's clients, one of which has what it was given."""
     return [client._channel.patience for client in clients if not client.closed]
 
@@ -359,17 +360,17 @@ def test_workers_wait_for_the_broker_as_long_as_their_pools_client(client: Embed
     context = multiprocessing.get_context("spawn")
     with gcma_shm.connect(client.endpoint, timeout=77.0, wait_for_broker=88.0) as mine:
         with ArenaExecutor(1, context, client=mine, threshold=THRESHOLD) as pool:
-            assert pool.submit(patience_of_all, np.ones(LARGE)).result() == [(77.0, 88.0)]
+            assert pool.submit(patience_of_all, np.ones(LARGE)).result() == [{"timeout": 77.0, "wait_for_broker": 88.0}]
         register()
         with joblib.parallel_config(backend="gcma", n_jobs=2, client=mine):
             found = joblib.Parallel()(joblib.delayed(patience_of_all)(np.ones(2 * LARGE)) for _ in range(2))
-        assert found == [[(77.0, 88.0)]] * 2
+        assert found == [[{"timeout": 77.0, "wait_for_broker": 88.0}]] * 2
         mine._channel.timeout = (
             66.0  # as another client of the same arena may have it: these workers are not to wait for 77 s
         )
         with joblib.parallel_config(backend="gcma", n_jobs=2, client=mine):
             found = joblib.Parallel()(joblib.delayed(patience_of_all)(np.ones(2 * LARGE)) for _ in range(2))
-        assert found == [[(66.0, 88.0)]] * 2
+        assert found == [[{"timeout": 66.0, "wait_for_broker": 88.0}]] * 2
         end_workers()
 
 
@@ -454,10 +455,12 @@ def test_workers_are_killed_at_random(client: EmbeddedClient, monkeypatch: pytes
     print(f"GCMA_SEED={seed}")
     chance, ends = random.Random(seed), time.monotonic() + STRESS_S
     returned = broken = 0
-    while time.monotonic() < ends or not broken or not returned:
+    while time.monotonic() < ends or (not (broken and returned) and time.monotonic() < ends + WAIT_S):
         with ArenaExecutor(2, multiprocessing.get_context("forkserver"), client=client, threshold=THRESHOLD) as pool:
             more, lost = _round(pool, chance)
         returned, broken = returned + more, broken + lost
+    assert returned
+    assert broken
     print(f"{returned} returned, {broken} broken")
     del pool
     # A future's exception has the frame that it was raised in, which has results; a pool's thread may end late, and has its tasks.
