@@ -47,17 +47,22 @@ def test_neither_claim_nor_free_is_a_request(client: EmbeddedClient) -> None:
     assert asked() == before | {"stats": before["stats"] + 1}
 
 
+def claim_in_rounds(reservation: gcma_shm.Reservation, size: int, swap: gcma_shm.Swap, rounds: int) -> None:
+    """All of the area each time; the pages are there all the same, and nobody else's bytes in the claim."""
+    for round_ in range(rounds):
+        with reservation.claim() as buffer, buffer.view as view:
+            view[:] = bytes([round_]) * size
+            assert all(swap.load(n) == page_of(n) for n in range(round_, SLOTS, rounds))
+            assert view == bytes([round_]) * size
+
+
 def test_a_stopped_broker_is_not_waited_for(client: EmbeddedClient) -> None:
     size = whole(client)
     reservation = client.reserve(size)
     swap = use_until_lent(client)
     with broker_stopped(client) as in_copy:
         assert not in_copy
-        for round_ in range(20):
-            with reservation.claim() as buffer, buffer.view as view:
-                view[:] = bytes([round_]) * size
-                assert all(swap.load(n) == page_of(n) for n in range(round_, SLOTS, 20))
-                assert view == bytes([round_]) * size
+        claim_in_rounds(reservation, size, swap, 20)
         assert all_there(swap)
         assert stands_still(client.broker_pid)
     use_until_lent(client)
@@ -71,11 +76,7 @@ def test_a_killed_broker_is_not_needed() -> None:
         swap = use_until_lent(client)
         swap.sync()
         os.kill(client.broker_pid, signal.SIGKILL)
-        for round_ in range(10):
-            with reservation.claim() as buffer, buffer.view as view:
-                view[:] = bytes([round_]) * size
-                assert all(swap.load(n) == page_of(n) for n in range(round_, SLOTS, 10))
-                assert view == bytes([round_]) * size
+        claim_in_rounds(reservation, size, swap, 10)
         assert all_there(swap)
 
 
